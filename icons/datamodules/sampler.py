@@ -1,0 +1,94 @@
+"""UnitBatchSampler: the batches of a rank's write units, unit after unit, each batch inside one unit."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from icons.partition import Partition, UnitPlan, form_batches
+
+Claim = Callable[[int], bool]
+
+
+class UnitBatchSampler(Sampler[list[int]]):
+    """Batches of rows, formed inside one unit from the lengths of its rows alone.
+
+    Args:
+        partition: rows -> units.
+        units: the units to go through, in this order.
+        lengths: tokens of each of the given rows, as the model will see them (images expanded).
+        batch_size: most rows per batch.
+        max_tokens: most tokens per batch, padding included; None: no limit.
+        claim: asked when a unit begins; False leaves the unit out (another run is computing it).
+
+    `len()` needs the lengths of all rows of all units, which for a large data file is work; it is asked once, and the
+    result kept.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        units: Sequence[int],
+        lengths: Callable[[Sequence[int]], list[int]],
+        batch_size: int,
+        max_tokens: int | None = None,
+        claim: Claim | None = None,
+    ) -> None:
+        self.partition, self.units, self.lengths = partition, list(units), lengths
+        self.batch_rows, self.max_tokens, self.claim = batch_size, max_tokens, claim
+        self._num_batches: int | None = None
+
+    @classmethod
+    def of_plan(
+        cls,
+        plan: UnitPlan,
+        lengths: Callable[[Sequence[int]], list[int]],
+        batch_size: int,
+        max_tokens: int | None = None,
+    ) -> "UnitBatchSampler":
+        return cls(plan.partition, plan.units, lengths, batch_size, max_tokens, plan.claim)
+
+    def unit_batches(self, unit: int) -> list[list[int]]:
+        """The batches of one unit: every row of it once."""
+        rows = self.partition.unit_rows(unit)
+        return form_batches(rows, self.lengths(rows), self.batch_rows, self.max_tokens)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for unit in self.units:
+            if self.claim is None or self.claim(unit):
+                yield from self.unit_batches(unit)
+
+    def __len__(self) -> int:
+        if self._num_batches is None:
+            self._num_batches = sum(len(self.unit_batches(unit)) for unit in self.units)
+        return self._num_batches
+
+
+class RowsDataset(Dataset[list[Any]]):
+    """A data set asked for a whole batch of rows at once: what a DataLoader with `batch_size=None` needs."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, rows: Sequence[int]) -> list[Any]:
+        return [self.dataset[row] for row in rows]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def unit_dataloader(
+    dataset: Any, sampler: UnitBatchSampler, collate: Callable[[list[Any]], Any], **options: Any
+) -> "DataLoader[Any]":
+    """A DataLoader over the batches of `sampler`, for `predict_dataloader`.
+
+    The sampler stands where PyTorch has it for ready-made batches (`sampler=`, `batch_size=None`), not as
+    `batch_sampler=`: Lightning would wrap that one to remember the rows of every batch it has ever seen.
+
+    Args:
+        dataset: `dataset[row]` is one sample.
+        sampler: yields the rows of each batch.
+        collate: makes a batch out of a list of samples.
+        options: further arguments of DataLoader (`num_workers`, `pin_memory`, ...).
+    """
+    return DataLoader(RowsDataset(dataset), sampler=sampler, batch_size=None, collate_fn=collate, **options)
