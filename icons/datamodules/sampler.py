@@ -21,8 +21,8 @@ class UnitBatchSampler(Sampler[list[int]]):
         max_tokens: most tokens per batch, padding included; None: no limit.
         claim: asked when a unit begins; False leaves the unit out (another run is computing it).
 
-    `len()` needs the lengths of all rows of all units, which for a large data file is work; it is asked once, and the
-    result kept.
+    It has no `len()`: the number of batches follows from the length of every row, and to measure all rows of a large
+    data file before the first is computed would take longer than it is worth. Progress is counted in rows.
     """
 
     def __init__(
@@ -36,7 +36,6 @@ class UnitBatchSampler(Sampler[list[int]]):
     ) -> None:
         self.partition, self.units, self.lengths = partition, list(units), lengths
         self.batch_rows, self.max_tokens, self.claim = batch_size, max_tokens, claim
-        self._num_batches: int | None = None
 
     @classmethod
     def of_plan(
@@ -57,11 +56,6 @@ class UnitBatchSampler(Sampler[list[int]]):
         for unit in self.units:
             if self.claim is None or self.claim(unit):
                 yield from self.unit_batches(unit)
-
-    def __len__(self) -> int:
-        if self._num_batches is None:
-            self._num_batches = sum(len(self.unit_batches(unit)) for unit in self.units)
-        return self._num_batches
 
 
 class RowsDataset(Dataset[list[Any]]):

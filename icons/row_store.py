@@ -1,0 +1,264 @@
+"""RowStore: what gradient and score stores share: a Zarr group whose rows are written unit by unit, status last."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.registry import get_codec_class
+from zarr.storage import MemoryStore
+
+from icons.batch import Status
+from icons.partition import Partition
+from icons.storage import Storage
+
+FORMAT = 1
+READABLE_STATUS = {str(int(status)): status.name.lower() for status in Status}
+# the CF convention's words for the same, which xarray shows
+FLAGS: dict[str, Any] = {
+    "flag_values": [int(status) for status in Status],
+    "flag_meanings": " ".join(status.name.lower() for status in Status),
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """One array of a store: rows first.
+
+    Attributes:
+        dtype: as numpy names it.
+        fill: what an unwritten row reads as.
+        dimensions: names after the first, with their lengths.
+        codec: a compressor for the chunks; None: none.
+    """
+
+    dtype: str
+    fill: float
+    dimensions: tuple[tuple[str, int], ...] = ()
+    codec: Mapping[str, Any] | None = None
+
+
+class RowStore:
+    """A store opened or created; subclasses name the arrays. Use `open` and `create`, not the constructor."""
+
+    KIND = ""
+
+    def __init__(self, storage: Storage, group: zarr.Group) -> None:
+        self.storage, self.group = storage, group
+        self.path, self.mode = storage.path, storage.mode
+        self.manifest: dict[str, Any] = dict(group.attrs["icons"])  # type: ignore[arg-type]
+        self.status = self.array("status")
+        self.partition = Partition(self.status.shape[0], self.status.chunks[0])
+
+    @classmethod
+    def open(cls, path: str | Path, mode: str = "r") -> Self:
+        """Opens an existing store: reads its metadata, a few small files whatever the number of rows.
+
+        Args:
+            path: folder or URL.
+            mode: "r" or "r+".
+
+        Raises:
+            FileNotFoundError: nothing there, or no store of this kind.
+            ValueError: a store of another kind, or of a format that this version does not know.
+        """
+        storage = Storage(path, mode)
+        if storage.get("zarr.json") is None:
+            raise FileNotFoundError(f"store {path}: has no zarr.json; expected a store made by icons")
+        group = zarr.open_group(storage.zarr_store, mode="r" if mode == "r" else "r+", zarr_format=3)
+        manifest = group.attrs.get("icons")
+        if not isinstance(manifest, Mapping) or manifest.get("kind") != cls.KIND:
+            kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
+            raise ValueError(f"store {path}: is {article(kind)}; expected a {cls.KIND} store made by icons")
+        if manifest.get("format") != FORMAT:
+            raise ValueError(f"store {path}: has format {manifest.get('format')!r}; this version reads {FORMAT}")
+        return cls(storage, group)
+
+    @classmethod
+    def _create(
+        cls,
+        path: str | Path,
+        partition: Partition,
+        columns: Mapping[str, Column],
+        manifest: Mapping[str, Any],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        storage = Storage(path, "w")
+        if storage.exists("zarr.json"):
+            raise FileExistsError(f"store {path}: exists already; expected a new place, or open it to go on")
+        names = {"icons_status": READABLE_STATUS}
+        whole = {"icons": {"format": FORMAT, "kind": cls.KIND, **plain(manifest)}, **names, **plain(attributes or {})}
+        for key, document in documents(columns, partition, whole).items():
+            # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so
+            # that whoever finds it finds a whole store.
+            if not storage.put_new(key, document) and key != "zarr.json" and storage.get(key) != document:
+                raise ValueError(
+                    f"store {path}: {key} is from another run with other settings that did not finish creating the "
+                    "store; expected a new or empty place: delete it, or take another"
+                )
+        return cls.open(path, mode="r+")
+
+    def array(self, name: str) -> zarr.Array[Any]:
+        """An array of the store, as zarr has it. Chunks are written even if all of their values are the fill value."""
+        found = self.group[name]
+        assert isinstance(found, zarr.Array)
+        return found.with_config({"write_empty_chunks": True})
+
+    @property
+    def num_rows(self) -> int:
+        return self.partition.num_rows
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the arrays, `status` last."""
+        return sorted(self.group.array_keys(), key=lambda name: (name == "status", name))
+
+    def statuses(self) -> np.ndarray:
+        """The status of every row, `[N]` uint8."""
+        return np.asarray(self.status[:], dtype=np.uint8)
+
+    def missing(self) -> list[int]:
+        """Units with a row that is neither done nor failed, ascending."""
+        empty = np.flatnonzero(self.statuses() == Status.NOT_WRITTEN)
+        return np.unique(empty // self.partition.chunk_rows).tolist()
+
+    def failed(self) -> dict[Status, np.ndarray]:
+        """The failed rows by reason, ascending; only reasons that occur."""
+        statuses = self.statuses()
+        codes = [code for code in np.unique(statuses).tolist() if code > Status.DONE]
+        return {Status(code): np.flatnonzero(statuses == code) for code in codes}
+
+    def failed_units(self) -> list[int]:
+        """Units with a failed row, ascending."""
+        return np.unique(np.flatnonzero(self.statuses() > Status.DONE) // self.partition.chunk_rows).tolist()
+
+    def counts(self) -> dict[str, int]:
+        """Rows `done`, `failed` and `missing`."""
+        statuses = self.statuses()
+        done, missing = int((statuses == Status.DONE).sum()), int((statuses == Status.NOT_WRITTEN).sum())
+        return {"done": done, "failed": len(statuses) - done - missing, "missing": missing}
+
+    def num_bytes(self) -> int:
+        """Bytes of all arrays, uncompressed, once everything is written."""
+        return sum(int(self.array(name).nbytes) for name in self.columns)
+
+    def write_columns(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
+        """Writes one unit: the arrays in the given order, then `status`. A unit that was written is first unwritten.
+
+        Raises:
+            ValueError: a shape is not that of the unit, or an array is missing or unknown.
+            FileNotFoundError: the store has vanished.
+        """
+        rows = self.partition.unit_rows(unit)
+        self.check_values(unit, values)
+        if not self.storage.exists("zarr.json"):
+            raise FileNotFoundError(f"store {self.path}: has vanished while it was being written")
+        self.unwrite(unit)
+        for name in [*(name for name in values if name != "status"), "status"]:
+            self.array(name)[rows.start : rows.stop] = values[name]
+
+    def check_values(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
+        if set(values) != set(self.columns):
+            raise ValueError(f"store {self.path}, unit {unit}: got {sorted(values)}; expected {sorted(self.columns)}")
+        for name, value in values.items():
+            expected = (len(self.partition.unit_rows(unit)), *self.array(name).shape[1:])
+            if value.shape != expected:
+                raise ValueError(f"store {self.path}, unit {unit}: {name} has shape {value.shape}; expected {expected}")
+
+    def unwrite(self, unit: int) -> None:
+        """Marks one unit as not written; its rows stay until they are written again."""
+        key = f"status/c/{unit}"
+        if self.storage.exists(key):
+            self.storage.delete(key)
+
+
+def documents(columns: Mapping[str, Column], partition: Partition, attributes: dict[str, Any]) -> dict[str, bytes]:
+    """The metadata files of a store: name -> content, the group's own last."""
+    memory: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=attributes)
+    for name, column in columns.items():
+        lengths = [length for _, length in column.dimensions]
+        codec = [] if column.codec is None else [get_codec_class(column.codec["name"]).from_dict(dict(column.codec))]
+        group.create_array(
+            name,
+            shape=(partition.num_rows, *lengths),
+            chunks=(partition.chunk_rows, *(max(1, length) for length in lengths)),
+            dtype=column.dtype,
+            serializer=BytesCodec(endian=None if np.dtype(column.dtype).itemsize == 1 else "little"),
+            compressors=[*codec, Crc32cCodec()],
+            fill_value=np.dtype(column.dtype).type(column.fill),
+            dimension_names=("row", *(dimension for dimension, _ in column.dimensions)),
+            attributes=FLAGS if name == "status" else {},
+        )
+    return {key: memory[key].to_bytes() for key in sorted(memory, key=lambda key: (key == "zarr.json", key))}
+
+
+def plain(value: Any) -> Any:
+    """A manifest as JSON has it: what is compared later is what was saved."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def article(kind: str | None) -> str:
+    return "no icons store" if kind is None else f"a {kind} store"
+
+
+def parse_codec(codec: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """A codec by name (`zstd`), as JSON, or as zarr has it; any codec that zarr or numcodecs registers.
+
+    Raises:
+        ValueError: no such codec.
+
+    >>> parse_codec("zstd")
+    {'name': 'zstd', 'configuration': {}}
+    """
+    if codec is None:
+        return None
+    found = json.loads(codec) if isinstance(codec, str) and codec.startswith("{") else codec
+    found = {"name": found} if isinstance(found, str) else dict(found)
+    try:
+        get_codec_class(found["name"])
+    except KeyError as error:
+        raise ValueError(
+            f"codec {codec!r}: unknown to zarr; expected a name such as zstd, gzip, blosc, numcodecs.lz4, or JSON with "
+            "name and configuration"
+        ) from error
+    return {"name": found["name"], "configuration": found.get("configuration", {})}
+
+
+def check_compatible(
+    a: Mapping[str, Any],
+    b: Mapping[str, Any],
+    fields: Iterable[str],
+    what_a: str = "the store",
+    what_b: str = "this run",
+) -> None:
+    """Compares two manifests in the given fields; `projector` compares all of it, `data.fingerprint` one entry.
+
+    Raises:
+        ValueError: the first difference, with its field and both values.
+
+    >>> check_compatible({"dtype": "int8"}, {"dtype": "int8"}, ["dtype"])
+    """
+    for field in fields:
+        for name, left, right in differences(field, lookup(plain(a), field), lookup(plain(b), field)):
+            raise ValueError(
+                f"{name}: {what_a} has {left!r}, {what_b} has {right!r}; they must agree: use the same, or another place"
+            )
+
+
+def lookup(manifest: Any, field: str) -> Any:
+    for part in field.split("."):
+        manifest = manifest.get(part) if isinstance(manifest, Mapping) else None
+    return manifest
+
+
+def differences(name: str, left: Any, right: Any) -> Sequence[tuple[str, Any, Any]]:
+    """The leaves in which two values differ."""
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        keys = [*left, *(key for key in right if key not in left)]
+        return [found for key in keys for found in differences(f"{name}.{key}", left.get(key), right.get(key))]
+    return [] if left == right else [(name, left, right)]

@@ -1,0 +1,91 @@
+"""ScoreStore: each row's influence on each task, with its standard error."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from icons.partition import Partition
+from icons.row_store import Column, RowStore
+
+SCORE_CHUNK_ROWS = 1 << 16
+
+
+class ScoreStore(RowStore):
+    """A score store; `open` one, or `create` it.
+
+    Attributes:
+        influence, stderr: `[N, S]` float32, NaN for a row that has none.
+        status: `[N]` uint8, as in the gradient store that the scores come from.
+        tasks: names of the S tasks.
+        manifest: the sources' manifests and the settings.
+    """
+
+    KIND = "score"
+
+    def __init__(self, storage: Any, group: zarr.Group) -> None:
+        super().__init__(storage, group)
+        self.influence, self.stderr = self.array("influence"), self.array("stderr")
+        self.tasks: list[str] = list(group.attrs["tasks"])  # type: ignore[arg-type]
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        num_rows: int,
+        tasks: Sequence[str],
+        manifest: Mapping[str, Any] | None = None,
+        chunk_rows: int | None = None,
+        extra: Mapping[str, tuple[str, Sequence[tuple[str, int]]]] | None = None,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Makes an empty store.
+
+        Args:
+            path: a folder that is new or empty, or a URL.
+            num_rows: rows of the training store.
+            tasks: names, one per column.
+            manifest: the sources' manifests and the settings.
+            chunk_rows: rows per write unit; default 65,536, or all.
+            extra: further arrays: name -> (dtype, dimensions after the row with their lengths), for example
+                `{"norm": ("float32", []), "pairwise_gqa": ("float32", [("validation_gqa", 500)])}`. Floats start as
+                NaN, integers as 0.
+            attributes: further attributes of the group, beside `icons` and `tasks`.
+
+        Raises:
+            ValueError: no rows, no tasks, or a task named twice.
+            FileExistsError: a store is there.
+        """
+        tasks = list(tasks)
+        if num_rows < 1 or not tasks or len(set(tasks)) != len(tasks):
+            raise ValueError(f"store {path}: got num_rows={num_rows}, tasks={tasks}; expected rows, and distinct tasks")
+        by_task = (("task", len(tasks)),)
+        columns = {"influence": Column("float32", np.nan, by_task), "stderr": Column("float32", np.nan, by_task)}
+        for name, (dtype, dimensions) in (extra or {}).items():
+            fill = np.nan if np.dtype(dtype).kind == "f" else 0
+            columns[name] = Column(dtype, fill, tuple((dimension, length) for dimension, length in dimensions))
+        columns["status"] = Column("uint8", 0)
+        partition = Partition(num_rows, chunk_rows or min(SCORE_CHUNK_ROWS, num_rows))
+        return cls._create(path, partition, columns, manifest or {}, {"tasks": tasks, **(attributes or {})})
+
+    def write_unit(
+        self, unit: int, influence: np.ndarray, stderr: np.ndarray, status: np.ndarray, **extra: np.ndarray
+    ) -> None:
+        """Writes one unit: scores, the extra arrays, then `status`. A row of status 0 keeps its unit among the missing.
+
+        Raises:
+            ValueError: a shape is not that of the unit, or an array is missing or unknown.
+        """
+        values = {"influence": influence, "stderr": stderr, **extra, "status": status}
+        self.write_columns(unit, {name: np.asarray(value) for name, value in values.items()})
+
+    def __repr__(self) -> str:
+        counts = self.counts()
+        return (
+            f"ScoreStore({self.path!r})\n"
+            f"  rows   {self.num_rows:,} x {len(self.tasks)} tasks ({', '.join(self.tasks)})\n"
+            f"  done   {counts['done']:,}   failed {counts['failed']:,}   missing {counts['missing']:,}"
+        )

@@ -1,0 +1,253 @@
+"""GradientStore: row i is record i of the data file, always. A Zarr v3 group that any Zarr reader opens.
+
+| array | shape, dtype | meaning |
+|---|---|---|
+| `gradients` | `[N, K]` float16, float32 or int8 | projected per-sample gradients, not normalised |
+| `scale` | `[N]` float32, with int8 only | `gradients[i] * scale[i]` is the row |
+| `norm` | `[N]` float32 | L2 norm before projection |
+| `loss` | `[N]` float32 | the sample's loss |
+| `tokens` | `[N]` int32 | supervised tokens |
+| `status` | `[N]` uint8 | 0 not written, 1 done, 2 and up failed: see the attribute `icons_status` |
+
+A unit's chunks are written in the order rows, scalars, `status`, each chunk atomically and flushed, with a crc32c.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import zarr
+
+from icons.batch import Status
+from icons.partition import Partition
+from icons.row_store import Column, RowStore, check_compatible, parse_codec
+from icons.score_store import ScoreStore
+
+__all__ = ["GradientStore", "ScoreStore", "UnitRows", "check_compatible", "encode", "fitting_chunk_rows"]
+
+DTYPES = ("float16", "float32", "int8")
+CHUNK_BYTES = 8 << 20
+RESUME_FIELDS = ("data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype")
+# where a file lies may change between a run and its resume; what is in it may not
+NOT_COMPARED = {"path", "images", "name"}
+
+
+class UnitRows(NamedTuple):
+    """One unit, read: `gradient [n, K]` float32, `norm [n]`, `loss [n]`, `tokens [n]`, `status [n]`."""
+
+    gradient: np.ndarray
+    norm: np.ndarray
+    loss: np.ndarray
+    tokens: np.ndarray
+    status: np.ndarray
+
+
+class GradientStore(RowStore):
+    """A gradient store; `open` one, or `create` it.
+
+    Attributes:
+        gradients, norm, loss, tokens, status: the zarr arrays; `scale` too with int8, otherwise None.
+        manifest: what the rows were made from.
+        partition: rows -> write units.
+    """
+
+    KIND = "gradient"
+
+    def __init__(self, storage: Any, group: zarr.Group) -> None:
+        super().__init__(storage, group)
+        self.gradients, self.norm = self.array("gradients"), self.array("norm")
+        self.loss, self.tokens = self.array("loss"), self.array("tokens")
+        self.scale = self.array("scale") if self.dtype == "int8" else None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        num_rows: int,
+        dim: int,
+        dtype: str = "float16",
+        chunk_rows: int | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        codec: str | Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Makes an empty store.
+
+        Args:
+            path: a folder that is new or empty, or a URL.
+            num_rows: records of the data file.
+            dim: numbers per row.
+            dtype: float16, float32 or int8 (one scale per row).
+            chunk_rows: rows per chunk, which is the unit of writing; default: chunks of 4 to 8 MB.
+            manifest: what the rows are made from; `dtype` is added.
+            codec: compressor for the rows. Default none: gradients are noise to a compressor (see the README).
+
+        Raises:
+            ValueError: an unknown dtype or codec, or no rows.
+            FileExistsError: a store is there.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        if num_rows < 1 or dim < 1:
+            raise ValueError(f"store {path}: got num_rows={num_rows}, dim={dim}; expected both to be >= 1")
+        columns = {"gradients": Column(dtype, 0, (("dim", dim),), parse_codec(codec))}
+        if dtype == "int8":
+            columns["scale"] = Column("float32", 0)
+        columns |= {"norm": Column("float32", np.nan), "loss": Column("float32", np.nan)}
+        columns |= {"tokens": Column("int32", 0), "status": Column("uint8", 0)}
+        chunk_rows = chunk_rows or min(fitting_chunk_rows(dim, dtype), num_rows)
+        return cls._create(path, Partition(num_rows, chunk_rows), columns, {**(manifest or {}), "dtype": dtype})
+
+    @classmethod
+    def open_or_create(
+        cls,
+        path: str | Path,
+        *,
+        num_rows: int,
+        dim: int,
+        dtype: str = "float16",
+        chunk_rows: int | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        codec: str | Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Opens the store at `path` to go on with it, or makes it. Arguments as for `create`.
+
+        Raises:
+            ValueError: the store there was made from something else: the field and both values.
+        """
+        try:
+            store = cls.open(path, mode="r+")
+        except FileNotFoundError:
+            return cls.create(
+                path, num_rows=num_rows, dim=dim, dtype=dtype, chunk_rows=chunk_rows, manifest=manifest, codec=codec
+            )
+        store.check_resumable({**(manifest or {}), "dtype": dtype}, num_rows, dim, chunk_rows)
+        return store
+
+    def check_resumable(
+        self, manifest: Mapping[str, Any], num_rows: int, dim: int, chunk_rows: int | None = None
+    ) -> None:
+        """Checks that a run with these settings may go on with this store.
+
+        Raises:
+            ValueError: the first difference, with its field and both values.
+        """
+        here = {"rows": self.num_rows, "dim": self.dim, "chunk_rows": self.partition.chunk_rows}
+        asked = {"rows": num_rows, "dim": dim, "chunk_rows": chunk_rows or self.partition.chunk_rows}
+        what = f"the store {self.path}"
+        check_compatible(
+            {**compared(self.manifest), **here},
+            {**compared(manifest), **asked},
+            [*RESUME_FIELDS, *here],
+            what,
+            "this run",
+        )
+
+    @property
+    def dim(self) -> int:
+        return int(self.gradients.shape[1])
+
+    @property
+    def dtype(self) -> str:
+        return str(self.group["gradients"].dtype)  # type: ignore[union-attr]
+
+    def rows(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Gradients of the given rows, `[n, K]` float32; int8 is scaled back. Rows not written or failed are zeros.
+
+        Args:
+            rows: a slice, or row numbers in any order.
+        """
+        if isinstance(rows, slice):
+            found = np.asarray(self.gradients[rows], dtype=np.float32)
+            return found if self.scale is None else found * np.asarray(self.scale[rows])[:, None]
+        index = np.asarray(rows, dtype=np.int64)
+        found = np.asarray(self.gradients.oindex[index], dtype=np.float32)
+        return found if self.scale is None else found * np.asarray(self.scale.oindex[index])[:, None]
+
+    def read_unit(self, unit: int) -> UnitRows:
+        """One unit; costs one chunk of each array."""
+        rows = self.partition.unit_rows(unit)
+        span = slice(rows.start, rows.stop)
+        scalars = [np.asarray(array[span]) for array in (self.norm, self.loss, self.tokens, self.status)]
+        return UnitRows(self.rows(span), *scalars)
+
+    def write_unit(self, unit: int, results: Mapping[str, np.ndarray]) -> None:
+        """Writes one unit: rows, scalars, then `status`.
+
+        Args:
+            unit: which.
+            results: `gradient [n, K]` float32, `norm`, `loss`, `tokens`, `status`, each for all rows of the unit in
+                order. A row whose values float16 cannot hold (above 65,504) becomes NON_FINITE.
+
+        Raises:
+            ValueError: a shape is not that of the unit, an array is missing or unknown, or a status is 0.
+        """
+        gradient, status = (
+            np.asarray(results["gradient"], dtype=np.float32),
+            np.array(results["status"], dtype=np.uint8),
+        )
+        if (status == Status.NOT_WRITTEN).any():
+            raise ValueError(
+                f"store {self.path}, unit {unit}: status holds 0 (not written); expected 1 or more everywhere"
+            )
+        stored, scale = encode(gradient, self.dtype)
+        beyond = (status == Status.DONE) & ~np.isfinite(stored).all(axis=1)
+        stored[beyond], status[beyond] = 0, Status.NON_FINITE
+        values = {"gradients": stored, **({} if scale is None else {"scale": scale})}
+        values |= {
+            "norm": np.array(results["norm"], dtype=np.float32),
+            "loss": np.array(results["loss"], dtype=np.float32),
+        }
+        values["tokens"] = np.array(results["tokens"], dtype=np.int32)
+        values["norm"][beyond], values["loss"][beyond], values["tokens"][beyond] = np.nan, np.nan, 0
+        self.write_columns(unit, {**values, "status": status})
+
+    def __repr__(self) -> str:
+        counts, projector = self.counts(), self.manifest.get("projector", {})
+        lines = [
+            f"GradientStore({self.path!r})",
+            f"  rows       {self.num_rows:,} x {self.dim:,} {self.dtype} ({self.num_bytes() / 1e9:.2f} GB)",
+            f"  done       {counts['done']:,}   failed {counts['failed']:,}   missing {counts['missing']:,}",
+            f"  projector  {projector.get('kind', '?')} (dim {projector.get('dim', '?')}, seed {projector.get('seed', '?')})",
+            f"  model      {self.manifest.get('model', {}).get('fingerprint', '?')}"
+            f"   adapter {self.manifest.get('adapter', {}).get('fingerprint', '?')}",
+        ]
+        return "\n".join(lines)
+
+
+def compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest without what may differ between a run and its resume."""
+    return {
+        name: {key: entry for key, entry in value.items() if key not in NOT_COMPARED}
+        if isinstance(value, Mapping)
+        else value
+        for name, value in manifest.items()
+    }
+
+
+def fitting_chunk_rows(dim: int, dtype: str) -> int:
+    """Rows per chunk: the largest power of two for which a chunk has at most 8 MiB; 1 if a row alone is larger.
+
+    >>> fitting_chunk_rows(5120, "float16")
+    512
+    """
+    rows = CHUNK_BYTES // (dim * np.dtype(dtype).itemsize)
+    return 1 << max(0, rows.bit_length() - 1)
+
+
+def encode(gradient: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """float32 rows as they are stored, and the scale per row for int8.
+
+    int8: `scale = max|row| / 127`, values rounded to the nearest (ties to even); a zero row has scale 0. The rounding
+    error is uniform in half a step, so its variance is `scale^2 / 12` per number.
+
+    >>> encode(np.array([[1.0, -2.0]], dtype=np.float32), "int8")[0].tolist()
+    [[64, -127]]
+    """
+    if dtype != "int8":
+        with np.errstate(over="ignore"):
+            return gradient.astype(dtype), None
+    scale = (np.abs(gradient).max(axis=1) / np.float32(127)).astype(np.float32)
+    steps = gradient / np.where(scale > 0, scale, 1)[:, None]
+    return np.rint(steps).clip(-127, 127).astype(np.int8), scale
