@@ -1,0 +1,244 @@
+"""The report's pictures: numbers in, matplotlib figures out. One palette, no global matplotlib state."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+INK, MUTED, RULE = "#1c2430", "#667080", "#d9dde3"
+POOL, CHOSEN, ACCENT = "#c3ccd6", "#1f5f8b", "#c4532f"
+SCALE = LinearSegmentedColormap.from_list("icons", ["#f6f7f8", "#9dbdd3", CHOSEN, "#123a57"])
+PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: sharp, small, and in the page's font
+    "svg.hashsalt": "icons",  # the same numbers give the same file
+    "text.parse_math": False,  # a task called "$x$" is a name
+    "font.size": 8.0,
+    "font.family": "DejaVu Sans",
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 0,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.frameon": False,
+    "legend.fontsize": 7.5,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        yield figure, figure.add_subplot()
+
+
+@contextmanager
+def small(title: str, height: float, left: float = 0.02) -> Iterator[tuple[Figure, Axes]]:
+    """One of several figures side by side: the same frame in each, so that they line up."""
+    width = 2.5
+    with mpl.rc_context(STYLE | {"figure.constrained_layout.use": False}):
+        figure = Figure(figsize=(width, height))
+        bottom = 0.22 if left < 0.1 else 0.36
+        axes = figure.add_axes((left, bottom / height, 0.97 - left, 1 - (bottom + 0.24) / height))
+        figure.text(0.02, 1 - 0.04 / height, title, va="top", weight="bold", size=8.5)
+        yield figure, axes
+
+
+def vote_histogram(pool: Int[np.ndarray, " votes"], chosen: Int[np.ndarray, " votes"]) -> Figure:
+    """Rows by number of votes; the selected part of each bar is dark.
+
+    Args:
+        pool: rows with 0, 1, 2, ... votes.
+        chosen: how many of them are selected.
+    """
+    with canvas(5.6, 2.5) as (figure, axes):
+        votes = np.arange(len(pool))
+        axes.bar(votes, pool, width=0.82, color=POOL, label="not selected")
+        axes.bar(votes, chosen, width=0.82, color=CHOSEN, label="selected")
+        for vote, count in zip(votes, pool, strict=True):
+            axes.annotate(f"{count:,}", (vote, count), (0, 2), textcoords="offset points", ha="center", color=MUTED)
+        axes.set_xticks(votes)
+        axes.set_xlabel("tasks that vote for the row")
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.margins(x=0.02, y=0.14)
+        axes.legend(loc="upper right", handlelength=0.9, handleheight=0.9)
+    return figure
+
+
+def score_distribution(
+    task: str, counts: Int[np.ndarray, " bins"], edges: Float[np.ndarray, " edges"], threshold: float
+) -> Figure:
+    """Histogram of one task's scores; the part above the threshold is dark."""
+    with small(task, 1.35) as (figure, axes):
+        middle, width = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
+        axes.bar(middle, counts, width=width, color=np.where(middle >= threshold, CHOSEN, POOL))
+        if np.isfinite(threshold):
+            axes.axvline(threshold, color=ACCENT, linewidth=1)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+        axes.margins(x=0.01)
+    return figure
+
+
+def heat_map(names: Sequence[str], overlap: Float[np.ndarray, "tasks tasks"]) -> Figure:
+    """Share of rows that two tasks' own selections have in common, as in the paper's figure; numbers in percent."""
+    side = min(6.2, 1.5 + 0.42 * len(names))
+    with canvas(side, side - 0.35) as (figure, axes):
+        off = overlap[~np.eye(len(names), dtype=bool)]
+        low, high = (float(off.min()), float(off.max())) if off.size else (0.0, 1.0)
+        low = max(0.0, low - 0.25 * (high - low) - 0.02)  # the lightest field still differs from the page
+        others = np.where(np.eye(len(names), dtype=bool), np.nan, overlap)
+        axes.imshow(others, cmap=SCALE, vmin=low, vmax=max(high, low + 1e-9))
+        axes.set_xticks(range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        size = 7.5 if len(names) <= 12 else 5.5
+        for i, j in np.argwhere(~np.eye(len(names), dtype=bool)):
+            dark = overlap[i, j] - low > 0.5 * (high - low)
+            axes.text(
+                j, i, f"{100 * overlap[i, j]:.0f}", ha="center", va="center", size=size, color="white" if dark else INK
+            )
+    return figure
+
+
+def composition(
+    names: Sequence[str], pool: Float[np.ndarray, " sources"], chosen: Float[np.ndarray, " sources"]
+) -> Figure:
+    """Share of each source in the pool and in the selection."""
+    with canvas(5.6, 0.55 + 0.36 * len(names)) as (figure, axes):
+        place = np.arange(len(names))
+        axes.barh(place - 0.19, pool, height=0.34, color=POOL, label="pool")
+        axes.barh(place + 0.19, chosen, height=0.34, color=CHOSEN, label="selection")
+        for y, share in [*zip(place - 0.19, pool, strict=True), *zip(place + 0.19, chosen, strict=True)]:
+            axes.annotate(f"{100 * share:.1f} %", (share, y), (3, 0), textcoords="offset points", va="center", size=7)
+        axes.set_yticks(place, names, color=INK)
+        axes.invert_yaxis()
+        axes.set_xticks([])
+        axes.spines[["bottom", "left"]].set_visible(False)
+        axes.margins(x=0.12)
+        axes.legend(loc="lower right", handlelength=0.9, handleheight=0.9)
+    return figure
+
+
+def specialists(
+    names: Sequence[str], shared: Float[np.ndarray, " tasks"], expected: float, ordinary: float | None = None
+) -> Figure:
+    """For each task, the share of its own best rows that the consensus selected; a line at what chance would give."""
+    with canvas(5.6, 0.75 + 0.26 * len(names)) as (figure, axes):
+        place = np.arange(len(names))
+        axes.barh(place, shared, height=0.62, color=CHOSEN)
+        axes.axvline(expected, color=ACCENT, linewidth=1)
+        axes.annotate(
+            "chance", (expected, 1), (3, -1), xycoords=("data", "axes fraction"), textcoords="offset points",
+            color=ACCENT, size=7, va="bottom",
+        )  # fmt: skip
+        for y, share in zip(place, shared, strict=True):
+            axes.annotate(f"{100 * share:.0f} %", (share, y), (3, 0), textcoords="offset points", va="center", size=7.5)
+        axes.set_yticks(place, names, color=INK)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xticks([])
+        axes.spines[["bottom", "left"]].set_visible(False)
+    return figure
+
+
+def border(
+    task: str,
+    rank: Float[np.ndarray, " rows"],
+    score: Float[np.ndarray, " rows"],
+    stderr: Float[np.ndarray, " rows"],
+    threshold: float,
+) -> Figure:
+    """Scores around one task's threshold with their 95 % intervals, by rank (share of the pool ranked higher)."""
+    with small(task, 1.6, left=0.2) as (figure, axes):
+        for part, colour in ((score >= threshold, CHOSEN), (score < threshold, "#8b98a6")):
+            axes.errorbar(
+                100 * rank[part], score[part], 1.96 * stderr[part], fmt="o", markersize=1.8, color=colour,
+                ecolor=colour, elinewidth=0.6, capsize=0,
+            )  # fmt: skip
+        axes.axhline(threshold, color=ACCENT, linewidth=1)
+        axes.set_xlabel("rank, % of the pool", size=7)
+        axes.yaxis.set_major_locator(mpl.ticker.MaxNLocator(3))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+    return figure
+
+
+def dots(names: Sequence[str], values: Sequence[Sequence[float]], reference: float | None = None) -> Figure:
+    """One line per method: a dot per seed and the mean; a line at the reference."""
+    with canvas(5.6, 0.65 + 0.3 * len(names)) as (figure, axes):
+        for y, (name, seeds) in enumerate(zip(names, values, strict=True)):
+            strong = name.lower() not in ("full", "random")
+            axes.plot(seeds, [y] * len(seeds), "o", markersize=4, color=CHOSEN if strong else "#8b98a6", alpha=0.45)
+            mean = float(np.mean(seeds))
+            axes.plot([mean], [y], "|", markersize=13, markeredgewidth=2, color=CHOSEN if strong else MUTED)
+        if reference is not None:
+            axes.axvline(reference, color=ACCENT, linewidth=1)
+        axes.set_yticks(range(len(names)), names, color=INK)
+        axes.invert_yaxis()
+        axes.spines["left"].set_visible(False)
+        axes.margins(y=0.12)
+    return figure
+
+
+def intervals(
+    names: Sequence[str],
+    values: Float[np.ndarray, " methods"],
+    low: Float[np.ndarray, " methods"],
+    high: Float[np.ndarray, " methods"],
+) -> Figure:
+    """One line per method: an estimate with its interval; a line at zero."""
+    with canvas(5.6, 0.65 + 0.26 * len(names)) as (figure, axes):
+        place = np.arange(len(names))
+        axes.hlines(place, low, high, color=CHOSEN, linewidth=1.4)
+        axes.plot(values, place, "o", markersize=4.5, color=CHOSEN)
+        axes.axvline(0, color=RULE, linewidth=0.8)
+        axes.set_yticks(place, names, color=INK)
+        axes.invert_yaxis()
+        axes.spines["left"].set_visible(False)
+        axes.margins(y=0.1)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The figure as a `data:` address for an `<img>`: identifiers of several figures on a page cannot collide."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
+    text = buffer.getvalue().replace(b"'DejaVu Sans'", PAGE_FONT.replace("'", "&apos;").encode())
+    return "data:image/svg+xml;base64," + base64.b64encode(text).decode()
+
+
+def png(figure: Figure, dpi: int = 200) -> bytes:
+    """The figure as a PNG file on white."""
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.set_facecolor("white")
+        figure.set_dpi(dpi)
+        FigureCanvasAgg(figure).print_png(buffer)  # type: ignore[no-untyped-call]
+    return buffer.getvalue()

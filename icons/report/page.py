@@ -1,0 +1,108 @@
+"""The page: its parts as plain data, and the template that turns them into one self-contained HTML file.
+
+Everything that comes from data (texts, names, paths, manifests) is escaped by the template.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A number at the head of the page."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as a `data:` address, described for who cannot see it."""
+
+    source: str
+    alt: str
+    caption: str = ""
+    square: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    caption: str = ""
+    strong: Sequence[int] = ()
+    """Rows in bold."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    text: str
+    answer: bool
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A training row with its text and image, as the page shows it."""
+
+    row: int
+    id: str
+    source: str
+    score: str
+    stderr: str
+    votes: int
+    selected: bool
+    turns: Sequence[Turn]
+    image: str = ""
+    """A `data:` address; empty for a row without an image."""
+    problem: str = ""
+    """Why the record or its image could not be shown."""
+
+
+@dataclass(frozen=True)
+class Ends:
+    """A task's highest and lowest rows."""
+
+    task: str
+    threshold: str
+    highest: Sequence[ShownRow]
+    lowest: Sequence[ShownRow]
+
+
+@dataclass(frozen=True)
+class Section:
+    id: str
+    title: str
+    text: Sequence[str] = ()
+    pictures: Sequence[Picture] = ()
+    gallery: Sequence[Picture] = ()
+    """Small figures side by side."""
+    tables: Sequence[Table] = ()
+    ends: Sequence[Ends] = ()
+    manifests: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Page:
+    title: str
+    subtitle: str
+    facts: Sequence[Fact]
+    notices: Sequence[str]
+    sections: Sequence[Section]
+    footer: str
+
+
+def render(page: Page) -> str:
+    """The page as HTML: one file, no script, nothing loaded from elsewhere."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = resources.files("icons.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
+    return environment.from_string(template).render(page=page)

@@ -1,0 +1,57 @@
+"""Figures are SVG text without a date or colliding identifiers, and PNG on white."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from icons.report import figures
+
+CASES = {
+    "votes": lambda: figures.vote_histogram(np.array([9, 5, 2]), np.array([0, 3, 2])),
+    "scores": lambda: figures.score_distribution("gqa", np.array([1, 4, 2]), np.linspace(-1, 1, 4), 0.5),
+    "no threshold": lambda: figures.score_distribution("gqa", np.array([1, 4, 2]), np.linspace(-1, 1, 4), np.nan),
+    "overlap": lambda: figures.heat_map(["a", "b"], np.array([[1.0, 0.2], [0.4, 1.0]])),
+    "one task": lambda: figures.heat_map(["a"], np.array([[1.0]])),
+    "twenty tasks": lambda: figures.heat_map(
+        [f"task {i}" for i in range(20)], np.random.default_rng(0).random((20, 20))
+    ),
+    "composition": lambda: figures.composition(["coco", "vg"], np.array([0.7, 0.3]), np.array([0.5, 0.5])),
+    "specialists": lambda: figures.specialists(["a", "b"], np.array([0.7, 0.3]), 0.2),
+    "border": lambda: figures.border("a", np.linspace(0.1, 0.3, 5), np.linspace(1, 0, 5), np.full(5, 0.1), 0.5),
+    "dots": lambda: figures.dots(["full", "vote"], [[100.0], [96.0, 97.0]], 100.0),
+    "intervals": lambda: figures.intervals(
+        ["x", "y"], np.array([0.3, 0.1]), np.array([0.2, -0.1]), np.array([0.4, 0.3])
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_figure_becomes_the_same_svg_each_time(name: str) -> None:
+    figure = CASES[name]()
+    assert isinstance(figure, Figure)
+    address = figures.svg(figure)
+    assert address.startswith("data:image/svg+xml;base64,")
+    assert address == figures.svg(CASES[name]())
+    text = base64.b64decode(address.split(",")[1]).decode()
+    assert "<svg" in text and "system-ui" in text and "http://purl.org/dc/elements" not in text.split("</metadata>")[-1]
+
+
+def test_png_is_on_white() -> None:
+    with Image.open(io.BytesIO(figures.png(CASES["votes"]()))) as image:
+        assert image.width > 1000
+        assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
+
+
+def test_task_names_are_escaped_in_the_svg() -> None:
+    figure = figures.heat_map(["<script>alert(1)</script>", "b"], np.array([[1.0, 0.2], [0.4, 1.0]]))
+    assert b"<script>" not in base64.b64decode(figures.svg(figure).split(",")[1])
+
+
+def test_dollar_signs_in_names_are_not_read_as_mathematics() -> None:
+    assert b"a$b$" in base64.b64decode(
+        figures.svg(figures.heat_map(["a$b$", "b"], np.array([[1.0, 0.2], [0.4, 1.0]]))).split(",")[1]
+    )
