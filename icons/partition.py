@@ -5,8 +5,9 @@ unit from the lengths of its rows alone, so that what is stored does not depend 
 which of them resumes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,13 @@ class Partition:
         return row // self.chunk_rows
 
 
+class Claim(Protocol):
+    """Asked at the start of a unit: True takes it; False: another run holds it (`patient`: after a look at whether that
+    run is alive), or has finished it."""
+
+    def __call__(self, unit: int, patient: bool = False) -> bool: ...
+
+
 @dataclass(frozen=True)
 class UnitPlan:
     """What one rank has to do: the seam between the writer, which knows, and the datamodule, which feeds.
@@ -66,7 +74,7 @@ class UnitPlan:
 
     partition: Partition
     units: Sequence[int]
-    claim: Callable[[int], bool] | None = None
+    claim: Claim | None = None
 
 
 def assign(units: Sequence[int], num_workers: int, worker: int) -> list[int]:

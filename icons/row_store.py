@@ -72,7 +72,7 @@ class RowStore:
         group = zarr.open_group(storage.zarr_store, mode="r" if mode == "r" else "r+", zarr_format=3)
         manifest = group.attrs.get("icons")
         if not isinstance(manifest, Mapping) or manifest.get("kind") != cls.KIND:
-            kind = manifest.get("kind") if isinstance(manifest, Mapping) else None
+            kind = str(manifest.get("kind")) if isinstance(manifest, Mapping) else None
             raise ValueError(f"store {path}: is {article(kind)}; expected a {cls.KIND} store made by icons")
         if manifest.get("format") != FORMAT:
             raise ValueError(f"store {path}: has format {manifest.get('format')!r}; this version reads {FORMAT}")
@@ -125,6 +125,11 @@ class RowStore:
         """Units with a row that is neither done nor failed, ascending."""
         empty = np.flatnonzero(self.statuses() == Status.NOT_WRITTEN)
         return np.unique(empty // self.partition.chunk_rows).tolist()
+
+    def is_written(self, unit: int) -> bool:
+        """Whether every row of a unit is done or failed; reads one small chunk."""
+        rows = self.partition.unit_rows(unit)
+        return bool((np.asarray(self.status[rows.start : rows.stop]) != Status.NOT_WRITTEN).all())
 
     def failed(self) -> dict[Status, np.ndarray]:
         """The failed rows by reason, ascending; only reasons that occur."""
@@ -182,14 +187,16 @@ def documents(columns: Mapping[str, Column], partition: Partition, attributes: d
     group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=attributes)
     for name, column in columns.items():
         lengths = [length for _, length in column.dimensions]
-        codec = [] if column.codec is None else [get_codec_class(column.codec["name"]).from_dict(dict(column.codec))]
+        codec: list[Any] = (
+            [] if column.codec is None else [get_codec_class(column.codec["name"]).from_dict(dict(column.codec))]
+        )
         group.create_array(
             name,
             shape=(partition.num_rows, *lengths),
             chunks=(partition.chunk_rows, *(max(1, length) for length in lengths)),
             dtype=column.dtype,
             serializer=BytesCodec(endian=None if np.dtype(column.dtype).itemsize == 1 else "little"),
-            compressors=[*codec, Crc32cCodec()],
+            compressors=compressors,
             fill_value=np.dtype(column.dtype).type(column.fill),
             dimension_names=("row", *(dimension for dimension, _ in column.dimensions)),
             attributes=FLAGS if name == "status" else {},
@@ -246,7 +253,8 @@ def check_compatible(
     for field in fields:
         for name, left, right in differences(field, lookup(plain(a), field), lookup(plain(b), field)):
             raise ValueError(
-                f"{name}: {what_a} has {left!r}, {what_b} has {right!r}; they must agree: use the same, or another place"
+                f"{name}: {what_a} has {left!r}, {what_b} has {right!r}; expected both to be the same: "
+                "mend one, or use another store"
             )
 
 

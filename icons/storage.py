@@ -1,8 +1,8 @@
 """Where stores lie: a folder or an object store, with atomic, durable files and a few plain operations on keys.
 
-Every file is written beside its name, flushed to the disk (`fsync`), and then renamed: a reader sees the old file or the
-new one, never a part, and what a later file promises (a unit's `status`) cannot outlive what it promises (its rows) when
-the machine loses power. The price is measured by `scripts/bench_store.py`.
+Every file is written beside its name, flushed to the disk (`fsync`), and then renamed: a reader sees the old file or
+the new one, never a part, and what a later file promises (a unit's `status`) cannot outlive what it promises (its rows)
+when the machine loses power. The price is measured by `scripts/bench_store.py`.
 """
 
 import importlib
@@ -129,7 +129,7 @@ class DurableLocalStore(LocalStore):
 
 
 def write_file(root: Path, key: str, value: Buffer, exclusive: bool) -> None:
-    """Writes one key below `root`: flushed, then renamed into place (or, `exclusive`, linked, which fails if it exists).
+    """Writes one key below `root`: flushed, then renamed into place (`exclusive`: linked, which fails if it exists).
 
     Raises:
         FileNotFoundError: `root` is gone.

@@ -204,12 +204,13 @@ class GradientStore(RowStore):
         self.write_columns(unit, {**values, "status": status})
 
     def __repr__(self) -> str:
-        counts, projector = self.counts(), self.manifest.get("projector", {})
+        counts = self.counts()
+        kind, dim, seed = (self.manifest.get("projector", {}).get(key, "?") for key in ("kind", "dim", "seed"))
         lines = [
             f"GradientStore({self.path!r})",
             f"  rows       {self.num_rows:,} x {self.dim:,} {self.dtype} ({self.num_bytes() / 1e9:.2f} GB)",
             f"  done       {counts['done']:,}   failed {counts['failed']:,}   missing {counts['missing']:,}",
-            f"  projector  {projector.get('kind', '?')} (dim {projector.get('dim', '?')}, seed {projector.get('seed', '?')})",
+            f"  projector  {kind} (dim {dim}, seed {seed})",
             f"  model      {self.manifest.get('model', {}).get('fingerprint', '?')}"
             f"   adapter {self.manifest.get('adapter', {}).get('fingerprint', '?')}",
         ]

@@ -5,9 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from icons.partition import Partition, UnitPlan, form_batches
-
-Claim = Callable[[int], bool]
+from icons.partition import Claim, Partition, UnitPlan, form_batches
 
 
 class UnitBatchSampler(Sampler[list[int]]):
@@ -53,8 +51,14 @@ class UnitBatchSampler(Sampler[list[int]]):
         return form_batches(rows, self.lengths(rows), self.batch_rows, self.max_tokens)
 
     def __iter__(self) -> Iterator[list[int]]:
+        deferred = []
         for unit in self.units:
             if self.claim is None or self.claim(unit):
+                yield from self.unit_batches(unit)
+            else:
+                deferred.append(unit)
+        for unit in deferred:  # by now their owners have been watched for some time
+            if self.claim is not None and self.claim(unit, patient=True):
                 yield from self.unit_batches(unit)
 
 

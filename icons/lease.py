@@ -1,0 +1,196 @@
+"""Leases: which run is computing which unit, so that two runs on one store never compute the same one.
+
+A lease is a small file `status/lease/<unit>.<generation>`, made by an atomic "create unless it exists"; the highest
+generation holds the unit. A dead owner's unit is taken over by making the next generation, which again only one run can
+do. An owner on this machine is dead when its process is gone. For one elsewhere clocks are not compared, since they may
+differ: its lease holds a counter that it raises every few seconds, and an owner whose counter has stood still for
+`timeout_s` of *our* clock counts as dead.
+
+Should an owner that was given up come back (a machine that had frozen), nothing is lost: it notices before it writes,
+and both would write the same bytes, each file atomically.
+"""
+
+import json
+import os
+import platform
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+PREFIX = "status/lease"
+BEATS_PER_TIMEOUT = 6
+
+
+class Keys(Protocol):
+    """The few operations on keys that leases need; `icons.storage.Storage` has them."""
+
+    def get(self, key: str) -> bytes | None: ...
+    def put(self, key: str, value: bytes) -> None: ...
+    def put_new(self, key: str, value: bytes) -> bool: ...
+    def delete(self, key: str) -> None: ...
+    def list(self, prefix: str) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a unit, as its lease says."""
+
+    owner: str
+    machine: str
+    pid: int
+    started: str
+    beat: int = 0
+    released: bool = False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.machine.partition('/')[0]}"
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> "Holder":
+        return cls(**json.loads(text))
+
+
+class Leases:
+    """The leases of one run (of one rank) on one store.
+
+    Args:
+        keys: the store's storage.
+        timeout_s: how long the counter of an owner on another machine must stand still for its unit to be taken over.
+    """
+
+    def __init__(self, keys: Keys, timeout_s: float = 90.0) -> None:
+        self.keys, self.timeout_s = keys, timeout_s
+        self.me = Holder(uuid.uuid4().hex, machine(), os.getpid(), start_time(os.getpid()))
+        self.held: dict[int, int] = {}  # unit -> generation
+        self.seen: dict[str, tuple[int, float]] = {}  # lease -> counter, and when we first saw it at that value
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def acquire(self, unit: int) -> bool:
+        """Takes the lease of `unit`, also from a dead owner; False if another run, or another writer here, holds it."""
+        if unit in self.held:
+            return True
+        generation = max(self.generations(unit), default=-1)
+        if generation >= 0 and (holder := self.read(unit, generation)) is not None and self.is_alive(unit, holder):
+            return False
+        with self.lock:
+            if not self.keys.put_new(lease_key(unit, generation + 1), self.me.to_bytes()):
+                return False
+            self.held[unit] = generation + 1
+        self.start_beating()
+        return True
+
+    def acquire_patiently(self, unit: int) -> bool:
+        """As `acquire`, but watches an owner elsewhere until its counter moves (False) or it is given up (True)."""
+        first = self.holder(unit)
+        while not self.acquire(unit):
+            holder = self.holder(unit)
+            if holder is None or first is None or holder.owner != first.owner:
+                first = holder
+            elif holder.machine == self.me.machine or holder.beat != first.beat:
+                return False
+            if self.closed.wait(self.timeout_s / 30):
+                return False
+        return True
+
+    def holder(self, unit: int) -> Holder | None:
+        """Who holds `unit` now; None: nobody."""
+        generation = max(self.generations(unit), default=-1)
+        return None if generation < 0 else self.read(unit, generation)
+
+    def owns(self, unit: int) -> bool:
+        """Whether the lease of `unit` is still ours: nobody has taken it over."""
+        return unit in self.held and self.read(unit, self.held[unit] + 1) is None
+
+    def release(self, unit: int, done: bool) -> None:
+        """Gives a unit back: `done` removes the lease, otherwise anyone may take it at once."""
+        with self.lock:
+            generation = self.held.pop(unit, None)
+            if generation is None:
+                return
+            if done:
+                for old in sorted(self.generations(unit), reverse=True):
+                    if old <= generation:
+                        self.keys.delete(lease_key(unit, old))
+            else:
+                self.keys.put(lease_key(unit, generation), replace(self.me, released=True).to_bytes())
+
+    def close(self) -> None:
+        """Gives everything back that is still held, as not done."""
+        self.closed.set()
+        if self.thread is not None:
+            self.thread.join()
+        for unit in list(self.held):
+            self.release(unit, done=False)
+
+    def generations(self, unit: int) -> list[int]:
+        prefix = lease_key(unit, "")
+        return [int(key[len(prefix) :]) for key in self.keys.list(PREFIX) if key.startswith(prefix)]
+
+    def read(self, unit: int, generation: int) -> Holder | None:
+        found = self.keys.get(lease_key(unit, generation))
+        return None if found is None else Holder.from_bytes(found)
+
+    def is_alive(self, unit: int, holder: Holder) -> bool:
+        if holder.released:
+            return False
+        if holder.machine == self.me.machine:
+            return start_time(holder.pid) == holder.started
+        now = time.monotonic()
+        beat, since = self.seen.setdefault(holder.owner, (holder.beat, now))
+        if holder.beat != beat:
+            self.seen[holder.owner] = (holder.beat, now)
+            return True
+        return now - since < self.timeout_s
+
+    def start_beating(self) -> None:
+        if self.thread is None:
+            self.thread = threading.Thread(target=self.beat, name="icons-leases", daemon=True)
+            self.thread.start()
+
+    def beat(self) -> None:
+        """Raises the counter of every lease that is held, until `close`."""
+        count = 0
+        while not self.closed.wait(self.timeout_s / BEATS_PER_TIMEOUT):
+            count += 1
+            with self.lock:
+                for unit, generation in self.held.items():
+                    # A lost beat costs nothing: at worst the unit is taken over, which the owner notices before it
+                    # writes; and what keeps beats from being written will stop the writer, with its reason.
+                    with suppress(Exception):
+                        self.keys.put(lease_key(unit, generation), replace(self.me, beat=count).to_bytes())
+
+
+def lease_key(unit: int, generation: int | str) -> str:
+    return f"{PREFIX}/{unit}.{generation}"
+
+
+def machine() -> str:
+    """Names the machine within which a process id means one process: host, boot and process namespace."""
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    known = [boot.read_text().strip() if boot.exists() else "", str(namespace.readlink()) if namespace.exists() else ""]
+    return "/".join([platform.node(), *known])
+
+
+def start_time(pid: int) -> str:
+    """When a process began, so that a number used again is not taken for it; empty: there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return "" if Path("/proc/self").exists() else without_proc(pid)
+    return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended: only its parent has not looked yet
+
+
+def without_proc(pid: int) -> str:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return ""
+    return "running"

@@ -1,0 +1,233 @@
+"""GradientWriter: the callback that stores what `Trainer.predict` computes, and says which rows are still to do."""
+
+import importlib.metadata
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from icons.partition import UnitPlan, assign, parse_shard
+from icons.store import GradientStore
+from icons.unit_writer import FIELDS, UnitWriter
+
+RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
+VERSIONS = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
+
+
+class NoInterval:
+    """Tells Lightning that it need not remember the rows of every batch it has seen: each prediction names its own."""
+
+    on_batch = on_epoch = False
+
+
+class GradientWriter(BasePredictionWriter):
+    """Stores the rows that a `GradientExtractor` predicts; a store that exists is gone on with.
+
+    Before the first batch rank 0 opens or creates the store and finds the units still to do; every rank gets its share
+    and passes it to the datamodule as `datamodule.plan` (a `UnitPlan`), from which `predict_dataloader` makes its
+    batches (`UnitBatchSampler.of_plan`). A finished unit is stored from a background thread while the next is computed.
+    SIGTERM finishes the current unit and exits with status 75.
+
+    Args:
+        path: the store: a folder, or a URL (s3://bucket/name).
+        num_rows: records of the data file; default: `len(datamodule.dataset)`.
+        dim: numbers per row; default: the extractor's projector's.
+        dtype: float16, float32 or int8.
+        chunk_rows: rows per unit; default: chunks of 4 to 8 MB.
+        codec: compressor for the rows; default none.
+        manifest: further entries; they win over what extractor and datamodule say with their `describe()`.
+        shard: "I/N": only the I-th (from 0) of N equal shares of all units, for jobs that do not know of each other.
+        retry_failed: also compute the units with failed rows.
+        queue_units: finished units that may wait to be written; with those being collected, the memory it takes.
+        lease_timeout_s: after this time without a sign of life the unit of a run on another machine is taken over.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_rows: int | None = None,
+        dim: int | None = None,
+        dtype: Literal["float16", "float32", "int8"] = "float16",
+        chunk_rows: int | None = None,
+        codec: str | Mapping[str, Any] | None = None,
+        manifest: Mapping[str, Any] | None = None,
+        shard: str | None = None,
+        retry_failed: bool = False,
+        queue_units: int = 2,
+        lease_timeout_s: float = 90.0,
+    ) -> None:
+        super().__init__("batch")
+        self.interval = NoInterval()  # type: ignore[assignment]
+        self.path, self.num_rows, self.dim, self.dtype = path, num_rows, dim, dtype
+        self.chunk_rows, self.codec, self.manifest = chunk_rows, codec, dict(manifest or {})
+        self.shard = (0, 1) if shard is None else parse_shard(shard)
+        self.retry_failed, self.queue_units, self.lease_timeout_s = retry_failed, queue_units, lease_timeout_s
+        self.store: GradientStore | None = None
+        self.units: list[int] = []
+        self.writer: UnitWriter | None = None
+        self.stop_asked = False
+        self.previous_handler: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Opens the store and plans the work, on all ranks alike.
+
+        Raises:
+            ValueError: Trainer flags under which the rows would be wrong, or a store made from something else.
+        """
+        super().setup(trainer, pl_module, stage)
+        check_trainer(trainer)
+        found = broadcast(trainer, self.prepare(trainer, pl_module) if trainer.is_global_zero else None)
+        if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever
+            raise found
+        self.store = GradientStore.open(self.path, mode="r+")
+        self.units = assign(found["todo"], trainer.world_size, trainer.global_rank)
+        again = found["again"]
+        self.writer = UnitWriter(
+            self.store, again=again, queue_units=self.queue_units, lease_timeout_s=self.lease_timeout_s
+        )
+        datamodule = getattr(trainer, "datamodule", None)
+        if datamodule is not None:
+            datamodule.plan = self.plan
+
+    @property
+    def plan(self) -> UnitPlan:
+        """What this rank has to do; known after `setup`."""
+        assert self.store is not None and self.writer is not None
+        return UnitPlan(self.store.partition, self.units, self.writer.claim)
+
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[int]] | Exception:
+        """Opens or creates the store (rank 0); the units to do, or what went wrong."""
+        try:
+            datamodule: Any = getattr(trainer, "datamodule", None)
+            manifest = self.describe(pl_module, datamodule)
+            store = GradientStore.open_or_create(
+                self.path,
+                num_rows=self.num_rows or len(datamodule.dataset),
+                dim=self.dim or manifest["projector"]["dim"] or manifest["adapter"]["parameters"],
+                dtype=self.dtype,
+                chunk_rows=self.chunk_rows,
+                manifest=manifest,
+                codec=self.codec,
+            )
+            mine = set(assign(range(store.partition.num_units), self.shard[1], self.shard[0]))
+            again = sorted(mine & set(store.failed_units())) if self.retry_failed else []
+            return {"todo": sorted(mine & set(store.missing()) | set(again)), "again": again}
+        except Exception as error:
+            return error
+
+    def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
+        """The manifest: what the rows are made from."""
+        describes = [getattr(part, "describe", dict) for part in (datamodule, pl_module)]
+        found = {name: value for describe in describes for name, value in describe().items()}
+        settings = {"shards": self.shard[1], "chunk_rows": self.chunk_rows, "threads": torch.get_num_threads()}
+        versions = {name: version(name) for name in VERSIONS}
+        return {**found, "versions": versions, "settings": settings, **self.manifest}
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Lightning's own handler broadcasts the signal to all ranks, which hangs unless all of them have got it
+        if threading.current_thread() is threading.main_thread():
+            self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop(trainer))
+
+    def ask_to_stop(self, trainer: Trainer) -> None:
+        """SIGTERM: the first one lets the current unit be finished, the second ends the process now."""
+        if self.stop_asked:
+            os._exit(RESUME)
+        self.stop_asked = True
+        for process in child_processes(trainer):
+            process.send_signal(signal.SIGTERM)
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.stop_between_units(trainer)
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the rows of a batch."""
+        assert self.writer is not None
+        row = outputs["row"].cpu().numpy()
+        self.writer.collect(row, {name: as_numpy(outputs[name]) for name in FIELDS})
+        self.stop_between_units(trainer)
+
+    def stop_between_units(self, trainer: Trainer) -> None:
+        assert self.writer is not None
+        if not self.stop_asked or self.writer.open_units:
+            return
+        self.writer.close()
+        self.writer.check()
+        for process in child_processes(trainer):
+            process.wait()
+        # Lightning kills all ranks when one that it launched ends with another status than 0
+        launched = isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0  # type: ignore[attr-defined]
+        raise SystemExit(0 if launched else RESUME)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Waits until everything is stored.
+
+        Raises:
+            OSError: a unit could not be stored.
+            ValueError: a unit is incomplete, or another run holds it.
+        """
+        assert self.writer is not None
+        self.restore_handler()
+        self.writer.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stores what was finished, and gives the rest back."""
+        self.restore_handler()
+        if self.writer is not None:
+            self.writer.close()
+
+    def restore_handler(self) -> None:
+        if self.previous_handler is not None:
+            signal.signal(signal.SIGTERM, self.previous_handler)
+            self.previous_handler = None
+
+
+def check_trainer(trainer: Trainer) -> None:
+    if trainer.predict_loop.inference_mode:
+        raise ValueError(
+            "GradientWriter: got Trainer(inference_mode=True), under which every gradient is a silent zero; expected "
+            "Trainer(inference_mode=False)"
+        )
+    if trainer._accelerator_connector.use_distributed_sampler:
+        raise ValueError(
+            "GradientWriter: got Trainer(use_distributed_sampler=True), under which ranks would share units; expected "
+            "Trainer(use_distributed_sampler=False): the writer gives every rank its own units"
+        )
+
+
+def broadcast(trainer: Trainer, value: Any) -> Any:
+    return trainer.strategy.broadcast(value, src=0)
+
+
+def child_processes(trainer: Trainer) -> list[Any]:
+    """The ranks that Lightning has launched from this process."""
+    return list(getattr(trainer.strategy.launcher, "procs", []))
+
+
+def as_numpy(values: torch.Tensor) -> np.ndarray:
+    return values.detach().cpu().numpy()
+
+
+def version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
