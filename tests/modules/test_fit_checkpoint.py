@@ -1,0 +1,104 @@
+"""A fit that was stopped and resumed ends where one ends that was left alone, bit for bit."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from icons.modules.fit_checkpoint import FitCheckpoint, Interrupted
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")
+
+
+class Dropped(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 1))
+        self.seen: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.seen.append(batch[0, 0].item())
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+class Batches:
+    """Ten batches that remember their place, as a training data loader does."""
+
+    def __init__(self) -> None:
+        self.start = self.given = 0
+
+    def __len__(self) -> int:
+        return 10
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.given, self.start = self.start, 0
+        while self.given < 10:
+            self.given += 1
+            yield torch.full((2, 4), float(self.given))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"given": self.given % 10}  # a finished epoch leaves nothing to skip
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.start = state["given"]
+
+
+class Terminate(Callback):
+    def __init__(self, epoch: int, batch: int) -> None:
+        self.at = (epoch, batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit(
+    folder: Path, *callbacks: Callback, minutes: float = 15.0, accumulate: int = 1, resume: bool = False
+) -> Dropped:
+    module = Dropped()
+    trainer = Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        max_epochs=3,
+        accumulate_grad_batches=accumulate,
+        callbacks=[*callbacks, FitCheckpoint(folder, minutes, seed=3)],
+    )
+    try:
+        trainer.fit(module, Batches(), ckpt_path=folder / "last.ckpt" if resume else None)
+    except Interrupted:
+        assert not resume
+    return module
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("at", [(0, 0), (1, 4), (1, 9), (2, 8), (2, 9)])
+def test_a_terminated_fit_resumes_bit_for_bit(tmp_path: Path, at: tuple[int, int], accumulate: int) -> None:
+    whole = fit(tmp_path, accumulate=accumulate)
+    assert not (tmp_path / "last.ckpt").exists()
+    before = signal.getsignal(signal.SIGTERM)
+    first = fit(tmp_path, Terminate(*at), accumulate=accumulate)
+    assert signal.getsignal(signal.SIGTERM) == before
+    rest = fit(tmp_path, accumulate=accumulate, resume=True)
+    assert first.seen + rest.seen == whole.seen
+    for name, value in rest.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_it_is_saved_every_so_many_minutes(tmp_path: Path) -> None:
+    fit(tmp_path, minutes=60.0)
+    assert not (tmp_path / "last.ckpt").exists()
+    fit(tmp_path, minutes=0.0)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 30
