@@ -187,9 +187,9 @@ def documents(columns: Mapping[str, Column], partition: Partition, attributes: d
     group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=attributes)
     for name, column in columns.items():
         lengths = [length for _, length in column.dimensions]
-        codec: list[Any] = (
-            [] if column.codec is None else [get_codec_class(column.codec["name"]).from_dict(dict(column.codec))]
-        )
+        compressors: list[Any] = [Crc32cCodec()]  # last: of the bytes as they lie on the disk
+        if column.codec is not None:
+            compressors.insert(0, get_codec_class(column.codec["name"]).from_dict(dict(column.codec)))
         group.create_array(
             name,
             shape=(partition.num_rows, *lengths),
