@@ -1,0 +1,153 @@
+"""Optional parts of the report that other commands measured: fine-tuning results, and whether influence predicts.
+
+Results (`--comparison FILE`, as `icons demo` writes it):
+
+    {"tasks": ["shape", ...], "reference": "full",
+     "methods": [{"name": "vote", "rows": 800, "runs": [{"seed": 0, "accuracy": {"shape": 0.91, ...}}, ...]}, ...],
+     "shares": [{"name": "wrong answers", "pool": 0.25, "selection": 0.11}, ...], "note": "..."}
+
+Validation (`--validation FILE`, as `icons validate` writes it):
+
+    {"columns": ["method", "LDS", ...], "rows": [["exact, Adam", [0.41, 0.33, 0.48], ...], ...],
+     "title": "...", "text": "...", "note": "..."}
+
+where three numbers in a list are an estimate with its interval.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icons.report import figures
+from icons.report.page import Cell, Fact, Picture, Section, Table
+
+
+def read(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON object with at least `keys`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, not an object, or a key is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{path}: expected an object with {', '.join(keys)}; {', '.join(missing)} missing")
+    assert isinstance(content, dict)
+    return content
+
+
+def relative_performance(accuracy: Mapping[str, float], reference: Mapping[str, float], tasks: Sequence[str]) -> float:
+    """Mean over tasks of accuracy divided by the reference's, in percent: the paper's Rel. (%).
+
+    A task where the reference has 0 is left out; NaN when none is left.
+
+    >>> relative_performance({"a": 0.4, "b": 0.9}, {"a": 0.5, "b": 0.9}, ["a", "b"])
+    90.0
+    """
+    ratios = [accuracy[task] / reference[task] for task in tasks if reference[task]]
+    return 100 * sum(ratios) / len(ratios) if ratios else float("nan")
+
+
+def results(path: Path) -> tuple[Section, list[Fact]]:
+    """The section with accuracies per task and method, and the shares for the page's head.
+
+    Raises:
+        ValueError: a method lacks a task, or the reference is not among the methods.
+    """
+    content = read(path, "tasks", "methods", "reference")
+    tasks, methods = list(content["tasks"]), list(content["methods"])
+    accuracies = {method["name"]: [run["accuracy"] for run in method["runs"]] for method in methods}
+    for name, runs in accuracies.items():
+        lost = sorted({task for task in tasks for run in runs if task not in run})
+        if lost or not runs:
+            raise ValueError(
+                f"{path}: method {name!r} has {len(runs)} runs; no accuracy for: {', '.join(lost) or 'any'}"
+            )
+    if content["reference"] not in accuracies:
+        raise ValueError(f"{path}: the reference {content['reference']!r} is none of {', '.join(accuracies)}")
+    whole = {task: float(np.mean([run[task] for run in accuracies[content["reference"]]])) for task in tasks}
+    relative = {name: [relative_performance(run, whole, tasks) for run in runs] for name, runs in accuracies.items()}
+    rows = []
+    for method in methods:
+        runs = accuracies[method["name"]]
+        per_task = [spread([100 * run[task] for run in runs]) for task in tasks]
+        count = Cell(f"{method['rows']:,}") if "rows" in method else Cell("")
+        rows.append([Cell(method["name"]), count, *per_task, spread(relative[method["name"]])])
+    best = [i for i, method in enumerate(methods) if method.get("strong")]
+    table = Table(["method", "rows", *tasks, "Rel. (%)"], rows, content.get("note", ""), best)
+    picture = Picture(
+        figures.svg(figures.dots(list(relative), list(relative.values()), 100.0)),
+        "Rel. (%) of each method: one dot per seed, a bar at the mean, a line at full data.",
+        "Rel. (%): one dot per seed, a bar at the mean.",
+    )
+    text = [
+        "Test accuracy (%) after fine-tuning the same start on each set of rows; ± is the deviation over seeds.",
+        f"Rel. (%) is the mean over tasks of the accuracy relative to “{content['reference']}”, as in the paper.",
+    ]
+    section = Section("results", "Results", text, [picture], tables=[table])
+    facts = [
+        Fact(share["name"], f"{100 * share['pool']:.0f} → {100 * share['selection']:.0f} %", "pool → selection")
+        for share in content.get("shares", [])
+    ]
+    return section, facts
+
+
+def validation(path: Path) -> Section:
+    """The section on whether influence predicts: a table, and a picture of its first column of intervals.
+
+    Raises:
+        ValueError: a row has not as many cells as there are columns.
+    """
+    content = read(path, "columns", "rows")
+    columns, rows = list(content["columns"]), list(content["rows"])
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"{path}: a row of {len(row)} cells; expected {len(columns)}: {row}")
+    pictures = []
+    for i, column in enumerate(columns):
+        if rows and all(isinstance(row[i], list) for row in rows):
+            value, low, high = np.array([row[i] for row in rows], dtype=float).T
+            picture = figures.intervals([str(row[0]) for row in rows], value, low, high)
+            pictures.append(
+                Picture(figures.svg(picture), f"{column} with its interval", f"{column}, with its interval.")
+            )
+            break
+    table = Table(columns, [[measured(cell) for cell in row] for row in rows], content.get("note", ""))
+    text = (
+        content.get("text")
+        or "Models were trained on subsets of the pool; how well do the scores predict their losses?"
+    )
+    return Section("validation", content.get("title", "Does influence predict?"), [text], pictures, tables=[table])
+
+
+def spread(values: Sequence[float]) -> Cell:
+    """Mean over seeds, with the standard deviation where there are several.
+
+    >>> spread([1.0, 3.0])
+    Cell(value='2.0', note='± 1.4')
+    """
+    note = f"± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return Cell(f"{np.mean(values):.1f}", note)
+
+
+def measured(cell: object) -> Cell:
+    """A table's cell: an estimate with its interval, a number, or text.
+
+    >>> measured([0.41, 0.33, 0.48])
+    Cell(value='0.41', note='0.33 to 0.48')
+    """
+    if isinstance(cell, list):
+        value, low, high = cell
+        return Cell(f"{value:.2f}", f"{low:.2f} to {high:.2f}")
+    if isinstance(cell, float):
+        return Cell(f"{cell:.3g}")
+    return Cell(str(cell))
