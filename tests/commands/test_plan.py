@@ -1,0 +1,145 @@
+"""The plan's arithmetic, against sizes that are known and sums done by hand."""
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from icons.commands.plan import (
+    ModelSize,
+    Workload,
+    device_speed,
+    plan_gradients,
+    plan_warmup,
+    ranks_of,
+    split,
+)
+
+TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj"
+
+
+@pytest.fixture(scope="module")
+def vicuna() -> ModelSize:
+    """Vicuna-7B with LLaVA's LoRA, without its weights."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers 5 in the words of 4
+        model = AutoModelForCausalLM.from_config(config)
+        return ModelSize.of(get_peft_model(model, LoraConfig(r=128, target_modules=TARGETS)), image_tokens=576)
+
+
+def test_a_model_is_counted(vicuna: ModelSize) -> None:
+    assert (vicuna.trainable, vicuna.language, vicuna.tower) == (319_815_680, 6_738_415_616, 0)
+    assert (vicuna.layers, vicuna.hidden, vicuna.intermediate, vicuna.heads) == (32, 4096, 11008, 32)
+
+
+def test_a_vision_tower_is_counted_apart() -> None:
+    model = nn.Module()
+    model.vision_tower, model.language_model = nn.Linear(3, 5), nn.Linear(2, 2)
+    model.vision_tower.requires_grad_(False)
+    model.config = LlamaConfig(num_hidden_layers=1, hidden_size=2, num_attention_heads=1, vocab_size=7)
+    counted = ModelSize.of(model, image_tokens=4)
+    assert (counted.tower, counted.language, counted.trainable, counted.vocabulary) == (20, 6, 6, 7)
+
+
+def test_the_papers_warmup(vicuna: ModelSize) -> None:
+    load = Workload(lengths=[600, 1000], batch_size=16, gradient_checkpointing=True)
+    plan = plan_warmup(vicuna, load, num_rows=33_265, ranks=8, accumulate=1, epochs=1, settings={"dim": 1})
+    assert plan.rows_per_rank == [4159, *[4158] * 7]
+    assert plan.steps == 260  # 33,265 / 128, rounded up
+    assert plan.files == {
+        "adapter": 4 * 319_815_680, "Adam's moments": 8 * 319_815_680, "last.ckpt": 12 * 319_815_680
+    }  # fmt: skip
+    assert plan.memory["weights"] == 2 * 6_738_415_616 + 4 * 319_815_680
+    assert plan.memory["gradients and moments"] == 12 * 319_815_680
+    assert 20e9 < sum(plan.memory.values()) < 80e9  # it is known to fit an A100
+    assert 600 < plan.seconds < 3600 or torch.cuda.is_available()  # LLaVA's README: 10 hours for all of the data
+
+
+def test_accumulation_and_epochs_count_steps(vicuna: ModelSize) -> None:
+    load = Workload(lengths=[10], batch_size=4)
+    plan = plan_warmup(vicuna, load, num_rows=50, ranks=2, accumulate=3, epochs=2, settings={})
+    assert plan.steps == 2 * 3  # 25 rows a rank: 7 batches, 3 steps an epoch
+
+
+@pytest.mark.parametrize(("dtype", "bytes_per_row"), [("float16", 64 * 2 + 13), ("float32", 269), ("int8", 64 + 17)])
+def test_a_gradient_store_is_sized(vicuna: ModelSize, dtype: str, bytes_per_row: int) -> None:
+    plan = plan_gradients(
+        vicuna,
+        Workload(lengths=[100], batch_size=8),
+        num_rows=1000,
+        ranks=3,
+        shards=1,
+        chunk_rows=300,
+        dim=64,
+        store_dtype=dtype,
+        moments=False,
+        settings={},
+    )
+    assert sum(plan.files.values()) == 1000 * bytes_per_row
+    assert plan.rows_per_rank == [600, 300, 300]  # whole units; the last one is shorter
+    assert "moments" not in plan.memory
+
+
+def test_what_saves_memory_saves_memory(vicuna: ModelSize) -> None:
+    def total(**options: object) -> int:
+        load = Workload(lengths=[2048], batch_size=8, **options)  # type: ignore[arg-type]
+        plan = plan_warmup(vicuna, load, num_rows=8, ranks=1, accumulate=1, epochs=1, settings={})
+        return sum(plan.memory.values())
+
+    plain = total()
+    assert total(gradient_checkpointing=True) < plain
+    assert total(max_tokens=2048) < plain
+    assert (
+        total(quantize="4bit") < total(quantize="8bit") < plain < total(attention="eager") < total(dtype="float32") * 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (None, max(1, torch.cuda.device_count())),
+        ({"devices": 8, "num_nodes": 2}, 16),
+        ({"devices": "4"}, 4),
+        ({"devices": [0, 2]}, 2),
+        ({"devices": "0,2,3"}, 3),
+        ({"devices": "auto", "accelerator": "cpu"}, 1),
+        ({"devices": -1, "accelerator": "cpu", "num_nodes": 3}, 3),
+    ],
+)
+def test_ranks_are_devices_times_nodes(flags: dict[str, object] | None, ranks: int) -> None:
+    assert ranks_of(flags) == ranks
+
+
+def test_shares_differ_by_one_at_most() -> None:
+    assert all(
+        sum(split(n, k)) == n and max(split(n, k)) - min(split(n, k)) <= 1 for n in range(9) for k in range(1, 5)
+    )
+
+
+def test_the_time_says_what_it_is_based_on() -> None:
+    speed, said = device_speed("float32")
+    assert speed > 1e7 and "timed on this" in said
+
+
+def test_a_plan_is_printed(vicuna: ModelSize, capsys: pytest.CaptureFixture[str]) -> None:
+    load = Workload(lengths=[600], batch_size=16)
+    plan = plan_warmup(vicuna, load, num_rows=100, ranks=8, accumulate=1, epochs=1, settings={"fraction": 0.05})
+    plan.show(Console(width=120))
+    text = capsys.readouterr().out
+    for part in (
+        "resolved settings",
+        "0.05",
+        "12 to 13",
+        "1.28 GB",
+        "memory per GPU",
+        "time, about",
+        "nothing was written",
+    ):
+        assert part in text
