@@ -85,7 +85,7 @@ def results(path: Path) -> tuple[Section, list[Fact]]:
     best = [i for i, method in enumerate(methods) if method.get("strong")]
     table = Table(["method", "rows", *tasks, "Rel. (%)"], rows, content.get("note", ""), best)
     picture = Picture(
-        figures.svg(figures.dots(list(relative), list(relative.values()), 100.0)),
+        figures.dots(list(relative), list(relative.values()), 100.0),
         "Rel. (%) of each method: one dot per seed, a bar at the mean, a line at full data.",
         "Rel. (%): one dot per seed, a bar at the mean.",
     )
@@ -117,9 +117,8 @@ def validation(path: Path) -> Section:
         if rows and all(isinstance(row[i], list) for row in rows):
             value, low, high = np.array([row[i] for row in rows], dtype=float).T
             picture = figures.intervals([str(row[0]) for row in rows], value, low, high)
-            pictures.append(
-                Picture(figures.svg(picture), f"{column} with its interval", f"{column}, with its interval.")
-            )
+            said = f"{column}, with its interval."
+            pictures.append(Picture(picture, said, said))
             break
     table = Table(columns, [[measured(cell) for cell in row] for row in rows], content.get("note", ""))
     text = (

@@ -24,7 +24,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: sharp, small, and in the page's font
     "svg.hashsalt": "icons",  # the same numbers give the same file
     "text.parse_math": False,  # a task called "$x$" is a name
-    "font.size": 8.0,
+    "font.size": 8.8,
     "font.family": "DejaVu Sans",
     "text.color": INK,
     "axes.edgecolor": RULE,
@@ -38,10 +38,10 @@ STYLE: dict[Any, Any] = {
     "ytick.color": MUTED,
     "xtick.major.size": 2.5,
     "ytick.major.size": 0,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
+    "xtick.labelsize": 8.2,
+    "ytick.labelsize": 8.6,
     "legend.frameon": False,
-    "legend.fontsize": 7.5,
+    "legend.fontsize": 8.4,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "figure.constrained_layout.use": True,

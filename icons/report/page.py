@@ -6,6 +6,9 @@ Everything that comes from data (texts, names, paths, manifests) is escaped by t
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
+
+from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,18 @@ class Fact:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as a `data:` address, described for who cannot see it."""
+    """A figure, described for who cannot see it."""
 
-    source: str
+    figure: Figure
     alt: str
     caption: str = ""
     square: bool = False
+    name: str = ""
+    """Sets it apart from the other pictures of its section, in file names."""
+
+    @property
+    def source(self) -> str:
+        return svg(self.figure)
 
 
 @dataclass(frozen=True)
@@ -106,3 +115,17 @@ def render(page: Page) -> str:
     template = resources.files("icons.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=False)
     return environment.from_string(template).render(page=page)
+
+
+def write_pictures(page: Page, folder: Path) -> list[Path]:
+    """Every figure of the page as a PNG in `folder`, named by its section and, where there are several, by itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for section in page.sections:
+        for number, picture in enumerate([*section.pictures, *section.gallery]):
+            own = "".join(letter if letter.isalnum() else "_" for letter in picture.name) or str(number)
+            several = len(section.pictures) + len(section.gallery) > 1
+            path = folder / (f"{section.id}-{own}.png" if several else f"{section.id}.png")
+            path.write_bytes(png(picture.figure))
+            written.append(path)
+    return written

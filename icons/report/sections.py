@@ -24,7 +24,7 @@ def votes(numbers: ScoreNumbers, fraction: float, method: str) -> Section:
     else:
         text.append(f"The selection was made by “{method}”; votes are shown for comparison.")
     said = "; ".join(f"{count:,} rows with {vote} votes" for vote, count in enumerate(numbers.votes))
-    return Section("votes", "Votes", text, [Picture(figures.svg(drawn), said)])
+    return Section("votes", "Votes", text, [Picture(drawn, said)])
 
 
 def scores(numbers: ScoreNumbers) -> Section:
@@ -35,7 +35,7 @@ def scores(numbers: ScoreNumbers) -> Section:
         counts, edges = histogram(column)
         drawn = figures.score_distribution(task, counts, edges, threshold)
         said = f"{task}: scores from {column.min():.3g} to {column.max():.3g}, threshold {threshold:.3g}"
-        gallery.append(Picture(figures.svg(drawn), said))
+        gallery.append(Picture(drawn, said, name=task))
     text = [
         "The influence of each row on each task: how well its training step goes with the steps the task's validation "
         "rows ask for. The line is the task's threshold.",
@@ -67,7 +67,7 @@ def overlap(numbers: ScoreNumbers, fraction: float) -> Section:
         f"Chance would give {100 * fraction:.3g}: tasks that agree more ask for the same rows.",
     ]
     said = "Pairwise overlap of the tasks' own selections, in percent."
-    return Section("overlap", "Overlap of tasks", text, [Picture(figures.svg(drawn), said, square=True)])
+    return Section("overlap", "Overlap of tasks", text, [Picture(drawn, said, square=True)])
 
 
 def specialists(numbers: ScoreNumbers, selected_share: float) -> Section:
@@ -85,7 +85,7 @@ def specialists(numbers: ScoreNumbers, selected_share: float) -> Section:
             f"({100 * kept[low]:.0f} %)."
         )
     said = "; ".join(f"{task} {100 * share:.0f} %" for task, share in zip(numbers.tasks, kept, strict=True))
-    return Section("specialists", "Specialists and the consensus", text, [Picture(figures.svg(drawn), said)])
+    return Section("specialists", "Specialists and the consensus", text, [Picture(drawn, said)])
 
 
 def composition(
@@ -106,7 +106,7 @@ def composition(
         for name, a, b in zip(names, pool, chosen, strict=True)
     )
     title = f"Composition by {field}" if field else "Composition"
-    return Section(f"composition-{field or 'image'}", title, text, [Picture(figures.svg(drawn), said)])
+    return Section(f"composition-{field or 'image'}", title, text, [Picture(drawn, said)])
 
 
 def border(numbers: ScoreNumbers) -> Section:
@@ -126,7 +126,8 @@ def border(numbers: ScoreNumbers) -> Section:
             shown = order[places]
             ranks = places / len(order)
             drawn = figures.border(task, ranks, column[shown], errors[shown], threshold)
-            gallery.append(Picture(figures.svg(drawn), f"{task}: rows around the threshold with their 95 % intervals"))
+            said = f"{task}: rows around the threshold with their 95 % intervals"
+            gallery.append(Picture(drawn, said, name=task))
         near = float(np.median(errors[np.argsort(np.abs(column - threshold))[: max(1, len(column) // 20)]]))
         share = numbers.certain[i] / max(own[i], 1)
         rows.append([Cell(task), Cell(f"{threshold:.4g}"), Cell(f"{near:.2g}"), Cell(f"{100 * share:.1f} %")])

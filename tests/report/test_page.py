@@ -1,8 +1,12 @@
 """The page is one file that loads nothing, and shows data as text whatever it holds."""
 
 import html.parser
+from pathlib import Path
 
-from icons.report.page import Cell, Ends, Fact, Page, Picture, Section, ShownRow, Table, Turn, render
+import numpy as np
+
+from icons.report.figures import vote_histogram
+from icons.report.page import Cell, Ends, Fact, Page, Picture, Section, ShownRow, Table, Turn, render, write_pictures
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 
@@ -31,13 +35,14 @@ class Reader(html.parser.HTMLParser):
 
 
 def page() -> Page:
+    figure = vote_histogram(np.array([3, 1]), np.array([0, 1]))
     row = ShownRow(3, HOSTILE, HOSTILE, "0.1", "0.01", 2, True, [Turn(HOSTILE, False)], problem=HOSTILE)
     section = Section(
         id="one",
         title=HOSTILE,
         text=[HOSTILE],
-        pictures=[Picture("data:image/png;base64,", HOSTILE, HOSTILE)],
-        gallery=[Picture("data:image/png;base64,", HOSTILE)],
+        pictures=[Picture(figure, HOSTILE, HOSTILE)],
+        gallery=[Picture(figure, HOSTILE, name=HOSTILE)],
         tables=[Table([HOSTILE], [[Cell(HOSTILE, HOSTILE)]], HOSTILE, [0])],
         ends=[Ends(HOSTILE, "0.5", [row], [row])],
         manifests={HOSTILE: [(HOSTILE, HOSTILE)]},
@@ -61,3 +66,10 @@ def test_everything_from_data_is_escaped() -> None:
 def test_nothing_is_loaded_from_elsewhere() -> None:
     text = render(page()).replace(HOSTILE, "")
     assert "http" not in text and "url(" not in text and "@import" not in text
+
+
+def test_pictures_are_written_beside_the_page(tmp_path: Path) -> None:
+    written = write_pictures(page(), tmp_path / "figures")
+    assert written[0] == tmp_path / "figures" / "one-0.png"
+    assert all(path.parent == tmp_path / "figures" and path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert len(set(written)) == 2

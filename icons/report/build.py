@@ -1,0 +1,225 @@
+"""The report of one selection: reads stores, selection and data, and puts the page's sections in their order."""
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+
+from icons.aggregation import threshold
+from icons.report import comparison, sections
+from icons.report.numbers import ScoreNumbers, blocks, count
+from icons.report.page import Ends, Fact, Page, Section, ShownRow
+from icons.report.rows import composition, source_of, thumbnail, turns
+from icons.store import ScoreStore
+
+COLUMN_BYTES = 1 << 28
+"""Scores held at once while the thresholds are found."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A selection, as the report needs it."""
+
+    selected: Bool[np.ndarray, " rows"]
+    fraction: float
+    method: str
+    manifest: Mapping[str, Any]
+    certain: str = ""
+    """Which share of it is certain at 95 %, as the selection stage found it."""
+    at_border: str = ""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The data file: a row's record (None where it cannot be read) and a record's image."""
+
+    name: str
+    record: Callable[[int], Mapping[str, Any] | None]
+    image: Callable[[str], Image.Image]
+    """Opens an image by its name in the record; raises OSError or ValueError where it cannot."""
+
+
+def build(
+    scores: ScoreStore,
+    chosen: Chosen,
+    pool: Pool,
+    *,
+    title: str = "Selection report",
+    source_fields: Sequence[str] = (),
+    num_ends: int = 4,
+    comparison_file: Path | None = None,
+    validation_file: Path | None = None,
+) -> Page:
+    """Everything on the page, as plain data.
+
+    Args:
+        scores: the score store; its row i is record i of the pool.
+        chosen: the selection.
+        pool: the records and images.
+        title: the page's headline.
+        source_fields: fields of the records to compare pool and selection by; none: the first folder of the images.
+        num_ends: highest and lowest rows shown per task.
+        comparison_file: accuracies after fine-tuning, see `icons.report.comparison`.
+        validation_file: whether influence predicts, likewise.
+    """
+    numbers = count(scores, thresholds(scores, chosen.fraction), chosen.selected, num_ends=num_ends)
+    share = float(chosen.selected.sum() / max(numbers.num_scored, 1))
+    shown: list[Section] = []
+    facts: list[Fact] = []
+    if comparison_file is not None:
+        section, facts = comparison.results(comparison_file)
+        shown.append(section)
+    shown += [
+        sections.votes(numbers, chosen.fraction, chosen.method),
+        sections.scores(numbers),
+        *([sections.overlap(numbers, chosen.fraction)] if len(numbers.tasks) > 1 else []),
+        sections.specialists(numbers, share),
+    ]
+    sampled = len(numbers.sample) if len(numbers.sample) < numbers.num_scored else None
+    fields: Sequence[str | None] = source_fields or [None]
+    for field in fields:
+        parts = composition(numbers.sample, chosen.selected, pool.record, field)
+        shown.append(sections.composition(*parts, field, sampled))
+    shown += [sections.border(numbers), ends(scores, numbers, chosen, pool, fields[0])]
+    if validation_file is not None:
+        shown.append(comparison.validation(validation_file))
+    manifests = {"Selection": chosen.manifest, "Score store": scores.manifest}
+    shown.append(sections.provenance(manifests))
+    tasks = f"{len(numbers.tasks)} task{'s' if len(numbers.tasks) != 1 else ''}"
+    return Page(
+        title=title,
+        subtitle=f"{pool.name} · {scores.num_rows:,} rows · {tasks} · {chosen.method} at {100 * chosen.fraction:.4g} %",
+        facts=[*head(scores, numbers, chosen), *facts],
+        notices=notices(numbers, scores.manifest, chosen.manifest),
+        sections=shown,
+        footer=f"Made by icons {importlib.metadata.version('icons-lightning')}. One file; it loads nothing.",
+    )
+
+
+def thresholds(scores: ScoreStore, fraction: float) -> Float[np.ndarray, " tasks"]:
+    """Each task's threshold over the scored rows, a few columns in memory at a time."""
+    num_tasks = len(scores.tasks)
+    width = max(1, COLUMN_BYTES // (4 * scores.num_rows))
+    found: list[float] = []
+    for first in range(0, num_tasks, width):
+        some = slice(first, min(first + width, num_tasks))
+        columns = np.empty((some.stop - some.start, scores.num_rows), np.float32)
+        for start, influence, _, _ in blocks(scores):
+            influence[~np.isfinite(influence).all(axis=1)] = np.nan
+            columns[:, start : start + len(influence)] = influence[:, some].T
+        for column in columns:
+            scored = column[np.isfinite(column)]
+            found.append(float(threshold(scored, fraction)) if len(scored) else float("nan"))
+    return np.array(found, np.float32)
+
+
+def head(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen) -> Iterator[Fact]:
+    """The numbers at the head of the page."""
+    failed = scores.num_rows - numbers.num_scored
+    yield Fact("rows in the pool", f"{scores.num_rows:,}", f"{failed:,} without a score" if failed else "all scored")
+    yield Fact("tasks", str(len(numbers.tasks)))
+    num_selected = int(chosen.selected.sum())
+    yield Fact(
+        "selected", f"{num_selected:,}", f"{100 * num_selected / max(numbers.num_scored, 1):.3g} % of the scored"
+    )
+    if chosen.certain:
+        yield Fact("certain at 95 %", chosen.certain, chosen.at_border)
+
+
+def notices(numbers: ScoreNumbers, *manifests: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before the pictures: failed rows, and warnings that a stage left in a manifest."""
+    said = []
+    failed = {name: rows for name, rows in numbers.status.items() if name not in ("done", "not written")}
+    if failed:
+        reasons = ", ".join(f"{rows:,} {name}" for name, rows in failed.items())
+        said.append(f"{sum(failed.values()):,} rows failed and cannot be selected: {reasons}.")
+    if "not written" in numbers.status:
+        said.append(f"The score store is not finished: {numbers.status['not written']:,} rows are missing.")
+    for manifest in manifests:
+        said += warnings_in(manifest)
+    return list(dict.fromkeys(said))
+
+
+def warnings_in(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Texts under `warning` or `warnings`, at any depth.
+
+    >>> list(warnings_in({"settings": {"warning": "the warm-up hardly moved"}, "warnings": ["a", "b"]}))
+    ['the warm-up hardly moved', 'a', 'b']
+    """
+    for key, value in manifest.items():
+        if isinstance(value, Mapping):
+            yield from warnings_in(value)
+        elif key in ("warning", "warnings") and value:
+            yield from [value] if isinstance(value, str) else map(str, value)
+
+
+def ends(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, field: str | None) -> Section:
+    """The highest and lowest rows of each task, with text and image."""
+
+    def show(row: int, task: int) -> ShownRow:
+        return shown_row(scores, numbers, chosen, pool, row, task, field)
+
+    both = [
+        Ends(
+            name,
+            f"{numbers.thresholds[task]:.4g}",
+            [show(row, task) for row in numbers.highest[task].tolist() if row >= 0],
+            [show(row, task) for row in numbers.lowest[task].tolist() if row >= 0],
+        )
+        for task, name in enumerate(numbers.tasks)
+    ]
+    text = [
+        "The rows with the highest and the lowest influence on each task: what the task asks for, and what works "
+        "against it."
+    ]
+    return Section("rows", "Highest and lowest rows", text, ends=both)
+
+
+def shown_row(
+    scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, row: int, task: int, field: str | None
+) -> ShownRow:
+    record = pool.record(row)
+    image, problem = "", "" if record is not None else "this record cannot be read"
+    names = [] if record is None else image_names(record)
+    if names:
+        try:
+            with opened(pool, names[0]) as picture:
+                image = thumbnail(picture)
+        # whatever a broken file makes the decoder raise, the page says so and goes on
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            problem = f"image {names[0]}: {error}"
+    score, stderr = (float(np.asarray(array[row, task])) for array in (scores.influence, scores.stderr))
+    return ShownRow(
+        row=row,
+        id=str((record or {}).get("id", "")),
+        source="" if record is None else source_of(record, field),
+        score=f"{score:.4g}",
+        stderr=f"{stderr:.2g}" if stderr > 0 else "",
+        votes=int(numbers.row_votes[row]),
+        selected=bool(chosen.selected[row]),
+        turns=turns(record or {}),
+        image=image,
+        problem=problem,
+    )
+
+
+@contextmanager
+def opened(pool: Pool, name: str) -> Iterator[Image.Image]:
+    picture = pool.image(name)
+    try:
+        yield picture
+    finally:
+        picture.close()
+
+
+def image_names(record: Mapping[str, Any]) -> list[str]:
+    """The names of a record's images; the data sets' ways of saying "none" give an empty list."""
+    value = record.get("image")
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, str) and v.strip().lower() not in ("", "none", "nan")]
