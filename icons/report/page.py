@@ -10,6 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from icons.report.figures import png, svg
+
 
 @dataclass(frozen=True)
 class Fact:
