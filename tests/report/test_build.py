@@ -1,0 +1,104 @@
+"""The page holds every section, says what could not be shown, and shows data as text."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from icons.report import build as report_build
+from icons.report.build import Chosen, Pool, build, image_names, thresholds
+from icons.report.page import Page, render
+from icons.store import ScoreStore
+
+TASKS = ["vqav2", "gqa", "textvqa", "pope", "mmbench"]
+BROKEN, MISSING, UNREADABLE = 7, 8, 9
+
+
+@pytest.fixture(scope="module")
+def page(scores: ScoreStore, chosen: Chosen, pool: Pool, results_file: Path, validation_file: Path) -> Page:
+    return build(
+        scores,
+        chosen,
+        pool,
+        source_fields=["provenance.kind"],
+        comparison_file=results_file,
+        validation_file=validation_file,
+    )
+
+
+def test_every_section_is_there_in_the_order_of_the_method(page: Page) -> None:
+    assert [section.id for section in page.sections] == [
+        *("results", "votes", "scores", "overlap", "specialists", "composition-provenance.kind", "border"),
+        *("rows", "validation", "provenance"),
+    ]
+    for section in page.sections:
+        if section.id in ("scores", "border"):
+            assert [picture.name for picture in section.gallery] == TASKS
+
+
+def test_the_head_says_what_failed_and_what_was_warned_of(page: Page) -> None:
+    assert {fact.label: fact.value for fact in page.facts} == {
+        "rows in the pool": "300",
+        "tasks": "5",
+        "selected": "60",
+        "certain at 95 %": "71.3 %",
+        "wrong answers": "33 → 12 %",
+    }
+    assert page.notices == [
+        "1 rows failed and cannot be selected: 1 image missing.",
+        "the warm-up's loss has hardly moved",
+    ]
+
+
+def test_highest_rows_come_with_text_image_or_the_reason_for_none(page: Page, scores: ScoreStore) -> None:
+    (section,) = [section for section in page.sections if section.id == "rows"]
+    influence = scores.influence[:]
+    for task, ends in enumerate(section.ends):
+        assert [row.row for row in ends.highest[:3]] == [BROKEN, MISSING, UNREADABLE]
+        assert ends.lowest[0].row == int(np.nanargmin(influence[:, task]))
+        assert ends.lowest[0].score == f"{np.nanmin(influence[:, task]):.4g}"
+    broken, missing, unreadable, good = section.ends[0].highest
+    assert "cannot identify" in broken.problem and "No such file" in missing.problem
+    assert unreadable.problem == "this record cannot be read"
+    assert good.image.startswith("data:image/jpeg") or "image" not in good.turns[0].text
+    assert good.selected and good.votes == 5 and good.stderr == "0.004"
+
+
+def test_text_of_records_is_escaped(page: Page) -> None:
+    html = render(page)
+    assert "<b>" not in html.split("<main>")[1].replace('<div class="meta"><b>', "")
+    assert "&lt;b&gt;" in html and "&lt;i&gt;wrong answer&lt;/i&gt;" in html
+
+
+def test_thresholds_do_not_depend_on_how_many_columns_fit(scores: ScoreStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = thresholds(scores, 0.2)
+    np.testing.assert_array_equal(whole, np.nanpercentile(scores.influence[:], 80, axis=0).astype(np.float32))
+    monkeypatch.setattr(report_build, "COLUMN_BYTES", 1)
+    np.testing.assert_array_equal(whole, thresholds(scores, 0.2))
+
+
+def test_one_task_needs_no_overlap(tmp_path: Path, pool: Pool) -> None:
+    store = ScoreStore.create(tmp_path / "one.zarr", num_rows=20, tasks=["gqa"])
+    values = np.linspace(-1, 1, 20, dtype=np.float32)[:, None]
+    store.write_unit(0, values, np.zeros_like(values), np.ones(20, np.uint8))
+    selected = np.arange(20) >= 16
+    page = build(ScoreStore.open(tmp_path / "one.zarr"), Chosen(selected, 0.2, "mean", {}), pool)
+    assert [section.id for section in page.sections] == [
+        *("votes", "scores", "specialists", "composition-image", "border", "rows", "provenance")
+    ]
+    (border,) = [section for section in page.sections if section.id == "border"]
+    assert not border.gallery and "exact" in border.text[0]
+    assert "made by “mean”" in page.sections[0].text[1]
+
+
+def test_an_unfinished_store_is_said_to_be_one(tmp_path: Path, pool: Pool) -> None:
+    store = ScoreStore.create(tmp_path / "half.zarr", num_rows=20, tasks=["gqa"], chunk_rows=10)
+    values = np.linspace(-1, 1, 10, dtype=np.float32)[:, None]
+    store.write_unit(0, values, np.zeros_like(values), np.ones(10, np.uint8))
+    page = build(ScoreStore.open(tmp_path / "half.zarr"), Chosen(np.zeros(20, bool), 0.2, "vote", {}), pool)
+    assert page.notices == ["The score store is not finished: 10 rows are missing."]
+
+
+@pytest.mark.parametrize("value", [None, "", " None ", "nan", [], [None]])
+def test_the_ways_of_having_no_image(value: object) -> None:
+    assert image_names({"image": value}) == []
