@@ -138,7 +138,8 @@ def notices(numbers: ScoreNumbers, *manifests: Mapping[str, Any]) -> list[str]:
     failed = {name: rows for name, rows in numbers.status.items() if name not in ("done", "not written")}
     if failed:
         reasons = ", ".join(f"{rows:,} {name}" for name, rows in failed.items())
-        said.append(f"{sum(failed.values()):,} rows failed and cannot be selected: {reasons}.")
+        number = sum(failed.values())
+        said.append(f"{number:,} row{'s' if number != 1 else ''} failed and cannot be selected: {reasons}.")
     if "not written" in numbers.status:
         said.append(f"The score store is not finished: {numbers.status['not written']:,} rows are missing.")
     for manifest in manifests:
@@ -191,9 +192,11 @@ def shown_row(
         try:
             with opened(pool, names[0]) as picture:
                 image = thumbnail(picture)
+        except FileNotFoundError:
+            problem = f"image {names[0]} is not in the image folder"
         # whatever a broken file makes the decoder raise, the page says so and goes on
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            problem = f"image {names[0]}: {error}"
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            problem = f"image {names[0]} cannot be decoded"
     score, stderr = (float(np.asarray(array[row, task])) for array in (scores.influence, scores.stderr))
     return ShownRow(
         row=row,

@@ -29,13 +29,17 @@ class Picture:
     figure: Figure
     alt: str
     caption: str = ""
-    square: bool = False
     name: str = ""
     """Sets it apart from the other pictures of its section, in file names."""
 
     @property
     def source(self) -> str:
         return svg(self.figure)
+
+    @property
+    def width(self) -> int:
+        """Pixels on a wide page: the text of all figures comes out in one size."""
+        return round(110 * self.figure.get_figwidth())
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def overlap(numbers: ScoreNumbers, fraction: float) -> Section:
         f"Chance would give {100 * fraction:.3g}: tasks that agree more ask for the same rows.",
     ]
     said = "Pairwise overlap of the tasks' own selections, in percent."
-    return Section("overlap", "Overlap of tasks", text, [Picture(drawn, said, square=True)])
+    return Section("overlap", "Overlap of tasks", text, [Picture(drawn, said)])
 
 
 def specialists(numbers: ScoreNumbers, selected_share: float) -> Section:

@@ -45,7 +45,7 @@ def test_the_head_says_what_failed_and_what_was_warned_of(page: Page) -> None:
         "wrong answers": "33 → 12 %",
     }
     assert page.notices == [
-        "1 rows failed and cannot be selected: 1 image missing.",
+        "1 row failed and cannot be selected: 1 image missing.",
         "the warm-up's loss has hardly moved",
     ]
 
@@ -58,7 +58,8 @@ def test_highest_rows_come_with_text_image_or_the_reason_for_none(page: Page, sc
         assert ends.lowest[0].row == int(np.nanargmin(influence[:, task]))
         assert ends.lowest[0].score == f"{np.nanmin(influence[:, task]):.4g}"
     broken, missing, unreadable, good = section.ends[0].highest
-    assert "cannot identify" in broken.problem and "No such file" in missing.problem
+    assert broken.problem == "image coco/7.png cannot be decoded"
+    assert missing.problem == "image vg/8.png is not in the image folder"
     assert unreadable.problem == "this record cannot be read"
     assert good.image.startswith("data:image/jpeg") or "image" not in good.turns[0].text
     assert good.selected and good.votes == 5 and good.stderr == "0.004"
