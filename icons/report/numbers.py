@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from icons.batch import Status
 from icons.store import ScoreStore
@@ -28,7 +28,7 @@ class ScoreNumbers:
     """Scored rows with 0, 1, ... S votes."""
     votes_selected: Int[np.ndarray, " counts"]
     """The selected among them."""
-    row_votes: Int[np.ndarray, " rows"]
+    row_votes: UInt8[np.ndarray, " rows"]
     """uint8 votes of every row; 0 for failed rows."""
     shared: Int[np.ndarray, "tasks tasks"]
     """Rows that both tasks vote for; on the diagonal, the rows that one votes for."""
