@@ -1,1 +1,71 @@
-"""ICONS: pick the training data a vision-language model really needs (influence consensus, arXiv 2501.00654)."""
+"""ICONS: pick the training data a vision-language model really needs (influence consensus, arXiv 2501.00654).
+
+The pipeline by file name, in the order of the method:
+
+    modules/warmup.py       LoRA warm-up on a small part of the data; Adam's moments are kept
+    gradients.py            per-sample gradients from one batched backward pass, streamed through
+    preconditioner.py         the step Adam would take, and
+    projection.py             a seeded random projection P -> K, into
+    store.py                one Zarr array per data set: row i is record i, always
+    influence.py            per task, the mean cosine similarity of each training row with the task's validation rows
+    consensus.py            each task votes for its top share; the rows with most votes are the selection
+
+Names are loaded when they are first used, so that `import icons` costs little more than `import torch`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Not lazily: the function has its file's name, and whoever imports the file first would leave the module in its place.
+from icons.influence import influence as influence
+
+if TYPE_CHECKING:
+    from icons.consensus import Selection as Selection
+    from icons.consensus import select as select
+    from icons.datamodules.datamodule import ConversationDataModule as ConversationDataModule
+    from icons.gradients import exact_influence as exact_influence
+    from icons.gradients import per_sample_gradients as per_sample_gradients
+    from icons.gradients import projected_gradients as projected_gradients
+    from icons.modules.extractor import GradientExtractor as GradientExtractor
+    from icons.modules.warmup import WarmupModule as WarmupModule
+    from icons.modules.writer import GradientWriter as GradientWriter
+    from icons.optimizer_state import load_adam_state as load_adam_state
+    from icons.preconditioner import AdamPreconditioner as AdamPreconditioner
+    from icons.projection import CountSketch as CountSketch
+    from icons.projection import Gaussian as Gaussian
+    from icons.projection import Identity as Identity
+    from icons.projection import Rademacher as Rademacher
+    from icons.store import GradientStore as GradientStore
+    from icons.store import ScoreStore as ScoreStore
+
+HOME = {
+    "AdamPreconditioner": "icons.preconditioner",
+    "ConversationDataModule": "icons.datamodules.datamodule",
+    "CountSketch": "icons.projection",
+    "Gaussian": "icons.projection",
+    "GradientExtractor": "icons.modules.extractor",
+    "GradientStore": "icons.store",
+    "GradientWriter": "icons.modules.writer",
+    "Identity": "icons.projection",
+    "Rademacher": "icons.projection",
+    "ScoreStore": "icons.store",
+    "Selection": "icons.consensus",
+    "WarmupModule": "icons.modules.warmup",
+    "exact_influence": "icons.gradients",
+    "load_adam_state": "icons.optimizer_state",
+    "per_sample_gradients": "icons.gradients",
+    "projected_gradients": "icons.gradients",
+    "select": "icons.consensus",
+}
+__all__ = [*HOME, "influence"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOME:
+        raise AttributeError(f"module 'icons' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *HOME])
