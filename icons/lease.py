@@ -75,15 +75,19 @@ class Leases:
 
     def acquire(self, unit: int) -> bool:
         """Takes the lease of `unit`, also from a dead owner; False if another run, or another writer here, holds it."""
-        if unit in self.held:
+        if unit in self.held or self.take(unit, 0):
             return True
         generation = max(self.generations(unit), default=-1)
-        if generation >= 0 and (holder := self.read(unit, generation)) is not None and self.is_alive(unit, holder):
+        if generation >= 0 and (holder := self.read(unit, generation)) is not None and self.is_alive(holder):
             return False
+        return self.take(unit, generation + 1)
+
+    def take(self, unit: int, generation: int) -> bool:
+        """Makes the lease of this generation, unless somebody has."""
         with self.lock:
-            if not self.keys.put_new(lease_key(unit, generation + 1), self.me.to_bytes()):
+            if not self.keys.put_new(lease_key(unit, generation), self.me.to_bytes()):
                 return False
-            self.held[unit] = generation + 1
+            self.held[unit] = generation
         self.start_beating()
         return True
 
@@ -116,9 +120,8 @@ class Leases:
             if generation is None:
                 return
             if done:
-                for old in sorted(self.generations(unit), reverse=True):
-                    if old <= generation:
-                        self.keys.delete(lease_key(unit, old))
+                for old in range(generation, -1, -1):
+                    self.keys.delete(lease_key(unit, old))
             else:
                 self.keys.put(lease_key(unit, generation), replace(self.me, released=True).to_bytes())
 
@@ -138,7 +141,7 @@ class Leases:
         found = self.keys.get(lease_key(unit, generation))
         return None if found is None else Holder.from_bytes(found)
 
-    def is_alive(self, unit: int, holder: Holder) -> bool:
+    def is_alive(self, holder: Holder) -> bool:
         if holder.released:
             return False
         if holder.machine == self.me.machine:

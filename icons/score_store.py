@@ -27,7 +27,7 @@ class ScoreStore(RowStore):
 
     def __init__(self, storage: Any, group: zarr.Group) -> None:
         super().__init__(storage, group)
-        self.influence, self.stderr = self.array("influence"), self.array("stderr")
+        self.influence, self.stderr = self.arrays["influence"], self.arrays["stderr"]
         self.tasks: list[str] = list(group.attrs["tasks"])  # type: ignore[arg-type]
 
     @classmethod
@@ -80,7 +80,7 @@ class ScoreStore(RowStore):
             ValueError: a shape is not that of the unit, or an array is missing or unknown.
         """
         values = {"influence": influence, "stderr": stderr, **extra, "status": status}
-        self.write_columns(unit, {name: np.asarray(value) for name, value in values.items()})
+        self.write_columns({unit: {name: np.asarray(value) for name, value in values.items()}})
 
     def __repr__(self) -> str:
         counts = self.counts()

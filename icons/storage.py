@@ -1,14 +1,18 @@
-"""Where stores lie: a folder or an object store, with atomic, durable files and a few plain operations on keys.
+"""Where stores lie: a folder or an object store, with atomic files and a few plain operations on keys.
 
-Every file is written beside its name, flushed to the disk (`fsync`), and then renamed: a reader sees the old file or
-the new one, never a part, and what a later file promises (a unit's `status`) cannot outlive what it promises (its rows)
-when the machine loses power. The price is measured by `scripts/bench_store.py`.
+A file is written beside its name and then renamed: a reader sees the old file or the new one, never a part. What a
+later file promises (a unit's `status`) must not outlive what it promises (its rows) when the machine loses power, so
+`flush` makes everything durable that was written before it; many files together, since one `fsync` costs milliseconds
+and a disk takes many at once for little more. Object stores are durable by themselves.
 """
 
+import asyncio
 import importlib
 import os
+import threading
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +24,7 @@ from zarr.storage import LocalStore
 
 T = TypeVar("T")
 PARTIAL = ".partial"
+VOLATILE = "status/lease/"  # who computes what is worth nothing after a loss of power
 
 
 def is_url(path: str | Path) -> bool:
@@ -61,13 +66,37 @@ class Storage:
     def put(self, key: str, value: bytes) -> None:
         run(self.zarr_store.set(key, as_buffer(value)))
 
+    def put_parts(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
+        """`put` of a value that lies in several pieces of memory."""
+        if isinstance(self.zarr_store, DurableLocalStore):
+            self.zarr_store.set_parts(key, parts)
+        else:
+            self.put(key, b"".join(parts))
+
     def put_new(self, key: str, value: bytes) -> bool:
         """Writes `key` unless it exists, atomically; whether it was written. `value` must differ from any other's."""
+        if isinstance(self.zarr_store, DurableLocalStore):
+            return self.zarr_store.create_sync(key, value)
         run(self.zarr_store.set_if_not_exists(key, as_buffer(value)))
         return self.get(key) == value
 
     def delete(self, key: str) -> None:
         run(self.zarr_store.delete(key))
+
+    def flush(self) -> None:
+        """Waits until everything that was written so far would survive a loss of power.
+
+        Raises:
+            OSError: the disk says that it has not kept what it took.
+        """
+        if isinstance(self.zarr_store, DurableLocalStore):
+            self.zarr_store.flush()
+
+    def flush_deleted(self, keys: Sequence[str]) -> None:
+        """Waits until the deletion of `keys` would survive a loss of power."""
+        if isinstance(self.zarr_store, DurableLocalStore):
+            for folder in {(self.zarr_store.root / key).parent for key in keys}:
+                flush_path(folder)
 
     def exists(self, key: str) -> bool:
         return run(self.zarr_store.exists(key))
@@ -115,21 +144,62 @@ def open_url(url: str, mode: str) -> Store:
 
 
 class DurableLocalStore(LocalStore):
-    """zarr's LocalStore with `fsync` before the rename, and without making a vanished folder anew."""
+    """zarr's LocalStore, which remembers what was written until it is flushed; a vanished folder is not made anew."""
+
+    def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
+        super().__init__(root, read_only=read_only)
+        self.unflushed: list[Path] = []
+        self.flushing = threading.Lock()  # who comes second waits for the first, who may be flushing the second's files
+
+    def flush(self) -> None:
+        with self.flushing:
+            paths = list(self.unflushed)
+            if paths:
+                flush_paths(paths)
+            del self.unflushed[: len(paths)]  # not after an error: nobody is told that these files are safe
 
     def set_sync(self, key: str, value: Buffer) -> None:
+        self.set_parts(key, [value.as_buffer_like()])
+
+    def set_parts(self, key: str, parts: Sequence[Any]) -> None:
         self._check_writable()
-        write_file(self.root, key, value, exclusive=False)
+        self.remember(key, write_file(self.root, key, parts, exclusive=False))
 
     async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
-        import asyncio
-
         self._check_writable()
-        await asyncio.to_thread(write_file, self.root, key, value, exclusive)
+        self.remember(key, await asyncio.to_thread(write_file, self.root, key, [value.as_buffer_like()], exclusive))
+
+    def create_sync(self, key: str, value: bytes) -> bool:
+        """Writes `key` unless it exists; whether it was written."""
+        self._check_writable()
+        try:
+            self.remember(key, write_file(self.root, key, [value], exclusive=True))
+        except FileExistsError:
+            return False
+        return True
+
+    def remember(self, key: str, path: Path) -> None:
+        if not key.startswith(VOLATILE):
+            self.unflushed.append(path)
 
 
-def write_file(root: Path, key: str, value: Buffer, exclusive: bool) -> None:
-    """Writes one key below `root`: flushed, then renamed into place (`exclusive`: linked, which fails if it exists).
+def flush_paths(paths: list[Path]) -> None:
+    """`fsync` of files and of the folders that name them, side by side."""
+    folders = {folder for path in paths for folder in (path.parent, path.parent.parent)}
+    with ThreadPoolExecutor(min(16, len(paths) + len(folders))) as pool:
+        list(pool.map(flush_path, [*paths, *folders]))
+
+
+def flush_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(root: Path, key: str, parts: Sequence[Any], exclusive: bool) -> Path:
+    """Writes one key below `root` and renames it into place (`exclusive`: links it, which fails if it exists).
 
     Raises:
         FileNotFoundError: `root` is gone.
@@ -141,15 +211,15 @@ def write_file(root: Path, key: str, value: Buffer, exclusive: bool) -> None:
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with partial.open("wb") as file:
-            file.write(value.as_buffer_like())
-            file.flush()
-            os.fsync(file.fileno())
-        if exclusive:
-            os.link(partial, path)
-        else:
-            partial.replace(path)
-    finally:
+            file.writelines(parts)
+        if not exclusive:
+            return partial.replace(path)
+        os.link(partial, path)
+        partial.unlink()
+        return path
+    except BaseException:
         partial.unlink(missing_ok=True)
+        raise
 
 
 def make_parents(root: Path, folder: Path) -> None:

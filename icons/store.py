@@ -19,15 +19,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import zarr
 
-from icons.batch import Status
+from icons.encoding import DTYPES, encode_rows
 from icons.partition import Partition
 from icons.row_store import Column, RowStore, check_compatible, parse_codec
 from icons.score_store import ScoreStore
 
-__all__ = ["GradientStore", "ScoreStore", "UnitRows", "check_compatible", "encode", "fitting_chunk_rows"]
+__all__ = ["GradientStore", "ScoreStore", "UnitRows", "check_compatible", "fitting_chunk_rows"]
 
-DTYPES = ("float16", "float32", "int8")
-CHUNK_BYTES = 8 << 20
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
 RESUME_FIELDS = ("data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype")
 # where a file lies may change between a run and its resume; what is in it may not
 NOT_COMPARED = {"path", "images", "name"}
@@ -56,9 +55,8 @@ class GradientStore(RowStore):
 
     def __init__(self, storage: Any, group: zarr.Group) -> None:
         super().__init__(storage, group)
-        self.gradients, self.norm = self.array("gradients"), self.array("norm")
-        self.loss, self.tokens = self.array("loss"), self.array("tokens")
-        self.scale = self.array("scale") if self.dtype == "int8" else None
+        self.gradients, self.norm = self.arrays["gradients"], self.arrays["norm"]
+        self.loss, self.tokens, self.scale = self.arrays["loss"], self.arrays["tokens"], self.arrays.get("scale")
 
     @classmethod
     def create(
@@ -79,7 +77,7 @@ class GradientStore(RowStore):
             num_rows: records of the data file.
             dim: numbers per row.
             dtype: float16, float32 or int8 (one scale per row).
-            chunk_rows: rows per chunk, which is the unit of writing; default: chunks of 4 to 8 MB.
+            chunk_rows: rows per chunk, which is the unit of writing; default: chunks of 2 to 16 MB.
             manifest: what the rows are made from; `dtype` is added.
             codec: compressor for the rows. Default none: gradients are noise to a compressor (see the README).
 
@@ -96,7 +94,7 @@ class GradientStore(RowStore):
             columns["scale"] = Column("float32", 0)
         columns |= {"norm": Column("float32", np.nan), "loss": Column("float32", np.nan)}
         columns |= {"tokens": Column("int32", 0), "status": Column("uint8", 0)}
-        chunk_rows = chunk_rows or min(fitting_chunk_rows(dim, dtype), num_rows)
+        chunk_rows = chunk_rows or fitting_chunk_rows(num_rows, dim, dtype)
         return cls._create(path, Partition(num_rows, chunk_rows), columns, {**(manifest or {}), "dtype": dtype})
 
     @classmethod
@@ -150,7 +148,7 @@ class GradientStore(RowStore):
 
     @property
     def dtype(self) -> str:
-        return str(self.group["gradients"].dtype)  # type: ignore[union-attr]
+        return str(self.gradients.dtype)
 
     def rows(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """Gradients of the given rows, `[n, K]` float32; int8 is scaled back. Rows not written or failed are zeros.
@@ -183,25 +181,7 @@ class GradientStore(RowStore):
         Raises:
             ValueError: a shape is not that of the unit, an array is missing or unknown, or a status is 0.
         """
-        gradient, status = (
-            np.asarray(results["gradient"], dtype=np.float32),
-            np.array(results["status"], dtype=np.uint8),
-        )
-        if (status == Status.NOT_WRITTEN).any():
-            raise ValueError(
-                f"store {self.path}, unit {unit}: status holds 0 (not written); expected 1 or more everywhere"
-            )
-        stored, scale = encode(gradient, self.dtype)
-        beyond = (status == Status.DONE) & ~np.isfinite(stored).all(axis=1)
-        stored[beyond], status[beyond] = 0, Status.NON_FINITE
-        values = {"gradients": stored, **({} if scale is None else {"scale": scale})}
-        values |= {
-            "norm": np.array(results["norm"], dtype=np.float32),
-            "loss": np.array(results["loss"], dtype=np.float32),
-        }
-        values["tokens"] = np.array(results["tokens"], dtype=np.int32)
-        values["norm"][beyond], values["loss"][beyond], values["tokens"][beyond] = np.nan, np.nan, 0
-        self.write_columns(unit, {**values, "status": status})
+        self.write_columns({unit: encode_rows(results, self.dtype)})
 
     def __repr__(self) -> str:
         counts = self.counts()
@@ -227,28 +207,17 @@ def compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def fitting_chunk_rows(dim: int, dtype: str) -> int:
-    """Rows per chunk: the largest power of two for which a chunk has at most 8 MiB; 1 if a row alone is larger.
+def fitting_chunk_rows(num_rows: int, dim: int, dtype: str) -> int:
+    """Rows per chunk: a power of two for which a chunk has 2 to 16 MB, or one row where that alone has more.
 
-    >>> fitting_chunk_rows(5120, "float16")
-    512
+    The largest such, since each unit costs a few files; halved while there are fewer than 64 units, so that there is
+    work for many ranks.
+
+    >>> fitting_chunk_rows(7_000_000, 5120, "float16"), fitting_chunk_rows(3_000, 5120, "float16")
+    (1024, 256)
     """
-    rows = CHUNK_BYTES // (dim * np.dtype(dtype).itemsize)
-    return 1 << max(0, rows.bit_length() - 1)
-
-
-def encode(gradient: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """float32 rows as they are stored, and the scale per row for int8.
-
-    int8: `scale = max|row| / 127`, values rounded to the nearest (ties to even); a zero row has scale 0. The rounding
-    error is uniform in half a step, so its variance is `scale^2 / 12` per number.
-
-    >>> encode(np.array([[1.0, -2.0]], dtype=np.float32), "int8")[0].tolist()
-    [[64, -127]]
-    """
-    if dtype != "int8":
-        with np.errstate(over="ignore"):
-            return gradient.astype(dtype), None
-    scale = (np.abs(gradient).max(axis=1) / np.float32(127)).astype(np.float32)
-    steps = gradient / np.where(scale > 0, scale, 1)[:, None]
-    return np.rint(steps).clip(-127, 127).astype(np.int8), scale
+    row_bytes = dim * np.dtype(dtype).itemsize
+    rows = 1 << max(0, (MAX_CHUNK_BYTES // row_bytes).bit_length() - 1)
+    while rows * row_bytes >= 2 * MIN_CHUNK_BYTES and -(-num_rows // rows) < PARALLEL_UNITS and rows > 1:
+        rows //= 2
+    return min(rows, num_rows)

@@ -6,24 +6,27 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from icons.encoding import FIELDS, encode_rows
 from icons.lease import Leases
 from icons.store import GradientStore
 
-FIELDS = {"gradient": np.float32, "norm": np.float32, "loss": np.float32, "tokens": np.int32, "status": np.uint8}
+Columns = dict[str, np.ndarray]
+GROUP_UNITS = 4  # units that are made durable together: beyond it, waiting for the disk is no longer what costs
 
 
 class OpenUnit:
-    """A unit of which some rows have arrived."""
+    """A unit of which some rows have arrived, encoded as they will be stored."""
 
-    def __init__(self, num_rows: int, dim: int) -> None:
-        shapes = {name: (num_rows, dim) if name == "gradient" else (num_rows,) for name in FIELDS}
-        self.values = {name: np.zeros(shapes[name], dtype) for name, dtype in FIELDS.items()}
+    def __init__(self, num_rows: int, columns: Columns) -> None:
+        self.columns = columns
         self.arrived = np.zeros(num_rows, dtype=bool)
 
-    def add(self, position: np.ndarray, values: Mapping[str, np.ndarray]) -> bool:
+    def add(self, position: np.ndarray, rows: Columns) -> bool:
         """Puts rows at their positions; whether the unit is whole now."""
-        for name in FIELDS:
-            self.values[name][position] = values[name]
+        for name, values in rows.items():
+            if name not in self.columns:
+                self.columns[name] = np.empty((len(self.arrived), *values.shape[1:]), values.dtype)
+            self.columns[name][position] = values
         self.arrived[position] = True
         return bool(self.arrived.all())
 
@@ -31,8 +34,8 @@ class OpenUnit:
 class UnitWriter:
     """Stores units while the next ones are computed.
 
-    Memory: `queue_units` finished units, one that is being written, and those that are being collected (one, where
-    batches come unit after unit), whatever the number of rows.
+    Memory: `queue_units` finished units that wait, at most 8 that are being written, and those being collected (one,
+    where batches come unit after unit), whatever the number of rows.
 
     Args:
         store: opened for writing.
@@ -47,7 +50,7 @@ class UnitWriter:
         store: GradientStore,
         *,
         again: Iterable[int] = (),
-        queue_units: int = 2,
+        queue_units: int = 4,
         lease_timeout_s: float = 90.0,
         on_unit: Callable[[int], None] | None = None,
     ) -> None:
@@ -55,10 +58,13 @@ class UnitWriter:
         self.leases = Leases(store.storage, lease_timeout_s)
         self.open_units: dict[int, OpenUnit] = {}
         self.elsewhere: dict[int, str] = {}  # units that another run holds, and who it is
+        self.spare: list[Columns] = []
         self.error: BaseException | None = None
-        self.waiting: queue.Queue[tuple[int, dict[str, np.ndarray]] | None] = queue.Queue(queue_units)
-        self.thread = threading.Thread(target=self.work, name="icons-writer", daemon=True)
-        self.thread.start()
+        self.waiting: queue.Queue[tuple[int, Columns] | None] = queue.Queue(queue_units)
+        # two, so that one encodes and writes while the other waits for the disk
+        self.threads = [threading.Thread(target=self.work, name="icons-writer", daemon=True) for _ in range(2)]
+        for thread in self.threads:
+            thread.start()
 
     def claim(self, unit: int, patient: bool = False) -> bool:
         """Whether this run is to compute `unit`: it holds the lease, and nobody has finished the unit meanwhile.
@@ -94,37 +100,62 @@ class UnitWriter:
             if not self.claim(unit):
                 continue
             rows = self.store.partition.unit_rows(unit)
-            opened = self.open_units.setdefault(unit, OpenUnit(len(rows), self.store.dim))
-            here = units == unit
-            if opened.add(row[here] - rows.start, {name: values[name][here] for name in FIELDS}):
-                self.pass_on(unit, self.open_units.pop(unit).values)
+            opened, here = self.open_units.get(unit), units == unit
+            if opened is None:
+                opened = self.open_units[unit] = OpenUnit(len(rows), self.memory_for(len(rows)))
+            encoded = encode_rows({name: values[name][here] for name in FIELDS}, self.store.dtype)
+            if opened.add(row[here] - rows.start, encoded):
+                self.pass_on(unit, self.open_units.pop(unit).columns)
 
-    def pass_on(self, unit: int, values: dict[str, np.ndarray]) -> None:
+    def memory_for(self, num_rows: int) -> Columns:
+        """The arrays of a unit that has been stored, to be used again: fresh memory costs as much as filling it."""
+        while self.spare:
+            columns = self.spare.pop()
+            if len(columns["status"]) == num_rows:
+                return columns
+        return {}
+
+    def pass_on(self, unit: int, columns: Columns) -> None:
         while True:
             self.check()
             try:
-                return self.waiting.put((unit, values), timeout=0.2)
+                return self.waiting.put((unit, columns), timeout=0.2)
             except queue.Full:
                 continue
 
     def work(self) -> None:
-        """The background thread: stores what is passed on; after an error it only empties the queue."""
-        while (item := self.waiting.get()) is not None:
-            unit, values = item
+        """A background thread: stores what is passed on; after an error it only empties the queue."""
+        while group := self.next_group():
             if self.error is None:
                 try:
-                    self.store_unit(unit, values)
+                    self.store_units(group)
                 except BaseException as error:
                     self.error = error
 
-    def store_unit(self, unit: int, values: dict[str, np.ndarray]) -> None:
-        if not self.leases.owns(unit):
+    def next_group(self) -> dict[int, Columns]:
+        """Waits for a unit and takes what else is ready; empty: the end."""
+        group: dict[int, Columns] = {}
+        while len(group) < GROUP_UNITS:
+            try:
+                item = self.waiting.get(block=not group)
+            except queue.Empty:
+                break
+            if item is None:
+                self.waiting.put(None)  # for the other thread, or for ourselves, once this group is stored
+                break
+            group[item[0]] = item[1]
+        return group
+
+    def store_units(self, group: dict[int, Columns]) -> None:
+        for unit in [unit for unit in group if not self.leases.owns(unit)]:
             self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
-            return
-        self.store.write_unit(unit, values)
-        self.leases.release(unit, done=True)
-        if self.on_unit is not None:
-            self.on_unit(len(values["status"]))
+            del group[unit]
+        self.store.write_columns(group)
+        for unit, columns in group.items():
+            self.leases.release(unit, done=True)
+            if self.on_unit is not None:
+                self.on_unit(len(columns["status"]))
+        self.spare.extend(group.values())
 
     def check(self) -> None:
         """Raises the background thread's error, with what it means."""
@@ -140,9 +171,11 @@ class UnitWriter:
 
     def close(self) -> None:
         """Waits until everything that was passed on is stored; gives back the leases of units that are not finished."""
-        if self.thread.is_alive():
+        if any(thread.is_alive() for thread in self.threads):
             self.waiting.put(None)
-            self.thread.join()
+            for thread in self.threads:
+                thread.join()
+        self.store.storage.flush()
         self.leases.close()
 
     def finish(self) -> None:

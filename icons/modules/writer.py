@@ -14,9 +14,10 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from icons.encoding import FIELDS
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore
-from icons.unit_writer import FIELDS, UnitWriter
+from icons.unit_writer import UnitWriter
 
 RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
 VERSIONS = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
@@ -41,7 +42,7 @@ class GradientWriter(BasePredictionWriter):
         num_rows: records of the data file; default: `len(datamodule.dataset)`.
         dim: numbers per row; default: the extractor's projector's.
         dtype: float16, float32 or int8.
-        chunk_rows: rows per unit; default: chunks of 4 to 8 MB.
+        chunk_rows: rows per unit; default: chunks of 2 to 16 MB.
         codec: compressor for the rows; default none.
         manifest: further entries; they win over what extractor and datamodule say with their `describe()`.
         shard: "I/N": only the I-th (from 0) of N equal shares of all units, for jobs that do not know of each other.
@@ -62,7 +63,7 @@ class GradientWriter(BasePredictionWriter):
         manifest: Mapping[str, Any] | None = None,
         shard: str | None = None,
         retry_failed: bool = False,
-        queue_units: int = 2,
+        queue_units: int = 4,
         lease_timeout_s: float = 90.0,
     ) -> None:
         super().__init__("batch")
