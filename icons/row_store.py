@@ -54,7 +54,7 @@ class RowStore:
         self.storage, self.group = storage, group
         self.path, self.mode = storage.path, storage.mode
         self.manifest: dict[str, Any] = dict(group.attrs["icons"])  # type: ignore[arg-type]
-        self.arrays = {name: group_array(group, name) for name in group.array_keys()}
+        self.arrays = {name: group_array(group, name, self.path) for name in self.manifest["arrays"]}
         self.status = self.arrays["status"]
         self.partition = Partition(self.status.shape[0], self.status.chunks[0])
 
@@ -71,15 +71,12 @@ class RowStore:
             ValueError: a store of another kind, or of a format that this version does not know.
         """
         storage = Storage(path, mode)
-        if storage.get("zarr.json") is None:
-            raise FileNotFoundError(f"store {path}: has no zarr.json; expected a store made by icons")
-        group = zarr.open_group(storage.zarr_store, mode="r" if mode == "r" else "r+", zarr_format=3)
-        manifest = group.attrs.get("icons")
-        if not isinstance(manifest, Mapping) or manifest.get("kind") != cls.KIND:
-            kind = str(manifest.get("kind")) if isinstance(manifest, Mapping) else None
+        kind = stored_kind(storage)
+        if kind != cls.KIND:
             raise ValueError(f"store {path}: is {article(kind)}; expected a {cls.KIND} store made by icons")
-        if manifest.get("format") != FORMAT:
-            raise ValueError(f"store {path}: has format {manifest.get('format')!r}; this version reads {FORMAT}")
+        group = zarr.open_group(storage.zarr_store, mode="r" if mode == "r" else "r+", zarr_format=3)
+        if (written := dict(group.attrs["icons"]).get("format")) != FORMAT:  # type: ignore[arg-type]
+            raise ValueError(f"store {path}: has format {written!r}; expected {FORMAT}: read it with a newer version")
         return cls(storage, group)
 
     @classmethod
@@ -95,7 +92,11 @@ class RowStore:
         if storage.exists("zarr.json"):
             raise FileExistsError(f"store {path}: exists already; expected a new place, or open it to go on")
         names = {"icons_status": READABLE_STATUS}
-        whole = {"icons": {"format": FORMAT, "kind": cls.KIND, **plain(manifest)}, **names, **plain(attributes or {})}
+        whole = {
+            "icons": {"format": FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)},
+            **names,
+            **plain(attributes or {}),
+        }
         for key, document in documents(columns, partition, whole).items():
             # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so
             # that whoever finds it finds a whole store.
@@ -113,12 +114,21 @@ class RowStore:
 
     def statuses(self) -> np.ndarray:
         """The status of every row, `[N]` uint8."""
-        return np.asarray(self.status[:], dtype=np.uint8)
+        try:
+            return np.asarray(self.status[:], dtype=np.uint8)
+        except (ValueError, RuntimeError) as error:
+            raise self.damaged("status", error) from error
 
     def missing(self) -> list[int]:
         """Units with a row that is neither done nor failed, ascending."""
         empty = np.flatnonzero(self.statuses() == Status.NOT_WRITTEN)
         return np.unique(empty // self.partition.chunk_rows).tolist()
+
+    def damaged(self, what: str, error: Exception) -> ValueError:
+        return ValueError(
+            f"store {self.path}: {what} cannot be read, a chunk is damaged ({error}); run `icons verify {self.path} "
+            "--repair`, and then the line that made the store"
+        )
 
     def is_written(self, unit: int) -> bool:
         """Whether every row of a unit is done or failed; reads one small chunk."""
@@ -196,9 +206,15 @@ class RowStore:
         self.storage.flush_deleted(written)
 
 
-def group_array(group: zarr.Group, name: str) -> zarr.Array[Any]:
+def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:
     """An array of the group, set to write chunks even if all of their values are the fill value."""
-    found = group[name]
+    try:
+        found = group[name]
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"store {path}: {name}/zarr.json is missing or damaged ({error}); expected the file that `create` wrote: copy "
+            "it from a store of the same shape, or compute the store anew"
+        ) from error
     assert isinstance(found, zarr.Array)
     return found.with_config({"write_empty_chunks": True})
 
@@ -229,6 +245,23 @@ def documents(columns: Mapping[str, Column], partition: Partition, attributes: d
 def plain(value: Any) -> Any:
     """A manifest as JSON has it: what is compared later is what was saved."""
     return json.loads(json.dumps(value, default=str))
+
+
+def stored_kind(storage: Storage) -> str | None:
+    """Which kind of store lies there; None: a Zarr group that icons has not made.
+
+    Raises:
+        FileNotFoundError: no Zarr group.
+        ValueError: a damaged one.
+    """
+    text = storage.get("zarr.json")
+    if text is None:
+        raise FileNotFoundError(f"store {storage.path}: has no zarr.json; expected a store made by icons")
+    try:
+        manifest = json.loads(text).get("attributes", {}).get("icons")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"store {storage.path}: zarr.json is damaged ({error}); expected JSON: restore it") from error
+    return manifest.get("kind") if isinstance(manifest, Mapping) else None
 
 
 def article(kind: str | None) -> str:

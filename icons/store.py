@@ -21,10 +21,11 @@ import zarr
 
 from icons.encoding import DTYPES, encode_rows
 from icons.partition import Partition
-from icons.row_store import Column, RowStore, check_compatible, parse_codec
+from icons.row_store import Column, RowStore, check_compatible, parse_codec, stored_kind
 from icons.score_store import ScoreStore
+from icons.storage import Storage
 
-__all__ = ["GradientStore", "ScoreStore", "UnitRows", "check_compatible", "fitting_chunk_rows"]
+__all__ = ["GradientStore", "ScoreStore", "UnitRows", "check_compatible", "fitting_chunk_rows", "open_store"]
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
 RESUME_FIELDS = ("data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype")
@@ -156,6 +157,12 @@ class GradientStore(RowStore):
         Args:
             rows: a slice, or row numbers in any order.
         """
+        try:
+            return self.scaled_rows(rows)
+        except (ValueError, RuntimeError) as error:
+            raise self.damaged("gradients", error) from error
+
+    def scaled_rows(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         if isinstance(rows, slice):
             found = np.asarray(self.gradients[rows], dtype=np.float32)
             return found if self.scale is None else found * np.asarray(self.scale[rows])[:, None]
@@ -221,3 +228,14 @@ def fitting_chunk_rows(num_rows: int, dim: int, dtype: str) -> int:
     while rows * row_bytes >= 2 * MIN_CHUNK_BYTES and -(-num_rows // rows) < PARALLEL_UNITS and rows > 1:
         rows //= 2
     return min(rows, num_rows)
+
+
+def open_store(path: str | Path, mode: str = "r") -> GradientStore | ScoreStore:
+    """Opens a gradient or a score store, whichever lies there.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: neither.
+    """
+    kind = stored_kind(Storage(path))
+    return ScoreStore.open(path, mode) if kind == ScoreStore.KIND else GradientStore.open(path, mode)

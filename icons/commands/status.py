@@ -1,0 +1,78 @@
+"""`icons status`: how far a store is, and what it was made from."""
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from icons.batch import Status
+from icons.partition import assign, slurm_array
+from icons.row_store import RowStore
+from icons.store import open_store
+
+POSITIONAL = ("store",)
+
+
+def status(store: str, missing: bool = False, shards: int | None = None, as_json: bool = False) -> int:
+    """Prints the rows done, failed (with reasons) and missing, and the manifest.
+
+    Args:
+        store: gradient or score store: a folder, or a URL.
+        missing: print only the indices I for which `--shard I/N` still has work, as SLURM's --array takes them
+            (0-3,7); nothing if all is done.
+        shards: N of these array jobs; default: as in the run that made the store, or else one job per unit.
+        as_json: print all of it as JSON.
+    """
+    console, opened = Console(soft_wrap=True, highlight=False), open_store(store)
+    units = opened.missing()
+    indices = shards_with_work(opened, units, shards or stated_shards(opened))
+    if missing:
+        console.print(slurm_array(indices), markup=False)
+        return 0
+    if as_json:
+        print(json.dumps(summary(opened, units), indent=2))
+        return 0
+    show(console, opened, units, indices, shards or stated_shards(opened))
+    return 0
+
+
+def stated_shards(store: RowStore) -> int:
+    """The number of array jobs that the store was made for; one per unit if it was not made by array jobs."""
+    stated = store.manifest.get("settings", {}).get("shards") or 1
+    return int(stated) if stated > 1 else store.partition.num_units
+
+
+def shards_with_work(store: RowStore, units: list[int], shards: int) -> list[int]:
+    """The array indices whose share of all units holds one of `units`."""
+    wanted = set(units)
+    every = range(store.partition.num_units)
+    return [index for index in range(shards) if wanted & set(assign(every, shards, index))]
+
+
+def summary(store: RowStore, units: list[int]) -> dict[str, Any]:
+    reasons = {reason.name.lower(): len(rows) for reason, rows in store.failed().items()}
+    return {
+        "rows": store.counts(),
+        "units": {"total": store.partition.num_units, "missing": units},
+        "failed": reasons,
+        "manifest": store.manifest,
+    }
+
+
+def show(console: Console, store: RowStore, units: list[int], indices: list[int], shards: int) -> None:
+    console.print(repr(store), markup=False)
+    total = store.partition.num_units
+    console.print(f"  units      {total - len(units):,} of {total:,} done, {store.partition.chunk_rows:,} rows each")
+    for reason, rows in store.failed().items():
+        first = ", ".join(str(row) for row in rows[:5].tolist())
+        console.print(
+            f"  failed     {len(rows):,} {Status(reason).name.lower()} (rows {first}{', ...' * (len(rows) > 5)})"
+        )
+    if units:
+        console.print(f"  missing    units {slurm_array(units)}", markup=False)
+        console.print(f"  to run     --array={slurm_array(indices)} with --shard $SLURM_ARRAY_TASK_ID/{shards}")
+    table = Table("made from", "", box=None, show_header=False, padding=(0, 2))
+    for name, value in store.manifest.items():
+        table.add_row(name, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+    console.print(table)

@@ -1,0 +1,44 @@
+"""`icons verify`: is every chunk of a store there and whole, and does it agree with its status and the manifest?"""
+
+from rich.console import Console
+from rich.progress import Progress
+
+from icons.partition import slurm_array
+from icons.store import open_store
+from icons.verify import Finding
+from icons.verify import repair as repair_units
+from icons.verify import verify as find
+
+POSITIONAL = ("store",)
+
+
+def verify(store: str, repair: bool = False) -> int:
+    """Reads the whole store: checksums, missing chunks, shapes, rows against their status, NaN, rows of zeros.
+
+    Exit status 1 if something is wrong (and was not repaired).
+
+    Args:
+        store: gradient or score store: a folder, or a URL.
+        repair: mark the units in which something is wrong as not written; the line that made the store, run again,
+            then computes just those.
+    """
+    console, opened = Console(soft_wrap=True, highlight=False), open_store(store, "r+" if repair else "r")
+    findings: list[Finding] = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("verifying", total=opened.partition.num_units)
+        for finding in find(opened, on_unit=lambda: progress.advance(bar)):
+            findings.append(finding)
+            console.print(str(finding), markup=False)
+    units = sorted({finding.unit for finding in findings if finding.unit is not None})
+    if repair:
+        repair_units(opened, findings)
+        console.print(f"repaired: {len(units)} units are marked as not written ({slurm_array(units) or 'none'})")
+        return 0 if all(finding.unit is not None for finding in findings) else 1
+    if findings:
+        console.print(f"{len(findings)} findings in {len(units)} units; --repair marks these units as not written")
+        return 1
+    counts = opened.counts()
+    console.print(
+        f"sound: {counts['done']:,} rows done, {counts['failed']:,} failed, {counts['missing']:,} not written"
+    )
+    return 0
