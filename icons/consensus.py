@@ -192,8 +192,8 @@ def baseline(
     if method == "random":
         return np.random.default_rng(seed).permutation(num_rows)
     name = {"loss": "loss", "grad_norm": "norm"}[method]
-    if values is None and getattr(scores, name, None) is not None:
-        values = np.asarray(getattr(scores, name)[:])
+    if values is None and name in getattr(scores, "arrays", {}):
+        values = np.asarray(scores.arrays[name][:])
     if values is None or values.shape != (num_rows,):
         raise ValueError(f"{method}: got no {name} per row; expected a score store that has it, or values [{num_rows}]")
     return np.nan_to_num(values.astype(np.float64), nan=-np.inf)

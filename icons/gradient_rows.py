@@ -21,11 +21,16 @@ READ_AHEAD = 2
 class StoredRows(Protocol):
     """What a gradient store offers: arrays that are read by slicing, and its manifest."""
 
-    gradients: Any
-    norm: Any
-    status: Any
-    partition: Partition
-    manifest: Mapping[str, Any]
+    @property
+    def gradients(self) -> Any: ...
+    @property
+    def norm(self) -> Any: ...
+    @property
+    def status(self) -> Any: ...
+    @property
+    def partition(self) -> Partition: ...
+    @property
+    def manifest(self) -> Mapping[str, Any]: ...
 
 
 Source: TypeAlias = StoredRows | Shaped[np.ndarray, "rows dim"] | Shaped[Tensor, "rows dim"]
@@ -56,12 +61,13 @@ class Block(NamedTuple):
     """Some consecutive rows.
 
     `gradient [n, K]` is float32 on the device asked for, without its scale; it is overwritten by the next block.
-    `scale [n]` turns it into the stored gradient; `norm [n]` is the norm before projection; `done [n]` tells rows that
-    hold a gradient.
+    `length [n]` is its norm; `scale [n]` turns it into the stored gradient; `norm [n]` is the norm before projection;
+    `done [n]` tells rows that hold a gradient.
     """
 
     rows: range
     gradient: Float[Tensor, "block dim"]
+    length: Float[Tensor, " block"]
     scale: Float[Tensor, " block"]
     norm: Float[Tensor, " block"]
     done: Bool[Tensor, " block"]
@@ -129,6 +135,7 @@ class Buffer:
         return Block(
             raw.rows,
             gradient,
+            gradient.norm(dim=1),
             torch.as_tensor(raw.scale, dtype=torch.float32, device=self.device),
             torch.as_tensor(raw.norm, dtype=torch.float32, device=self.device),
             torch.as_tensor(raw.status == Status.DONE, device=self.device),

@@ -158,7 +158,7 @@ class Scorer:
             vectors = task_vectors(
                 source, {name: found[place] for name, found in on.items()}, task_norm, where, pairwise
             )
-            if reduce == "mean" and not pairwise:
+            if reduce == "mean":
                 vectors = vectors.pooled(of_group)
             checkpoints.append(Checkpoint(source, vectors, weight[place]))
         names = checkpoints[0].tasks.names
@@ -200,7 +200,8 @@ class Scorer:
         )
 
     def product(self, block: Block, factor: Tensor, vectors: int) -> Float[Tensor, "block vectors"]:
-        return (block.gradient @ self.checkpoints[vectors].tasks.mean.T) * factor[:, None]
+        # this way round, the skinny product is twice as fast on a CPU
+        return (self.checkpoints[vectors].tasks.mean @ block.gradient.T).T * factor[:, None]
 
     def variance(
         self, several: Sequence[Block], factors: Sequence[Tensor], parts: Sequence[Tensor]
@@ -210,7 +211,7 @@ class Scorer:
         for place, (checkpoint, block) in enumerate(zip(self.checkpoints, several, strict=True)):
             if not checkpoint.tasks.exact:
                 vectors = checkpoint.tasks
-                length = block.gradient.norm(dim=1) * factors[place]
+                length = block.length * factors[place]
                 error = standard_error(
                     parts[place],
                     length.square(),

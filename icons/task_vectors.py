@@ -27,7 +27,8 @@ class TaskVectors:
         names: of the tasks.
         mean: each task's average validation row after normalisation, `[V, K]` float32.
         num_rows: validation rows in each average.
-        sample: some of each task's rows, normalised.
+        overlap: mean squared cosine over all pairs of a task's rows, each with itself included.
+        sample: the rows it was estimated from.
         exact: the projection is the identity, so that scores have no error.
         rows: all validation rows after normalisation, if they were asked for; NaN for a failed row.
     """
@@ -35,6 +36,7 @@ class TaskVectors:
     names: list[str]
     mean: Float[Tensor, "vectors dim"]
     num_rows: list[int]
+    overlap: Float[Tensor, " vectors"]
     sample: list[Float[Tensor, "_ dim"]]
     exact: bool
     rows: dict[str, Float[Tensor, "_ dim"]] = field(default_factory=dict)
@@ -44,22 +46,20 @@ class TaskVectors:
         """Squared norm of each average."""
         return self.mean.square().sum(dim=1)
 
-    @property
-    def overlap(self) -> Float[Tensor, " vectors"]:
-        """Mean squared cosine over pairs of a task's rows."""
-        return torch.tensor([mean_squared_cosine(rows) for rows in self.sample], device=self.mean.device)
-
     def pooled(self, group: Mapping[str, str]) -> "TaskVectors":
         """With the tasks of a group replaced by one vector, the mean of their means, whatever their sizes."""
         members: dict[str, list[int]] = {}
         for place, name in enumerate(self.names):
             members.setdefault(group.get(name, name), []).append(place)
+        samples = [torch.cat([self.sample[place] for place in places]) for places in members.values()]
         return TaskVectors(
             names=list(members),
             mean=torch.stack([self.mean[places].mean(dim=0) for places in members.values()]),
             num_rows=[sum(self.num_rows[place] for place in places) for places in members.values()],
-            sample=[torch.cat([self.sample[place] for place in places]) for places in members.values()],
+            overlap=overlaps(samples),
+            sample=samples,
             exact=self.exact,
+            rows=self.rows,
         )
 
 
@@ -102,14 +102,18 @@ def task_vectors(
         if keep_rows:
             rows[name] = torch.cat(kept)
     exact = train.manifest.get("projector", {}).get("kind") == "identity"
-    return TaskVectors(list(tasks), torch.stack(means), counts, samples, exact, rows)
+    return TaskVectors(list(tasks), torch.stack(means), counts, overlaps(samples), samples, exact, rows)
+
+
+def overlaps(samples: Sequence[Float[Tensor, "_ dim"]]) -> Float[Tensor, " vectors"]:
+    return torch.tensor([mean_squared_cosine(rows) for rows in samples], device=samples[0].device)
 
 
 def row_factor(block: Block, normalize: Normalize) -> Float[Tensor, " block"]:
     """What each row of a block is multiplied by; 0 for a gradient of zeros."""
     if normalize == "none":
         return block.scale
-    length = block.gradient.norm(dim=1) if normalize == "projected" else block.norm
+    length = block.length if normalize == "projected" else block.norm
     numerator = torch.ones_like(block.scale) if normalize == "projected" else block.scale
     return torch.where(length > 0, numerator / length, torch.zeros_like(length))
 

@@ -1,0 +1,222 @@
+"""Scores of all training rows into a score store, unit by unit, on one device or many (Lightning Fabric)."""
+
+import importlib.metadata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+
+from icons.influence import Reduce, Scorer
+from icons.partition import assign
+from icons.store import GradientStore, ScoreStore, check_compatible
+from icons.task_vectors import Normalize
+
+UNIT_ROWS = 1 << 14
+UNIT_BYTES = 32 << 20
+COPIED = {"norm": "float32", "loss": "float32", "tokens": "int32"}
+SETTINGS = (
+    "data",
+    "train",
+    "tasks",
+    "normalize",
+    "task_normalize",
+    "weights",
+    "groups",
+    "reduce",
+    "pairwise",
+    "top_pairs",
+)
+# where a file lies may change between a run and its resume; what is in it may not
+NOT_COMPARED = {"path", "images", "name"}
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """One run of `icons influence`: where the gradients are, how they are multiplied, where the scores go.
+
+    Attributes:
+        train: gradient stores of the training rows, one per checkpoint.
+        tasks: name -> gradient stores of its validation rows, one per checkpoint.
+        out: the score store; one that exists is gone on with.
+        normalize, task_normalize, weights, groups, reduce: as for `icons.influence.influence`.
+        pairwise: also store every training row's product with every validation row, `pairwise_TASK [N, M]`.
+        top_pairs: validation rows to keep for each training row and task: `top_rows_TASK` and `top_influence_TASK`
+            `[N, k]`, the strongest first.
+        chunk_rows: rows per unit of the score store; default: about 16,000, fewer with `pairwise`.
+    """
+
+    train: Sequence[str]
+    tasks: Mapping[str, Sequence[str]]
+    out: str
+    normalize: Normalize = "projected"
+    task_normalize: Normalize | None = None
+    weights: Sequence[float] | None = None
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    reduce: Reduce = "max"
+    pairwise: bool = False
+    top_pairs: int = 0
+    chunk_rows: int | None = None
+
+    def run(self, fabric: Fabric, advance: Callable[[int], None] = lambda rows: None) -> ScoreStore:
+        """Computes this rank's share of the units that are still to do.
+
+        Args:
+            fabric: launched.
+            advance: called with the number of rows after every block of this rank.
+
+        Raises:
+            ValueError: see `Scorer.of`; or the store at `out` was made from something else.
+        """
+        stores = [GradientStore.open(path) for path in self.train]
+        tasks = {name: [GradientStore.open(path) for path in paths] for name, paths in self.tasks.items()}
+        scorer = Scorer.of(
+            stores,
+            tasks,
+            normalize=self.normalize,
+            task_normalize=self.task_normalize,
+            weights=self.weights,
+            groups=self.groups,
+            reduce=self.reduce,
+            pairwise=self.pairwise or self.top_pairs > 0,
+            device=fabric.device,
+        )
+        found: Any = fabric.broadcast(self.prepare(scorer, stores, tasks) if fabric.is_global_zero else None)
+        if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever
+            raise found
+        store = ScoreStore.open(self.out, mode="r+")
+        done = store.num_rows - sum(len(store.partition.unit_rows(unit)) for unit in found)
+        advance(done)
+        with ThreadPoolExecutor(1) as writer:  # a unit is written while the next one is computed
+            written: Future[None] | None = None
+            for unit in assign(found, fabric.world_size, fabric.global_rank):
+                values = self.unit(scorer, stores, store.partition.unit_rows(unit), advance)
+                if written is not None:
+                    written.result()
+                written = writer.submit(store.write_unit, unit, **values)
+            if written is not None:
+                written.result()
+        fabric.barrier()
+        return ScoreStore.open(self.out)
+
+    def prepare(
+        self, scorer: Scorer, stores: Sequence[GradientStore], tasks: Mapping[str, Sequence[GradientStore]]
+    ) -> list[int] | Exception:
+        """Opens or creates the score store (rank 0); the units to do, or what went wrong."""
+        try:
+            manifest = self.manifest(scorer, stores, tasks)
+            try:
+                store = ScoreStore.open(self.out, mode="r+")
+            except FileNotFoundError:
+                store = self.create(scorer, manifest)
+            check_compatible(
+                lasting(store.manifest), lasting(manifest), SETTINGS, f"the score store {self.out}", "this run"
+            )
+            return units_to_do(store, stores)
+        except (ValueError, OSError) as error:
+            return error
+
+    def create(self, scorer: Scorer, manifest: Mapping[str, Any]) -> ScoreStore:
+        extra: dict[str, tuple[str, list[tuple[str, int]]]] = {name: (dtype, []) for name, dtype in COPIED.items()}
+        for name, rows in scorer.checkpoints[0].tasks.rows.items():
+            if self.pairwise:
+                extra[f"pairwise_{name}"] = ("float32", [(f"validation_{name}", len(rows))])
+            if self.top_pairs:
+                size = [(f"top_{name}", min(self.top_pairs, len(rows)))]
+                extra[f"top_rows_{name}"], extra[f"top_influence_{name}"] = ("int32", size), ("float32", size)
+        widest = max((length for _, sizes in extra.values() for _, length in sizes), default=1)
+        return ScoreStore.create(
+            self.out,
+            num_rows=scorer.num_rows,
+            tasks=scorer.tasks,
+            manifest=manifest,
+            chunk_rows=self.chunk_rows or unit_rows(scorer, widest),
+            extra=extra,
+        )
+
+    def manifest(
+        self, scorer: Scorer, stores: Sequence[GradientStore], tasks: Mapping[str, Sequence[GradientStore]]
+    ) -> dict[str, Any]:
+        """What the scores are made from and with."""
+        first = scorer.checkpoints[0].tasks
+        of_column = {column: sum(first.num_rows[place] for place in places) for column, places in scorer.groups.items()}
+        return {
+            "data": stores[0].manifest.get("data"),
+            "model": stores[0].manifest.get("model"),
+            "projector": stores[0].manifest.get("projector"),
+            "dim": stores[0].dim,
+            "num_validation": list(of_column.values()),
+            "normalize": scorer.normalize,
+            "task_normalize": scorer.task_normalize,
+            "weights": [checkpoint.weight for checkpoint in scorer.checkpoints],
+            "groups": {name: list(members) for name, members in self.groups.items()},
+            "reduce": self.reduce,
+            "pairwise": self.pairwise,
+            "top_pairs": self.top_pairs,
+            "train": [{"path": store.path, **store.manifest} for store in stores],
+            "tasks": {name: [{"path": s.path, **s.manifest} for s in found] for name, found in tasks.items()},
+            "warnings": sorted({text for store in stores for text in store.manifest.get("warnings", [])}),
+            "versions": {name: importlib.metadata.version(name) for name in ("icons-lightning", "torch", "zarr")},
+        }
+
+    def unit(
+        self, scorer: Scorer, stores: Sequence[GradientStore], rows: range, advance: Callable[[int], None]
+    ) -> dict[str, np.ndarray]:
+        """Everything that is stored of one unit."""
+        parts = []
+        for part in scorer.score(rows):
+            stored = {"influence": part.influence.numpy(), "stderr": part.stderr.numpy()}
+            for name, pairs in part.pairs.items():
+                stored |= {f"pairwise_{name}": pairs.numpy()} if self.pairwise else {}
+                stored |= strongest(name, pairs, self.top_pairs) if self.top_pairs else {}
+            parts.append(stored)
+            advance(len(part.rows))
+        values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        span = slice(rows.start, rows.stop)
+        values |= {name: np.asarray(getattr(stores[0], name)[span]) for name in COPIED}
+        return {**values, "status": status_of(stores, span)}
+
+
+def strongest(name: str, pairs: torch.Tensor, num: int) -> dict[str, np.ndarray]:
+    """The validation rows with the highest products, and the products; -1 and NaN where there are not so many."""
+    values, rows = pairs.nan_to_num(nan=-torch.inf).topk(min(num, pairs.shape[1]), dim=1)
+    missing = values == -torch.inf
+    return {
+        f"top_rows_{name}": rows.masked_fill(missing, -1).int().numpy(),
+        f"top_influence_{name}": values.masked_fill(missing, torch.nan).numpy(),
+    }
+
+
+def status_of(stores: Sequence[GradientStore], span: slice) -> np.ndarray:
+    """Status of each row: done if it is at every checkpoint, otherwise the first failure."""
+    return np.maximum.reduce([np.asarray(store.status[span], np.uint8) for store in stores])
+
+
+def units_to_do(store: ScoreStore, stores: Sequence[GradientStore]) -> list[int]:
+    """Units not written yet, or written before failed rows were tried again (`icons gradients --retry-failed`)."""
+    changed = np.flatnonzero(store.statuses() != status_of(stores, slice(None)))
+    return np.unique(changed // store.partition.chunk_rows).tolist()
+
+
+def unit_rows(scorer: Scorer, widest: int) -> int:
+    """Rows per unit of the score store: whole units of the gradient store, few enough that no chunk exceeds 32 MB."""
+    chunk = scorer.checkpoints[0].train.partition.chunk_rows
+    most = min(UNIT_ROWS, UNIT_BYTES // (4 * widest))
+    return min(chunk * max(1, most // chunk), scorer.num_rows)
+
+
+def lasting(value: Any) -> Any:
+    """A manifest without what may differ between a run and its resume, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: lasting(entry) for key, entry in value.items() if key not in NOT_COMPARED}
+    return [lasting(entry) for entry in value] if isinstance(value, list) else value
+
+
+def blocks_of(store: ScoreStore, name: str) -> Iterator[np.ndarray]:
+    """One array of a score store, unit by unit."""
+    for unit in range(store.partition.num_units):
+        rows = store.partition.unit_rows(unit)
+        yield np.asarray(store.arrays[name][rows.start : rows.stop])
