@@ -7,7 +7,7 @@ which of them resumes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Partition:
         return row // self.chunk_rows
 
 
+@runtime_checkable
 class Claim(Protocol):
     """Asked at the start of a unit: True takes it; False: another run holds it (`patient`: after a look at whether that
     run is alive), or has finished it."""
@@ -87,6 +88,15 @@ def assign(units: Sequence[int], num_workers: int, worker: int) -> list[int]:
     if not 0 <= worker < num_workers:
         raise ValueError(f"worker {worker} of {num_workers}: expected 0 to {num_workers - 1}")
     return list(units[worker::num_workers])
+
+
+def shard_of(unit: int, num_shards: int) -> int:
+    """The shard that computes `unit`, when all units are shared out with `assign`.
+
+    >>> [unit for unit in range(7) if shard_of(unit, 3) == 1] == assign(range(7), 3, 1)
+    True
+    """
+    return unit % num_shards
 
 
 def parse_shard(text: str) -> tuple[int, int]:
