@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from lightning import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, Batch, model_inputs, sample_losses, supervised_tokens
+from icons.modules.moments import Trained, gather
 
 PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
 LEAST_FALL = 0.05
@@ -37,6 +39,7 @@ class WarmupModule(LightningModule):
     Attributes:
         before: task -> {"loss", "accuracy", "rows"} before training; empty until measured.
         after: the same, after training.
+        outcome: trained weights and Adam's moments by name, on rank 0, after training.
 
     Source: haotian-liu/LLaVA, scripts/v1_5/finetune_lora.sh and llava/train/llava_trainer.py.
     """
@@ -54,7 +57,7 @@ class WarmupModule(LightningModule):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = model.train()  # Lightning leaves modes as they are, and dropout belongs to training
         self.learning_rate = learning_rate
         self.projector_learning_rate = projector_learning_rate
         self.warmup_ratio = warmup_ratio
@@ -65,6 +68,7 @@ class WarmupModule(LightningModule):
         self.settings = dict(settings or {})
         self.before: dict[str, dict[str, float]] = {}
         self.after: dict[str, dict[str, float]] = {}
+        self.outcome: Trained | None = None
         self.sums: list[Tensor] = []
         self.strict_loading = False  # checkpoints hold the trained parameters only
 
@@ -107,11 +111,12 @@ class WarmupModule(LightningModule):
             self.after = measured
 
     def on_train_end(self) -> None:
-        """Measures the tasks once more, wherever training ended (epochs, `max_steps`, `max_time`)."""
+        """Measures the tasks once more, wherever training ended (epochs, `max_steps`, `max_time`), and collects."""
         if self.tasks:
             self.trainer.validating = True
             self.trainer.fit_loop.epoch_loop.val_loop.run()
             self.trainer.training = True
+        self.outcome = gather(self.trainer, self)
 
     def configure_optimizers(self) -> Any:
         """AdamW over named parameters, so that its moments are known by name in every checkpoint."""
@@ -129,6 +134,18 @@ class WarmupModule(LightningModule):
         total = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, total, self.warmup_ratio))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | int | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As the Trainer's flags say; under FSDP through its root module, which knows the norm of all shards."""
+        if isinstance(self.trainer.strategy, FSDPStrategy) and gradient_clip_val and gradient_clip_algorithm != "value":
+            self.trainer.strategy.model.clip_grad_norm_(float(gradient_clip_val))  # type: ignore[union-attr,operator]
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters with `requires_grad`, by their name in the model."""
