@@ -19,12 +19,13 @@ import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 PREFIX = "status/lease"
 BEATS_PER_TIMEOUT = 6
 
 
+@runtime_checkable
 class Keys(Protocol):
     """The few operations on keys that leases need; `icons.storage.Storage` has them."""
 

@@ -3,7 +3,7 @@
 import errno
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from zarr.registry import get_codec_class
 from zarr.storage import MemoryStore
 
 from icons.batch import Status
+from icons.manifest import plain
 from icons.partition import Partition
 from icons.storage import Storage
 
@@ -92,11 +93,8 @@ class RowStore:
         if storage.exists("zarr.json"):
             raise FileExistsError(f"store {path}: exists already; expected a new place, or open it to go on")
         names = {"icons_status": READABLE_STATUS}
-        whole = {
-            "icons": {"format": FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)},
-            **names,
-            **plain(attributes or {}),
-        }
+        made = {"format": FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)}
+        whole = {"icons": made, **names, **plain(attributes or {})}
         for key, document in documents(columns, partition, whole).items():
             # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so
             # that whoever finds it finds a whole store.
@@ -212,8 +210,8 @@ def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:
         found = group[name]
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
-            f"store {path}: {name}/zarr.json is missing or damaged ({error}); expected the file that `create` wrote: copy "
-            "it from a store of the same shape, or compute the store anew"
+            f"store {path}: {name}/zarr.json is missing or damaged ({error}); expected the file that `create` wrote: "
+            "copy it from a store of the same shape, or compute the store anew"
         ) from error
     assert isinstance(found, zarr.Array)
     return found.with_config({"write_empty_chunks": True})
@@ -240,11 +238,6 @@ def documents(columns: Mapping[str, Column], partition: Partition, attributes: d
             attributes=FLAGS if name == "status" else {},
         )
     return {key: memory[key].to_bytes() for key in sorted(memory, key=lambda key: (key == "zarr.json", key))}
-
-
-def plain(value: Any) -> Any:
-    """A manifest as JSON has it: what is compared later is what was saved."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def stored_kind(storage: Storage) -> str | None:
@@ -289,39 +282,3 @@ def parse_codec(codec: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
             "name and configuration"
         ) from error
     return {"name": found["name"], "configuration": found.get("configuration", {})}
-
-
-def check_compatible(
-    a: Mapping[str, Any],
-    b: Mapping[str, Any],
-    fields: Iterable[str],
-    what_a: str = "the store",
-    what_b: str = "this run",
-) -> None:
-    """Compares two manifests in the given fields; `projector` compares all of it, `data.fingerprint` one entry.
-
-    Raises:
-        ValueError: the first difference, with its field and both values.
-
-    >>> check_compatible({"dtype": "int8"}, {"dtype": "int8"}, ["dtype"])
-    """
-    for field in fields:
-        for name, left, right in differences(field, lookup(plain(a), field), lookup(plain(b), field)):
-            raise ValueError(
-                f"{name}: {what_a} has {left!r}, {what_b} has {right!r}; expected both to be the same: "
-                "mend one, or use another store"
-            )
-
-
-def lookup(manifest: Any, field: str) -> Any:
-    for part in field.split("."):
-        manifest = manifest.get(part) if isinstance(manifest, Mapping) else None
-    return manifest
-
-
-def differences(name: str, left: Any, right: Any) -> Sequence[tuple[str, Any, Any]]:
-    """The leaves in which two values differ."""
-    if isinstance(left, Mapping) and isinstance(right, Mapping):
-        keys = [*left, *(key for key in right if key not in left)]
-        return [found for key in keys for found in differences(f"{name}.{key}", left.get(key), right.get(key))]
-    return [] if left == right else [(name, left, right)]

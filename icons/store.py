@@ -20,8 +20,9 @@ import numpy as np
 import zarr
 
 from icons.encoding import DTYPES, encode_rows
+from icons.manifest import check_compatible
 from icons.partition import Partition
-from icons.row_store import Column, RowStore, check_compatible, parse_codec, stored_kind
+from icons.row_store import Column, RowStore, parse_codec, stored_kind
 from icons.score_store import ScoreStore
 from icons.storage import Storage
 

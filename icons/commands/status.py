@@ -6,8 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from icons.batch import Status
-from icons.partition import assign, slurm_array
+from icons.partition import shard_of, slurm_array
 from icons.row_store import RowStore
 from icons.store import open_store
 
@@ -26,7 +25,7 @@ def status(store: str, missing: bool = False, shards: int | None = None, as_json
     """
     console, opened = Console(soft_wrap=True, highlight=False), open_store(store)
     units = opened.missing()
-    indices = shards_with_work(opened, units, shards or stated_shards(opened))
+    indices = shards_with_work(units, shards or stated_shards(opened))
     if missing:
         console.print(slurm_array(indices), markup=False)
         return 0
@@ -43,11 +42,9 @@ def stated_shards(store: RowStore) -> int:
     return int(stated) if stated > 1 else store.partition.num_units
 
 
-def shards_with_work(store: RowStore, units: list[int], shards: int) -> list[int]:
+def shards_with_work(units: list[int], shards: int) -> list[int]:
     """The array indices whose share of all units holds one of `units`."""
-    wanted = set(units)
-    every = range(store.partition.num_units)
-    return [index for index in range(shards) if wanted & set(assign(every, shards, index))]
+    return sorted({shard_of(unit, shards) for unit in units})
 
 
 def summary(store: RowStore, units: list[int]) -> dict[str, Any]:
@@ -66,9 +63,8 @@ def show(console: Console, store: RowStore, units: list[int], indices: list[int]
     console.print(f"  units      {total - len(units):,} of {total:,} done, {store.partition.chunk_rows:,} rows each")
     for reason, rows in store.failed().items():
         first = ", ".join(str(row) for row in rows[:5].tolist())
-        console.print(
-            f"  failed     {len(rows):,} {Status(reason).name.lower()} (rows {first}{', ...' * (len(rows) > 5)})"
-        )
+        more = ", ..." if len(rows) > 5 else ""
+        console.print(f"  failed     {len(rows):,} {reason.name.lower()} (rows {first}{more})")
     if units:
         console.print(f"  missing    units {slurm_array(units)}", markup=False)
         console.print(f"  to run     --array={slurm_array(indices)} with --shard $SLURM_ARRAY_TASK_ID/{shards}")

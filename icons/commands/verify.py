@@ -38,7 +38,5 @@ def verify(store: str, repair: bool = False) -> int:
         console.print(f"{len(findings)} findings in {len(units)} units; --repair marks these units as not written")
         return 1
     counts = opened.counts()
-    console.print(
-        f"sound: {counts['done']:,} rows done, {counts['failed']:,} failed, {counts['missing']:,} not written"
-    )
+    console.print(f"sound: {counts['done']:,} rows done, {counts['failed']:,} failed, {counts['missing']:,} missing")
     return 0
