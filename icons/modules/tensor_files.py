@@ -1,0 +1,44 @@
+"""Tensor files: weights read by name from safetensors and PyTorch files, whole or only what is asked for."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    """The tensors of one file whose name is `wanted`.
+
+    PyTorch files are read with `weights_only=True` and mapped into memory, so that what is not wanted costs nothing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a file of tensors.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; expected weights")
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(str(file), framework="pt") as stored:
+                return {name: stored.get_tensor(name) for name in stored.keys() if wanted(name)}  # noqa: SIM118
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written by torch < 1.6: not mappable
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{file}: cannot be read as weights ({reason}); copy or download it again") from None
+    content = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {name: value for name, value in content.items() if isinstance(value, Tensor) and wanted(name)}
+
+
+def find_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """The wanted tensors among all weight files of a model folder; safetensors first, else PyTorch files."""
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= read_tensors(file, wanted)
+    return found

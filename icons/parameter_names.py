@@ -1,0 +1,92 @@
+"""Parameter names: one parameter is called differently by LLaVA, by transformers of several ages, by PEFT and by wrappers."""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+WRAPPERS = re.compile(
+    r"(^|(?<=\.))(_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
+)
+PROJECTOR = {"0": "linear_1", "2": "linear_2"}
+SHOWN = 3
+
+
+def current_name(name: str) -> str:
+    """What transformers 5's LLaVA calls a weight that the original LLaVA, or an older transformers, saved as `name`.
+
+    Names it does not know are returned as they are. PEFT's prefix stays.
+
+    >>> current_name("model.layers.0.mlp.up_proj.weight")
+    'model.language_model.layers.0.mlp.up_proj.weight'
+    >>> current_name("base_model.model.model.mm_projector.2.bias")
+    'base_model.model.model.multi_modal_projector.linear_2.bias'
+    """
+    prefix = "base_model.model." if name.startswith("base_model.model.") else ""
+    name = name.removeprefix(prefix)
+    if found := re.fullmatch(r"(?:model\.)?mm_projector\.([02])\.(weight|bias)", name):
+        return f"{prefix}model.multi_modal_projector.{PROJECTOR[found[1]]}.{found[2]}"
+    name = re.sub(r"^multi_modal_projector\.", "model.multi_modal_projector.", name)
+    name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
+    name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
+    name = re.sub(r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1.", name)
+    return prefix + name
+
+
+def canonical_name(name: str) -> str:
+    """One spelling for a parameter, whoever saved it: without wrappers, adapter names and LLaVA's old module names.
+
+    >>> canonical_name("_forward_module.model.base_model.model.model.layers.0.q_proj.lora_A.default.weight")
+    'model.layers.0.q_proj.lora_A.weight'
+    >>> canonical_name("base_model.model.model.language_model.layers.0.q_proj.lora_A.default.weight")
+    'model.layers.0.q_proj.lora_A.weight'
+    """
+    name = name.rpartition("base_model.model.")[2]
+    name = WRAPPERS.sub("", name)
+    name = re.sub(r"(lora_\w+)\.\w+\.(weight)$", r"\1.\2", name)
+    name = re.sub(r"modules_to_save\.\w+\.", "", name)
+    name = re.sub(r"mm_projector\.([02])\.", lambda match: f"multi_modal_projector.{PROJECTOR[match[1]]}.", name)
+    return name.replace("language_model.", "").removeprefix("base_model.")
+
+
+def match_names(saved: Collection[str], wanted: Collection[str], what: str) -> dict[str, str]:
+    """Which saved name stands for each wanted one.
+
+    A first component that only the saved names have (the attribute under which a LightningModule keeps its model) is
+    left out where that makes all of them match.
+
+    Raises:
+        ValueError: a wanted parameter is not among the saved, or two saved names mean the same parameter.
+    """
+    attempts = [by_canonical(saved, what)]
+    if len({name.partition(".")[0] for name in saved}) == 1:
+        shorter = by_canonical([name.partition(".")[2] for name in saved], what)
+        first = next(iter(saved)).partition(".")[0]
+        attempts.append({key: f"{first}.{name}" for key, name in shorter.items()})
+    for known in attempts:
+        found = {name: known[canonical_name(name)] for name in wanted if canonical_name(name) in known}
+        if len(found) == len(wanted):
+            return found
+    known = attempts[0]
+    missing = [name for name in wanted if canonical_name(name) not in known]
+    raise ValueError(
+        f"{what}: holds nothing for {len(missing)} of the {len(wanted)} parameters of the model, such as "
+        f"{', '.join(missing[:SHOWN])}; it names {len(saved)}, such as {', '.join(sorted(saved)[:SHOWN])}: "
+        "give the file that was saved with this very adapter"
+    )
+
+
+def by_canonical(names: Collection[str], what: str) -> dict[str, str]:
+    known: dict[str, str] = {}
+    for name in names:
+        key = canonical_name(name)
+        if key in known:
+            raise ValueError(f"{what}: {known[key]} and {name} both mean the parameter {key}; expected each one once")
+        known[key] = name
+    return known
+
+
+def renamed(tensors: Mapping[str, Value]) -> dict[str, Value]:
+    """The same tensors under `current_name`."""
+    return {current_name(name): value for name, value in tensors.items()}
