@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -20,6 +20,7 @@ from icons.manifest import plain
 from icons.partition import Partition
 from icons.storage import Storage
 
+Kind = TypeVar("Kind", bound="RowStore")
 FORMAT = 1
 READABLE_STATUS = {str(int(status)): status.name.lower() for status in Status}
 # the CF convention's words for the same, which xarray shows
@@ -41,7 +42,7 @@ class Column:
     """
 
     dtype: str
-    fill: float
+    fill: float | int
     dimensions: tuple[tuple[str, int], ...] = ()
     codec: Mapping[str, Any] | None = None
 
@@ -60,7 +61,7 @@ class RowStore:
         self.partition = Partition(self.status.shape[0], self.status.chunks[0])
 
     @classmethod
-    def open(cls, path: str | Path, mode: str = "r") -> Self:
+    def open(cls: type[Kind], path: str | Path, mode: str = "r") -> Kind:
         """Opens an existing store: reads its metadata, a few small files whatever the number of rows.
 
         Args:
@@ -82,13 +83,13 @@ class RowStore:
 
     @classmethod
     def _create(
-        cls,
+        cls: type[Kind],
         path: str | Path,
         partition: Partition,
         columns: Mapping[str, Column],
         manifest: Mapping[str, Any],
         attributes: Mapping[str, Any] | None = None,
-    ) -> Self:
+    ) -> Kind:
         storage = Storage(path, "w")
         if storage.exists("zarr.json"):
             raise FileExistsError(f"store {path}: exists already; expected a new place, or open it to go on")

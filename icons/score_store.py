@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import zarr
@@ -41,7 +41,7 @@ class ScoreStore(RowStore):
         chunk_rows: int | None = None,
         extra: Mapping[str, tuple[str, Sequence[tuple[str, int]]]] | None = None,
         attributes: Mapping[str, Any] | None = None,
-    ) -> Self:
+    ) -> "ScoreStore":
         """Makes an empty store.
 
         Args:

@@ -14,7 +14,7 @@ A unit's chunks are written in the order rows, scalars, `status`, each chunk ato
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
@@ -71,7 +71,7 @@ class GradientStore(RowStore):
         chunk_rows: int | None = None,
         manifest: Mapping[str, Any] | None = None,
         codec: str | Mapping[str, Any] | None = None,
-    ) -> Self:
+    ) -> "GradientStore":
         """Makes an empty store.
 
         Args:
@@ -110,7 +110,7 @@ class GradientStore(RowStore):
         chunk_rows: int | None = None,
         manifest: Mapping[str, Any] | None = None,
         codec: str | Mapping[str, Any] | None = None,
-    ) -> Self:
+    ) -> "GradientStore":
         """Opens the store at `path` to go on with it, or makes it. Arguments as for `create`.
 
         Raises:
