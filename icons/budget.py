@@ -71,6 +71,11 @@ class Budget:
         if self.max_tokens is not None and self.tokens is None:
             raise ValueError("token budget: got no tokens per row; expected a score store that has them")
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether more than the number of rows decides: then the selection has no single border."""
+        return bool(self.include or self.task_quotas or self.source_quotas or self.max_tokens is not None)
+
     def take(
         self,
         scored: Bool[np.ndarray, " rows"],

@@ -16,8 +16,10 @@ from icons.budget import Budget, Sources
 class Scores(Protocol):
     """What a score store offers here."""
 
-    influence: Any
-    tasks: list[str]
+    @property
+    def influence(self) -> Any: ...
+    @property
+    def tasks(self) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Selection:
         thresholds: each task's, in the dtype of the scores.
         tasks: their names.
         method: by which `score` was made.
-        settings: the arguments that differ from the plain vote.
+        settings: the arguments, as they were understood.
     """
 
     rows: Int[np.ndarray, " selected"]
@@ -117,13 +119,21 @@ def select(
     weight = weights_of(weights, columns.tasks)
     limits = Budget(num_rows=size, **(budget or {}))
 
+    settings: dict[str, Any] = {
+        "num_rows": size,
+        "vote_fraction": share,
+        "is_bounded": limits.is_bounded or bool(source_weights),
+    }
+    settings |= {"weights": dict(zip(tasks, weight.tolist(), strict=True)), "seed": seed}
     thresholds = np.array(columns.each(lambda column: threshold(column, share)), dtype=matrix.dtype)
     counted = columns.total(lambda column: (column >= threshold(column, share)).astype(np.int32))
     tie = percentile_ranks(columns, weight)
     if method in METHODS:
         score = METHODS[method](columns, share, weight)
     elif method == "direct_merge":
-        score = METHODS["mean"](columns, share, merge_weights(scores, num_validation, columns.num_tasks))
+        merged = merge_weights(scores, num_validation, columns.num_tasks)
+        settings["merge_weights"] = dict(zip(tasks, merged.tolist(), strict=True))
+        score = METHODS["mean"](columns, share, merged)
     else:
         score = baseline(method, scores, values, seed, columns.num_rows)[columns.scored]
     if source_weights:
@@ -141,7 +151,7 @@ def select(
         thresholds=thresholds,
         tasks=columns.tasks,
         method=method,
-        settings={"num_rows": size, "vote_fraction": share, "weights": dict(zip(tasks, weight.tolist(), strict=True))},
+        settings=settings,
     )
 
 

@@ -1,0 +1,96 @@
+"""A selection on disk: its manifest beside the selected data, and its table."""
+
+import csv
+import importlib
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+FORMAT = 1
+SUFFIX = ".manifest.json"
+
+
+@dataclass(frozen=True)
+class SavedSelection:
+    """A selection as it was saved.
+
+    Attributes:
+        rows: the selected rows of the pool, ascending.
+        manifest: what it was made from and with: `num_rows` of the pool, `method`, `fraction`, `thresholds`, `data`,
+            `scores`, `border`, `settings`, ...
+    """
+
+    rows: Int[np.ndarray, " selected"]
+    manifest: dict[str, Any]
+
+
+def manifest_path(selection: Path) -> Path:
+    """Where the manifest of `selected.json` lies: `selected.json.manifest.json`."""
+    return selection if selection.name.endswith(SUFFIX) else selection.with_name(selection.name + SUFFIX)
+
+
+def save_manifest(selection: Path, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any]) -> Path:
+    """Writes the manifest of a selection beside its data, atomically; where it is."""
+    path = manifest_path(selection)
+    versions = {name: importlib.metadata.version(name) for name in ("icons-lightning", "numpy")}
+    whole = {"format": FORMAT, "kind": "selection", **manifest, "versions": versions, "rows": rows.tolist()}
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(whole, default=str) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def open_selection(selection: Path) -> SavedSelection:
+    """Reads the manifest of a selection, given the selected data's path or the manifest's own.
+
+    Raises:
+        FileNotFoundError: there is no manifest.
+        ValueError: the file is something else, or of a format that this version does not know.
+    """
+    path = manifest_path(selection)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"selection {selection}: has no {path.name} beside it; expected one made by `icons select`"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"selection {path}: is not JSON ({error}); expected a manifest made by `icons select`"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("kind") != "selection" or manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"selection {path}: is no selection manifest of format {FORMAT}; expected one by `icons select`"
+        )
+    rows = np.asarray(manifest.pop("rows"), dtype=np.int64)
+    return SavedSelection(rows, manifest)
+
+
+def write_table(path: Path, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) -> None:
+    """Writes columns of equal length as CSV or Parquet, by the file's suffix.
+
+    Raises:
+        ValueError: another suffix; or Parquet, and pyarrow is not installed.
+    """
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+    elif path.suffix == ".parquet":
+        try:
+            pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"table {path}: Parquet needs pyarrow, which is not installed; pip install 'icons-lightning[table]', "
+                "or take .csv"
+            ) from error
+        parquet.write_table(pyarrow.table({name: pyarrow.array(column) for name, column in columns.items()}), path)
+    else:
+        raise ValueError(f"table {path}: got suffix {path.suffix!r}; expected .csv or .parquet")
