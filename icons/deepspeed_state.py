@@ -121,8 +121,8 @@ def step_folder(folder: Path) -> Path:
         raise FileNotFoundError(f"{folder}: no DeepSpeed checkpoint here; expected *_optim_states.pt in it or below it")
     if len(inner) > 1:
         raise ValueError(
-            f"{folder}: holds {len(inner)} checkpoints ({', '.join(found.name for found in inner)}) and no file `latest`; "
-            "give the one that is meant"
+            f"{folder}: holds {len(inner)} checkpoints ({', '.join(found.name for found in inner)}) and no file "
+            "`latest`; give the one that is meant"
         )
     return inner[0]
 
@@ -141,8 +141,8 @@ def check_ranks(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
     expected = max(counts) if isinstance(counts, Sequence) else int(counts)
     if len(ranks) != expected:
         raise ValueError(
-            f"{folder}: has the optimizer states of {len(ranks)} ranks, expected {expected} (one file per rank, one model "
-            "part): copy the missing ones here"
+            f"{folder}: has the optimizer states of {len(ranks)} ranks, expected {expected} (one file per rank, one "
+            "model part): copy the missing ones here"
         )
 
 
@@ -188,8 +188,8 @@ def join_group(
     needed = sum(shape.numel() + gap for shape, gap in zip(shapes.values(), gaps, strict=True))
     if len(flat) not in (needed, needed + padding):
         raise ValueError(
-            f"{where}: has {len(flat)} numbers, expected {needed} for {len(shapes)} parameters (and {padding} of padding): "
-            "the files are not of one checkpoint"
+            f"{where}: has {len(flat)} numbers, expected {needed} for {len(shapes)} parameters (and {padding} of "
+            "padding): the files are not of one checkpoint"
         )
     found, start = {}, 0
     for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
@@ -211,8 +211,8 @@ def join_parameters(streams: Sequence[Tensor], shapes: Shapes, where: str) -> di
     for rank, stream in enumerate(streams):
         if len(stream) != needed:
             raise ValueError(
-                f"{where}: rank {rank} has {len(stream)} numbers, expected {needed} for {len(shapes)} parameters: the files "
-                "are not of one checkpoint"
+                f"{where}: rank {rank} has {len(stream)} numbers, expected {needed} for {len(shapes)} parameters: the "
+                "files are not of one checkpoint"
             )
     for name, shape in shapes.items():
         whole = torch.cat([stream[start : start + lengths[name]] for stream in streams])

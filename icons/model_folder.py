@@ -215,8 +215,8 @@ def check_supported(model: Path, settings: dict[str, Any]) -> None:
     for name, values in expected.items():
         if settings.get(name) not in values:
             raise ValueError(
-                f"{model}: {name} is {settings.get(name)!r}, expected {values[0]!r} (LLaVA-1.5's); convert the model to "
-                "the Hugging Face layout if transformers knows its kind"
+                f"{model}: {name} is {settings.get(name)!r}, expected {values[0]!r} (LLaVA-1.5's); convert the model "
+                "to the Hugging Face layout if transformers knows its kind"
             )
 
 

@@ -65,8 +65,8 @@ def load_adam_state(
         for which, table in zip(MOMENTS, (moments.exp_avg, moments.exp_avg_sq), strict=True):
             if table[saved[name]].shape != parameter.shape:
                 raise ValueError(
-                    f"{path}: {which} of {saved[name]} has shape {tuple(table[saved[name]].shape)}, the parameter {name} "
-                    f"{tuple(parameter.shape)}; expected the same: is it the state of another adapter?"
+                    f"{path}: {which} of {saved[name]} has shape {tuple(table[saved[name]].shape)}, the parameter "
+                    f"{name} {tuple(parameter.shape)}; expected the same: is it the state of another adapter?"
                 )
     steps = {name: moments.step[saved[name]] for name in places}
     return AdamPreconditioner(
@@ -93,8 +93,8 @@ def read_moments(path: Path, model: nn.Module) -> Moments:
             if (path / name).exists():
                 return read_moments(path / name, model)
         raise FileNotFoundError(
-            f"{path}: no optimizer state here; expected {WARMUP_FILE} (warm-up), optimizer.pt (Hugging Face Trainer) or "
-            "*_optim_states.pt (DeepSpeed): an adapter alone has none"
+            f"{path}: no optimizer state here; expected {WARMUP_FILE} (warm-up), optimizer.pt (Hugging Face Trainer) "
+            "or *_optim_states.pt (DeepSpeed): an adapter alone has none"
         )
     if path.suffix == ".safetensors":
         return read_warmup(path)
@@ -103,13 +103,13 @@ def read_moments(path: Path, model: nn.Module) -> Moments:
         states = content["optimizer_states"]
         if len(states) != 1:
             raise ValueError(f"{path}: holds the states of {len(states)} optimizers, expected one")
-        known = [name for name in content.get("state_dict", {})]
+        known = list(content.get("state_dict", {}))
         return read_torch(states[0], path, model, known)
     if {"state", "param_groups"} <= set(content):
         return read_torch(content, path, model, [])
     raise ValueError(
-        f"{path}: is no optimizer state (it holds {', '.join(sorted(map(str, content))[:SHOWN])}); expected Lightning's "
-        "checkpoint or the Hugging Face Trainer's optimizer.pt"
+        f"{path}: is no optimizer state (it holds {', '.join(sorted(map(str, content))[:SHOWN])}); expected "
+        "Lightning's checkpoint or the Hugging Face Trainer's optimizer.pt"
     )
 
 
@@ -122,9 +122,9 @@ def read_warmup(file: Path) -> Moments:
         tables = {
             which: {
                 name.partition("/")[2]: stored.get_tensor(name)
-                for name in stored.keys()
+                for name in stored.keys()  # noqa: SIM118
                 if name.startswith(f"{which}/")
-            }  # noqa: SIM118, E501
+            }
             for which in MOMENTS
         }
     betas = json.loads(metadata["betas"])
@@ -139,8 +139,8 @@ def load(path: Path) -> Mapping[str, Any]:
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path}: cannot be read as data alone ({reason}); expected an optimizer state without Python objects: save the "
-            "checkpoint without them, or give the optimizer's file"
+            f"{path}: cannot be read as data alone ({reason}); expected an optimizer state without Python objects: "
+            "save the checkpoint without them, or give the optimizer's file"
         ) from None
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected an optimizer state")
@@ -159,7 +159,7 @@ def read_torch(state: Mapping[str, Any], path: Path, model: nn.Module, known: Se
             index: name
             for group in groups
             if group["params"]
-            for index, name in zip(group["params"], group["param_names"], strict=True)  # noqa: E501
+            for index, name in zip(group["params"], group["param_names"], strict=True)
         }
     else:
         names = names_by_order(state, path, model, known)
@@ -185,8 +185,8 @@ def names_by_order(state: Mapping[str, Any], path: Path, model: nn.Module, known
     """Names for numbered moments, from the orders in which trainers hand parameters to an optimizer.
 
     Every order that could have been is tried (with or without the projector, projector before or after the adapter,
-    split by weight decay and by the projector's own learning rate); one whose number and shapes of parameters all fit is
-    taken. Two that fit and differ are refused: then the moments cannot be told apart.
+    split by weight decay and by the projector's own learning rate); one whose number and shapes of parameters all fit
+    is taken. Two that fit and differ are refused: then the moments cannot be told apart.
 
     Raises:
         ValueError: no order fits, or several.
@@ -202,7 +202,7 @@ def names_by_order(state: Mapping[str, Any], path: Path, model: nn.Module, known
             (index, name)
             for indices, names in zip(groups, order, strict=True)
             for index, name in zip(indices, names, strict=True)
-        ]  # noqa: E501
+        ]
         if all(index not in shapes or shapes[index] == tuple(parameters[name].shape) for index, name in pairs):
             fitting[tuple(name for _, name in pairs)] = dict(pairs)
     if len(fitting) == 1:
@@ -213,8 +213,9 @@ def names_by_order(state: Mapping[str, Any], path: Path, model: nn.Module, known
         "more than one order of the model's parameters fits" if fitting else "no order of the model's parameters fits"
     )
     raise ValueError(
-        f"{path}: has no names, groups of {sizes} parameters, and {problem} (the model has {trainable} trainable ones); "
-        "expected the state of this very adapter, number by number and shape by shape: check --adapter, and --target"
+        f"{path}: has no names, groups of {sizes} parameters, and {problem} (the model has {trainable} trainable "
+        "ones); expected the state of this very adapter, number by number and shape by shape: check --adapter, and "
+        "--target"
     )
 
 

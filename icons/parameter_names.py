@@ -1,4 +1,4 @@
-"""Parameter names: one parameter is called differently by LLaVA, by transformers of several ages, by PEFT and by wrappers."""
+"""Parameter names: one parameter is called differently by LLaVA, by transformers then and now, by PEFT, by wrappers."""
 
 import re
 from collections.abc import Collection, Mapping

@@ -89,8 +89,8 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
-            f"{folder}: no finished warm-up here ({MANIFEST} is missing); expected what `icons warmup --out` wrote: run the "
-            "same warm-up again, it resumes"
+            f"{folder}: no finished warm-up here ({MANIFEST} is missing); expected what `icons warmup --out` wrote: "
+            "run the same warm-up again, it resumes"
         )
     manifest = json.loads((folder / MANIFEST).read_text())
     model_folder = ModelFolder.from_dict(manifest["model_folder"])
@@ -99,15 +99,15 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
             moved = (folder / relative).resolve()
             if not moved.exists():
                 raise FileNotFoundError(
-                    f"{folder}: its base model ({name}) was {getattr(model_folder, name)}, which is gone, and is not at "
-                    f"{moved} either; put it back, or give the parts: --model, --adapter {folder}"
+                    f"{folder}: its base model ({name}) was {getattr(model_folder, name)}, which is gone, and is not "
+                    f"at {moved} either; put it back, or give the parts: --model, --adapter {folder}"
                 )
             model_folder = replace(model_folder, **{name: moved})
     now, then = model_folder.fingerprint(), manifest["model_fingerprint"]
     if now != then:
         raise ValueError(
-            f"{folder}: was trained on a base model with fingerprint {then}; {model_folder.model} has {now}: expected the "
-            "same files"
+            f"{folder}: was trained on a base model with fingerprint {then}; {model_folder.model} has {now}: expected "
+            "the same files"
         )
     return WarmupFolder(model_folder, folder, manifest)
 

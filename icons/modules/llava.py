@@ -1,8 +1,8 @@
 """LLaVA as one model whatever its layout, and the merge of image features into the text.
 
-Differs from transformers' own class in one thing: image positions may hold any id, negative ones too, and the last image
-may be cut by the maximal length. So LLaVA's vocabulary stays as it was trained (its loss does not change), and text is
-cut as the original cuts it: after the images are in.
+Differs from transformers' own class in one thing: image positions may hold any id, negative ones too, and the last
+image may be cut by the maximal length. So LLaVA's vocabulary stays as it was trained (its loss does not change), and
+text is cut as the original cuts it: after the images are in.
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ class Llava(LlavaForConditionalGeneration):
         model.image_token = image_token_id
         return model
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Int[Tensor, "batch length"] | None = None,
         pixel_values: Float[Tensor, "images 3 height width"] | None = None,
@@ -39,8 +39,8 @@ class Llava(LlavaForConditionalGeneration):
         """Logits `[batch, length, vocabulary]`.
 
         Args:
-            input_ids: every image position holds the image token's id, `image_tokens` of them per image, in the order of
-                `pixel_values`; the last image of a row may be cut.
+            input_ids: every image position holds the image token's id, `image_tokens` of them per image, in the
+                order of `pixel_values`; the last image of a row may be cut.
             pixel_values: one per image, rows in order; None when no row has one.
 
         Raises:
@@ -111,8 +111,9 @@ def merge_images(
     images = (count + per_image - 1) // per_image
     if int(images.sum()) != len(features):
         raise ValueError(
-            f"Llava: {len(features)} images for {images.tolist()} runs of image positions per row ({per_image} positions "
-            "an image); expected one image per run, rows in order: leave out images that the maximal length cuts away"
+            f"Llava: {len(features)} images for {images.tolist()} runs of image positions per row ({per_image} "
+            "positions an image); expected one image per run, rows in order: leave out images that the maximal length "
+            "cuts away"
         )
     row, position = places.nonzero(as_tuple=True)
     nth = (places.cumsum(dim=1) - 1)[row, position]  # among the row's image positions
@@ -145,7 +146,7 @@ def assemble(
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
     core: Any = model.model
-    core.language_model, core.vision_tower, model.lm_head = language.model, tower, language.lm_head  # type: ignore[assignment]
+    core.language_model, core.vision_tower, model.lm_head = language.model, tower, language.lm_head
     dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.float32
     core.multi_modal_projector.to(dtype)
     model.generation_config = getattr(language, "generation_config", model.generation_config)

@@ -1,4 +1,4 @@
-"""LoRA on the language model: fresh for a warm-up, or loaded from PEFT's, LLaVA's or the Hugging Face Trainer's folders."""
+"""LoRA on the language model: fresh for a warm-up, or loaded from PEFT's, LLaVA's or a Trainer's folders."""
 
 import json
 import re
@@ -12,12 +12,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from icons.deepspeed_state import is_deepspeed, read_deepspeed
 from icons.modules.tensor_files import read_tensors
 from icons.parameter_names import renamed
 
 # What LLaVA's find_all_linear_names finds, before tower and projector exist. As a regular expression: PEFT would
 # match a list of suffixes in the vision tower too.
 LLAVA_TARGETS = r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj$"
+NON_LORA = ("non_lora.safetensors", "non_lora_trainables.bin", "non_lora_trainables.safetensors")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SHOWN = 3
 
@@ -45,7 +47,8 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> PeftModel:
     if not any(re.fullmatch(targets, name) for name, _ in model.named_modules()):
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         raise ValueError(
-            f"LoRA targets {targets!r}: match no module; expected a regular expression for names such as {names[:SHOWN]}"
+            f"LoRA targets {targets!r}: match no module; expected a regular expression for names such as "
+            f"{names[:SHOWN]}"
         )
     config = LoraConfig(
         r=settings.rank,
@@ -98,7 +101,7 @@ def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:
     with warnings.catch_warnings():
         # PEFT asks transformers for a property under its old name
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-        wrapped = get_peft_model(model, config)  # type: ignore[arg-type]
+        wrapped = get_peft_model(model, config)
     assert isinstance(wrapped, PeftModel)
     return wrapped.eval()  # get_peft_model leaves dropout on
 
@@ -157,6 +160,17 @@ def adapter_file(folder: Path) -> Path:
     )
 
 
+def non_lora_tensors(adapter: Path) -> dict[str, Tensor]:
+    """What was trained beside LoRA: from the adapter's folder, or from the DeepSpeed state in a `checkpoint-N`."""
+    for name in NON_LORA:
+        if (adapter / name).is_file():
+            return read_tensors(adapter / name)
+    if is_deepspeed(adapter):
+        weights: Mapping[str, Tensor] = read_deepspeed(adapter).weights
+        return {name: value for name, value in weights.items() if "lora_" not in name}
+    return {}
+
+
 def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path | str, adapter: str = "default") -> None:
     """Sets the adapter's tensors by name, and checks that every one found its place and no place was left out.
 
@@ -173,8 +187,8 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path | 
             )
         if places[place].shape != value.shape:
             raise ValueError(
-                f"{source}: {name} has shape {tuple(value.shape)}, the model's {tuple(places[place].shape)}; expected the "
-                "same: is it the adapter of a model of another size?"
+                f"{source}: {name} has shape {tuple(value.shape)}, the model's {tuple(places[place].shape)}; expected "
+                "the same: is it the adapter of a model of another size?"
             )
         with torch.no_grad():
             places[place].copy_(value)

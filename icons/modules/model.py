@@ -4,40 +4,29 @@ import hashlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
     BitsAndBytesConfig,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import logging
 
-from icons.deepspeed_state import is_deepspeed, read_deepspeed
-from icons.model_folder import ModelFolder, read_config
+from icons.model_folder import ModelFolder
+from icons.modules.base_model import AUTO, PROJECTOR, language_config, load_huggingface, load_original
 from icons.modules.llava import Llava, assemble
-from icons.modules.lora import LoraSettings, adapter_file, add_lora, load_adapter, merge_into
-from icons.modules.tensor_files import find_tensors, read_tensors
+from icons.modules.lora import NON_LORA, LoraSettings, adapter_file, add_lora, load_adapter, non_lora_tensors
 from icons.parameter_names import current_name
 
-NON_LORA = ("non_lora.safetensors", "non_lora_trainables.bin", "non_lora_trainables.safetensors")
 MERGED = "icons_export.json"
-PROJECTOR = "model.multi_modal_projector."
 NEVER_QUANTIZED = ["lm_head", "vision_tower", "multi_modal_projector"]
-AUTO = {"text": AutoModelForCausalLM, "image-text": AutoModelForImageTextToText, "llava": LlavaForConditionalGeneration}
-SHOWN = 3
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -81,7 +70,7 @@ def load_model(
     if adapter is not None and lora is not None:
         raise ValueError("load_model: got both an adapter and settings for a fresh one; give one of them")
     check_attention(attention)
-    options = {"attn_implementation": attention, "quantization_config": quantization(quantize, dtype)}
+    options: dict[str, Any] = {"attn_implementation": attention, "quantization_config": quantization(quantize, dtype)}
     options |= {"trust_remote_code": True} if trust_remote_code else {}
     if adapter is not None:
         refuse_merged(folder.model, adapter)
@@ -161,7 +150,7 @@ def checkpoint_layers(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer.train = AlwaysTraining(layer)  # type: ignore[method-assign]
+            layer.train = AlwaysTraining(layer)  # type: ignore[assignment]
 
 
 class AlwaysTraining:
@@ -175,109 +164,6 @@ class AlwaysTraining:
             child.train(mode)
         self.layer.training = True
         return self.layer
-
-
-def load_huggingface(folder: ModelFolder, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
-    with quiet():
-        model, info = AUTO[folder.kind].from_pretrained(folder.model, dtype=dtype, output_loading_info=True, **options)
-    check_complete(info, folder.model)
-    return model
-
-
-def load_original(folder: ModelFolder, adapter: Path | None, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
-    """LLaVA's own layout: language model, vision tower and projector, each from its place."""
-    tower_folder = folder.vision_tower
-    assert tower_folder is not None
-    with quiet():
-        language, info = LlamaForCausalLM.from_pretrained(
-            folder.model, config=language_config(folder), dtype=dtype, output_loading_info=True, **options
-        )
-        check_complete(info, folder.model)
-        tower = load_tower(folder, tower_folder, language.dtype, options["attn_implementation"])
-    model = assemble(language, tower, folder.select_layer, folder.select_feature)
-    projector = projector_tensors(folder, adapter)
-    module: Any = model.model.multi_modal_projector
-    expected = module.state_dict()
-    if set(projector) != set(expected):
-        raise ValueError(
-            f"{folder.mm_projector or folder.model}: the projector needs {', '.join(expected)}; got "
-            f"{', '.join(projector) or 'none of them'}: give --mm-projector, LLaVA's mm_projector.bin for this model"
-        )
-    for name, value in projector.items():
-        if value.shape != expected[name].shape:
-            raise ValueError(
-                f"{folder.mm_projector}: {name} has shape {tuple(value.shape)}, expected {tuple(expected[name].shape)}: it "
-                "is the projector of a model of another size"
-            )
-    dtype_of_projector = language.dtype
-    module.load_state_dict({name: value.to(dtype_of_projector) for name, value in projector.items()}, assign=True)
-    return model
-
-
-def language_config(folder: ModelFolder) -> LlamaConfig:
-    values = read_config(folder.model)
-    if not {"num_hidden_layers", "hidden_size"} <= set(values) or values.get("model_type") not in (
-        "llama",
-        "llava",
-        "llava_llama",
-    ):
-        raise ValueError(
-            f"{folder.model}: model_type is {values.get('model_type')!r}; in LLaVA's original layout only Llama and Vicuna "
-            "are supported: use a model in the Hugging Face layout"
-        )
-    kept = {name: value for name, value in values.items() if not name.startswith("mm_")}
-    return LlamaConfig.from_dict(kept | {"model_type": "llama"})
-
-
-def load_tower(folder: ModelFolder, tower_folder: Path, dtype: torch.dtype, attention: str) -> CLIPVisionModel:
-    """CLIP's vision part; weights of a tower that was tuned lie in the model's folder, and go before the tower's own."""
-    kind = read_config(tower_folder).get("model_type")
-    if kind not in ("clip", "clip_vision_model"):
-        raise ValueError(f"{tower_folder}: model_type is {kind!r}; expected a CLIP folder, as LLaVA-1.5's tower is")
-    tower, info = CLIPVisionModel.from_pretrained(
-        tower_folder, dtype=dtype, attn_implementation=attention, output_loading_info=True
-    )
-    check_complete(info, tower_folder)
-    tuned = {
-        name.partition(".vision_tower.vision_tower.")[2].removeprefix("vision_model."): value.to(dtype)
-        for name, value in find_tensors(folder.model, lambda name: ".vision_tower.vision_tower." in name).items()
-        if not name.endswith("position_ids")
-    }
-    if tuned:
-        missing = set(tower.state_dict()) - set(tuned)
-        if missing:
-            raise ValueError(f"{folder.model}: its vision tower lacks {sorted(missing)[0]}; download the folder again")
-        tower.load_state_dict(tuned)
-    if folder.tower_adapter is not None:
-        tower.load_state_dict(merge_into(tower.state_dict(), folder.tower_adapter))
-    return tower
-
-
-def projector_tensors(folder: ModelFolder, adapter: Path | None) -> dict[str, Tensor]:
-    """The pretrained projector; where there is none, that of the adapter (which is set again with the adapter)."""
-    if folder.mm_projector is not None:
-        found = read_tensors(folder.mm_projector)
-        # xtuner's file has the projector alone, as `model.0.weight`
-        xtuner = {f"mm_projector.{name.removeprefix('model.')}": value for name, value in found.items()}
-        found = found if any("mm_projector." in name for name in found) else xtuner
-        found = {f"mm_projector.{name.rpartition('mm_projector.')[2]}": value for name, value in found.items()}
-    else:
-        found = find_tensors(folder.model, lambda name: "mm_projector." in name)
-        if not found and adapter is not None:
-            found = non_lora_tensors(adapter)
-    named = {current_name(name).removeprefix("base_model.model."): value for name, value in found.items()}
-    return {name.removeprefix(PROJECTOR): value for name, value in named.items() if name.startswith(PROJECTOR)}
-
-
-def non_lora_tensors(adapter: Path) -> dict[str, Tensor]:
-    """What was trained beside LoRA: from the adapter's folder, or from the DeepSpeed state in a `checkpoint-N`."""
-    for name in NON_LORA:
-        if (adapter / name).is_file():
-            return read_tensors(adapter / name)
-    if is_deepspeed(adapter):
-        weights: Mapping[str, Tensor] = read_deepspeed(adapter).weights
-        return {name: value for name, value in weights.items() if "lora_" not in name}
-    return {}
 
 
 def set_non_lora(model: Any, adapter: Path) -> None:
@@ -308,28 +194,18 @@ def set_non_lora(model: Any, adapter: Path) -> None:
     original = not (adapter / "icons.json").is_file() and getattr(model, "image_token", 0) < 0
     if original and not any(PROJECTOR in current_name(name) for name in tensors):
         warnings.warn(
-            f"{adapter}: has no projector ({NON_LORA[1]}), though LLaVA trains it with the adapter; the pretrained one is "
-            "used, which is NOT the trained model's: give the finished folder, or one with its DeepSpeed state",
+            f"{adapter}: has no projector ({NON_LORA[1]}), though LLaVA trains it with the adapter; the pretrained "
+            "one is used, which is NOT the trained model's: give the finished folder, or one with its DeepSpeed state",
             UserWarning,
             stacklevel=2,
-        )
-
-
-def check_complete(info: Any, folder: Path) -> None:
-    """Refuses weights that transformers would have made up."""
-    made_up = sorted(info["missing_keys"])
-    if made_up:
-        raise ValueError(
-            f"{folder}: has no weights for {len(made_up)} parameters, such as {', '.join(made_up[:SHOWN])}; the folder is "
-            "incomplete or of another kind of model: download it again"
         )
 
 
 def check_attention(attention: str) -> None:
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
-            "attention flash_attention_2: flash-attn is not installed; install the extra: pip install 'icons-lightning[flash]', "
-            "or use sdpa"
+            "attention flash_attention_2: flash-attn is not installed; install the extra: pip install "
+            "'icons-lightning[flash]', or use sdpa"
         )
 
 
@@ -338,7 +214,8 @@ def quantization(quantize: str | None, dtype: Dtype) -> BitsAndBytesConfig | Non
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError(
-            f"quantize {quantize}: bitsandbytes is not installed; install the extra: pip install 'icons-lightning[quantize]'"
+            f"quantize {quantize}: bitsandbytes is not installed; install the extra: pip install "
+            "'icons-lightning[quantize]'"
         )
     compute = torch_dtype(dtype)
     return BitsAndBytesConfig(
@@ -374,17 +251,3 @@ def adapter_fingerprint(adapter: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' bars, and its table of weights that a folder holds beyond the model (a CLIP's text part)."""
-    before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
-        if bars:
-            logging.enable_progress_bar()
