@@ -22,7 +22,9 @@ from icons.batch import Batch, model_inputs, sample_losses
 
 Receiver = Callable[[str, Tensor], None]  # parameter name, its per-sample gradients [B, *shape] in float32
 
-KNOWN: WeakKeyDictionary[nn.Module, tuple[set[str], set[str]]] = WeakKeyDictionary()  # per model: slow names, seen names
+KNOWN: WeakKeyDictionary[nn.Module, tuple[set[str], set[str]]] = (
+    WeakKeyDictionary()
+)  # per model: slow names, seen names
 
 
 class SlowerPathWarning(UserWarning):
@@ -123,9 +125,7 @@ def refuse_dropout(model: nn.Module) -> None:
 class Sweep:
     """One forward and backward pass over one batch."""
 
-    def __init__(
-        self, model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], receive: Receiver
-    ) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], receive: Receiver) -> None:
         self.model, self.batch, self.parameters, self.receive = model, batch, parameters, receive
         self.shape = batch["labels"].shape  # [B, L]
         self.slow, self.seen = KNOWN[model]

@@ -67,7 +67,9 @@ def hardware(folder: Path) -> dict[str, str]:
     found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        found[f"gpu {index}"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute {device.major}.{device.minor}"
+        found[f"gpu {index}"] = (
+            f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute {device.major}.{device.minor}"
+        )
     if not torch.cuda.is_available():
         found["gpu"] = "none: everything runs on the CPU"
     flash = "flash_attention_2, " if importlib.util.find_spec("flash_attn") and torch.cuda.is_available() else ""

@@ -1,0 +1,146 @@
+"""`icons gradients`: per-sample gradients of a data file into a gradient store, through `Trainer.predict`."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning import Trainer
+from rich.console import Console
+
+from icons.commands.source import ModelSource
+from icons.datamodules.datamodule import ConversationDataModule
+from icons.modules.extractor import GradientExtractor
+from icons.modules.writer import GradientWriter
+from icons.projection import PROJECTORS
+from icons.store import GradientStore
+
+console = Console()
+TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+FIXED = {"inference_mode": False, "use_distributed_sampler": False}
+
+
+def gradients(
+    data: Path,
+    out: str,
+    images: Path | None = None,
+    checkpoint: Path | None = None,
+    model: Path | None = None,
+    vision_tower: Path | None = None,
+    mm_projector: Path | None = None,
+    adapter: Path | None = None,
+    optimizer_state: Path | None = None,
+    target: Literal["lora", "trainable"] = "lora",
+    projector: Literal["count_sketch", "rademacher", "gaussian"] = "count_sketch",
+    dim: int = 5120,
+    seed: int = 0,
+    preconditioner: Literal["adam", "diagonal", "sign", "none"] = "adam",
+    dtype: Literal["float16", "float32", "int8"] = "float16",
+    chunk_rows: int | None = None,
+    codec: str | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    template: str | None = None,
+    max_length: int | None = None,
+    preset: Literal["llava-train", "icons-release"] | None = None,
+    model_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
+    quantize: Literal["4bit", "8bit"] | None = None,
+    gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
+    num_workers: int = 0,
+    shard: str | None = None,
+    retry_failed: bool = False,
+    strict: bool = False,
+    dry_run: bool = False,
+    trainer: dict[str, Any] | None = None,
+) -> int:
+    """Computes a store of projected per-sample gradients; the same line, run again, resumes.
+
+    Exit status 75 means: interrupted (SIGTERM), run the same line again.
+
+    Args:
+        data: LLaVA JSON or JSONL; row i of the store is record i of this file.
+        out: the gradient store: a folder, or a URL (s3://bucket/name).
+        images: folder (or tar or zip archive) that the records' image paths start from.
+        checkpoint: warm-up folder; in its place --model and --adapter name the parts.
+        model: Hugging Face folder, or an original LLaVA base folder (with --vision-tower and --mm-projector).
+        vision_tower: CLIP folder of an original LLaVA model.
+        mm_projector: mm_projector.bin of an original LLaVA model.
+        adapter: LoRA adapter folder (PEFT's, LLaVA's, or a checkpoint-N of the Hugging Face Trainer).
+        optimizer_state: Adam's moments: warm-up folder, Lightning checkpoint, optimizer.pt, or DeepSpeed folder.
+        target: differentiate the LoRA parameters, as the paper does, or all that the warm-up trained.
+        projector: kind of random projection.
+        dim: numbers per row (K); the paper's is 5120.
+        seed: of the projection; training and task stores need the same.
+        preconditioner: adam (training data) or none (tasks); the original calls adam / none / sign: adam / sgd / sign.
+        dtype: of the stored rows.
+        chunk_rows: rows per chunk, the unit of writing and resuming; default: so that a chunk has 2 to 16 MB.
+        codec: compression of the rows (for example zstd); default none, since gradients hardly compress.
+        batch_size: most rows per batch.
+        max_tokens: most tokens per batch, padding included.
+        template: conversation template; default: as in the warm-up, or the model's own.
+        max_length: tokens at which a conversation is cut.
+        preset: llava-train prepares data as LLaVA is trained; icons-release as the released ICONS scripts do.
+        model_dtype: of the model's weights; auto: as stored on a CPU, bfloat16 on a GPU.
+        attention: attention kernel; flash_attention_2 needs the extra `flash`.
+        quantize: base weights in 4 or 8 bits; needs the extra `quantize`.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        trust_remote_code: run code that comes with the model folder.
+        num_workers: processes that read and decode ahead.
+        shard: I/N: only this share of the units, without any communication (array jobs); I counts from 0.
+        retry_failed: also compute the rows that failed before.
+        strict: exit with 1 when a row failed.
+        dry_run: print what would be done (rows per rank, bytes, memory) and stop.
+        trainer: flags of Lightning's Trainer.
+    """
+    source = ModelSource.resolve(
+        checkpoint=checkpoint,
+        model=model,
+        vision_tower=vision_tower,
+        mm_projector=mm_projector,
+        adapter=adapter,
+        optimizer_state=optimizer_state,
+        preprocessing={"template": template, "max_length": max_length, "preset": preset},
+    )
+    if source.warning:
+        console.print(f"[yellow]warning:[/] {source.warning}")
+    for flag, value in FIXED.items():
+        if (trainer or {}).get(flag, value) != value:
+            raise ValueError(
+                f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
+            )
+    runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+    datamodule = ConversationDataModule(
+        data,
+        images,
+        model_folder=source.folder,
+        preprocessing=source.preprocessing,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        num_workers=num_workers,
+    )
+    network = source.load(
+        target=target,
+        dtype=model_dtype,
+        attention=attention,
+        quantize=quantize,
+        gradient_checkpointing=gradient_checkpointing,
+        trust_remote_code=trust_remote_code,
+    )
+    extractor = GradientExtractor(
+        network, PROJECTORS[projector](dim, seed=seed), source.preconditioner(preconditioner, network)
+    )
+    writer = GradientWriter(
+        out, dtype=dtype, chunk_rows=chunk_rows, codec=codec, shard=shard, retry_failed=retry_failed
+    )
+    runner.callbacks.append(writer)  # type: ignore[attr-defined]
+    runner.predict(extractor, datamodule=datamodule, return_predictions=False)
+    return summary(GradientStore.open(out), strict) if runner.is_global_zero else 0
+
+
+def summary(store: GradientStore, strict: bool) -> int:
+    """Prints how many rows are done, failed (with their reasons) and missing; the exit status that follows from it."""
+    failed = {status.name.lower(): len(rows) for status, rows in store.failed().items()}
+    console.print(repr(store), markup=False, highlight=False)
+    for reason, count in failed.items():
+        console.print(f"[yellow]failed[/] {count:,} rows: {reason}")
+    return int(bool(store.missing()) or (strict and bool(failed)))

@@ -1,0 +1,76 @@
+"""ConversationDataModule: a data file for warm-up, gradients, validation and fine-tune alike."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Subset
+
+from icons.datamodules.dataset import ConversationDataset
+from icons.datamodules.preprocessing import Preprocessing
+from icons.datamodules.records import RecordIndex
+from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
+from icons.model_folder import ModelFolder
+from icons.partition import Partition, UnitPlan
+
+
+class ConversationDataModule(LightningDataModule):
+    """Batches of conversations with images, from LLaVA JSON or JSONL."""
+
+    def __init__(
+        self,
+        data: Path,
+        images: Path | None = None,
+        *,
+        model_folder: ModelFolder,
+        preprocessing: Preprocessing | None = None,
+        batch_size: int = 8,
+        max_tokens: int | None = None,
+        num_workers: int = 0,
+        rows: Sequence[int] | None = None,
+        tasks: Mapping[str, tuple[Path, Path | None]] | None = None,
+        held_out: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.data, self.folder = Path(data), model_folder
+        self.preprocessing = preprocessing or Preprocessing()
+        self.batch_size, self.max_tokens, self.num_workers = batch_size, max_tokens, num_workers
+        self.rows, self.tasks, self.held_out, self.seed = rows, dict(tasks or {}), held_out, seed
+        self.dataset = self.make_dataset(data, images)
+        self.plan: UnitPlan | None = None
+
+    def make_dataset(self, data: Path, images: Path | None) -> ConversationDataset:
+        return ConversationDataset(RecordIndex.open(Path(data)), images, self.folder, self.preprocessing)
+
+    def train_dataloader(self) -> "DataLoader[Any]":
+        rows = range(len(self.dataset)) if self.rows is None else self.rows
+        return DataLoader(
+            Subset(self.dataset, list(rows)),
+            batch_size=self.batch_size,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+            collate_fn=self.dataset.collate,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> "list[DataLoader[Any]]":
+        sets: list[Any] = [self.make_dataset(*files) for files in self.tasks.values()]
+        if self.held_out is not None:
+            sets.append(Subset(self.dataset, list(self.held_out)))
+        return [DataLoader(part, batch_size=self.batch_size, collate_fn=self.dataset.collate) for part in sets]
+
+    def predict_dataloader(self) -> "DataLoader[Any]":
+        plan = self.plan or UnitPlan(Partition(len(self.dataset), max(1, len(self.dataset))), [0])
+        sampler = UnitBatchSampler.of_plan(plan, self.dataset.lengths, self.batch_size, self.max_tokens)
+        return unit_dataloader(self.dataset, sampler, self.dataset.collate, num_workers=self.num_workers)
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's part: the data file and how it is prepared."""
+        records = self.dataset.records
+        return {
+            "data": {"path": str(self.data), "num_rows": len(records), "fingerprint": records.fingerprint},
+            "preprocessing": self.preprocessing.as_dict(),
+        }

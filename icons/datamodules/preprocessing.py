@@ -1,0 +1,43 @@
+"""Preprocessing: the one setting that warm-up, gradients and fine-tune share, so that they cannot differ unnoticed."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+PRESETS = ("llava-train", "icons-release")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a record becomes tokens and pixels.
+
+    Attributes:
+        template: conversation template; "auto": the one that the model's folder calls for.
+        max_length: tokens at which a conversation is cut, before images are expanded and again after.
+        preset: "llava-train" moves `<image>` to the front of its turn and pads images to a square, as LLaVA is trained;
+            "icons-release" does neither (images are centre-cropped), as the released ICONS scripts do.
+    """
+
+    template: str = "auto"
+    max_length: int = 2048
+    preset: Literal["llava-train", "icons-release"] = "llava-train"
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset {self.preset!r}; expected one of {', '.join(PRESETS)}")
+        if self.max_length < 2:
+            raise ValueError(f"max_length {self.max_length}; expected at least 2 tokens")
+
+    @property
+    def reorder(self) -> bool:
+        return self.preset == "llava-train"
+
+    @property
+    def pad(self) -> bool:
+        return self.preset == "llava-train"
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "Preprocessing":
+        return cls(**{field.name: saved[field.name] for field in fields(cls) if field.name in saved})

@@ -1,0 +1,225 @@
+"""Conversation templates: a record's turns -> token ids and labels, masked exactly as the original code masks them.
+
+Ids hold IMAGE_PLACE once for each image; the dataset expands it. Labels are the ids where the model is trained to
+answer, -100 elsewhere. Source: LLaVA's `llava/train/train.py` and `llava/conversation.py`; xtuner's `llama3_chat`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from icons.batch import IGNORE_INDEX
+
+IMAGE = "<image>"
+IMAGE_PLACE = -200
+
+
+class Turn(NamedTuple):
+    """One message: `human` is True for the user's."""
+
+    human: bool
+    text: str
+
+
+class Tokens(NamedTuple):
+    """Ids and labels of one conversation, of equal length."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+class TemplateError(ValueError):
+    """A conversation that the template has no form for; its row fails."""
+
+
+def put_image_first(text: str) -> str:
+    """LLaVA's `preprocess_multimodal`: all marks of a turn become one, on a line of its own in front.
+
+    >>> put_image_first("What is it? <image>")
+    '<image>\\nWhat is it?'
+    """
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
+
+
+def token_ids(tokenizer: Any, text: str, image: bool) -> list[int]:
+    """Ids of a text, with BOS; if `image`, the parts between marks are tokenised apart, as LLaVA does."""
+    if not image:
+        return list(tokenizer(text).input_ids)
+    parts = [tokenizer(part).input_ids for part in text.split(IMAGE)]
+    begins = bool(parts[0]) and parts[0][0] == tokenizer.bos_token_id
+    ids = list(parts[0])
+    for part in parts[1:]:
+        ids += [IMAGE_PLACE, *part[begins:]]
+    return ids
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """A template whose mask is found by counting the tokens of each round on its own, as LLaVA does.
+
+    Attributes:
+        prompt: turns -> the whole text.
+        rounds: the text -> its rounds.
+        answer: what separates question and answer in a round.
+        begin: tokens before the first round.
+        own: tokens of the question, tokenised on its own, that do not count (BOS and the separator's last space).
+        correction: tokens to add to every later round, from the tokenizer's `legacy`.
+    """
+
+    prompt: Callable[[Sequence[Turn]], str]
+    rounds: Callable[[str], list[str]]
+    answer: str
+    begin: int
+    own: int
+    correction: Callable[[bool | None], int]
+
+    def __call__(self, tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
+        text = self.prompt(alternating(turns))
+        ids = token_ids(tokenizer, text, image)
+        ids = ids if image else ids[:max_length]
+        labels, total = list(ids), sum(token != tokenizer.pad_token_id for token in ids)
+        shift, place = self.correction(getattr(tokenizer, "legacy", None)), self.begin
+        labels[:place] = [IGNORE_INDEX] * place
+        for number, part in enumerate(self.rounds(text)):
+            question, found, rest = part.partition(self.answer)
+            if not found or self.answer in rest:  # also an empty round
+                break
+            later = shift if number else 0
+            asked = len(token_ids(tokenizer, question + self.answer, image)) - self.own + later
+            masked = range(place, min(place + asked, len(labels)))
+            for position in masked:
+                labels[position] = IGNORE_INDEX
+            place += len(token_ids(tokenizer, part, image)) + later
+        labels[place:] = [IGNORE_INDEX] * len(labels[place:])
+        if place < max_length and place != total:  # the original's "tokenization mismatch": the sample teaches nothing
+            labels = [IGNORE_INDEX] * len(labels)
+        return Tokens(ids, labels)
+
+
+def alternating(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Without a leading answer; raises if the rest does not alternate."""
+    turns = turns if not turns or turns[0].human else turns[1:]
+    if not turns:
+        raise TemplateError("the conversation has no question")
+    for number, turn in enumerate(turns):
+        if turn.human != (number % 2 == 0):
+            raise TemplateError(f"turn {number + 1} is a second {'question' if turn.human else 'answer'} in a row")
+    return turns
+
+
+CHAT = "A chat between a curious user and an artificial intelligence assistant. "
+CHAT += "The assistant gives helpful, detailed, and polite answers to the user's questions."
+LLAMA_2 = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+)
+LLAMA_2 += "provides, and assist the user with a variety of tasks using natural language."
+MPT = "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
+MPT += "The assistant gives helpful and honest answers."
+
+
+def v1_prompt(turns: Sequence[Turn]) -> str:
+    parts = [CHAT + " "]
+    for turn in turns:
+        role, end = ("USER", " ") if turn.human else ("ASSISTANT", "</s>")
+        parts.append(f"{role}: {turn.text}{end}" if turn.text else f"{role}:")
+    return "".join(parts)
+
+
+def llama_2_prompt(turns: Sequence[Turn]) -> str:
+    parts = []
+    for number, (human, text) in enumerate(turns):
+        if not text and number:
+            continue
+        if human:
+            text = f"<<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n{text}" if number == 0 else text
+            parts.append(f"<s>[INST] {text} [/INST]")
+        else:
+            parts.append(f" {text} </s>")
+    return "".join(parts).lstrip("<s>")  # noqa: B005 (the original strips these characters)
+
+
+def mpt_prompt(turns: Sequence[Turn]) -> str:
+    parts = [MPT + "<|im_end|>"]
+    for turn in turns:
+        role = "<|im_start|>user\n" if turn.human else "<|im_start|>assistant\n"
+        parts.append(f"{role}{turn.text}<|im_end|>" if turn.text else role)
+    return "".join(parts)
+
+
+def mpt_rounds(text: str) -> list[str]:
+    parts = text.split("<|im_end|>")
+    pairs = [parts[:3], *(parts[place : place + 2] for place in range(3, len(parts), 2))]
+    return ["<|im_end|>".join(pair) for pair in pairs]
+
+
+def by_eos(text: str) -> list[str]:
+    return text.split("</s>")
+
+
+def plain(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
+    """Pre-training on captions: the image, then the caption; the question is dropped."""
+    if len(turns) != 2 or IMAGE not in turns[0].text:
+        raise TemplateError("the plain template needs two turns, the first with <image>")
+    ids = token_ids(tokenizer, f"{IMAGE}{turns[1].text}\n", True)
+    asked = len(token_ids(tokenizer, IMAGE, True))
+    return Tokens(ids, [IGNORE_INDEX] * asked + ids[asked:])
+
+
+def llama_3(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
+    """xtuner's convention: no system prompt, one BOS, the answer and `<|eot_id|>` supervised."""
+    ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
+    asked = ""
+    for number, turn in enumerate(turns):
+        if turn.human:
+            if turn.text.count(IMAGE) > 1:
+                raise TemplateError(f"turn {number + 1} has more than one <image>; the llama_3 template takes one")
+            asked += turn.text
+        elif asked:
+            head = f"<|start_header_id|>user<|end_header_id|>\n\n{asked}<|eot_id|>"
+            head += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+            for place, part in enumerate(head.split(IMAGE) if image else [head]):
+                ids += [IMAGE_PLACE] * (place > 0) + encode(tokenizer, part)
+            answer = encode(tokenizer, turn.text + "<|eot_id|>")
+            labels += [IGNORE_INDEX] * (len(ids) - len(labels)) + answer
+            ids += answer
+            asked = ""
+        elif len(ids) > 1:
+            raise TemplateError(f"turn {number + 1} is a second answer in a row")
+    return Tokens(ids, labels)
+
+
+def chat(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
+    """Any tokenizer's own chat template; what each assistant turn adds after the generation prompt is supervised."""
+    messages = [{"role": "user" if turn.human else "assistant", "content": turn.text} for turn in alternating(turns)]
+    prefixes = [("", False)]
+    for place, message in enumerate(messages):
+        if message["role"] == "assistant":
+            asked = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
+            answered = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+            prefixes += [(asked, False), (answered, True)]
+    ids: list[int] = []
+    labels: list[int] = []
+    for (before, _), (after, supervised) in pairwise(prefixes):
+        if not after.startswith(before):
+            raise TemplateError("the tokenizer's chat template rewrites earlier turns, so answers cannot be told apart")
+        for place, part in enumerate(after[len(before) :].split(IMAGE) if image else [after[len(before) :]]):
+            found = [IMAGE_PLACE] * (place > 0) + encode(tokenizer, part)
+            labels += found if supervised else [IGNORE_INDEX] * len(found)
+            ids += found
+    return Tokens(ids, [IGNORE_INDEX if label == IMAGE_PLACE else label for label in labels])
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+Template = Callable[[Any, Sequence[Turn], bool, int], Tokens]
+TEMPLATES: dict[str, Template] = {
+    "v1": Rounds(v1_prompt, by_eos, " ASSISTANT: ", 1, 2, lambda legacy: -1 if legacy is False else 0),
+    "llama_2": Rounds(llama_2_prompt, by_eos, "[/INST] ", 1, 2, lambda legacy: 0),
+    "mpt": Rounds(mpt_prompt, mpt_rounds, "<|im_end|><|im_start|>assistant\n", 0, 1, lambda legacy: int(bool(legacy))),
+    "plain": plain,
+    "llama_3": llama_3,
+    "chat": chat,
+}

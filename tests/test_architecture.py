@@ -1,0 +1,118 @@
+"""The rules that keep the package small: imports point down, files stay short, public names are a list."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import icons
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "icons"
+FILES = sorted(PACKAGE.rglob("*.py"))
+EDGE = {"lightning", "transformers", "peft", "torchmetrics"}
+LAYERS = [
+    {"batch", "partition"},
+    {
+        "gradients",
+        "preconditioner",
+        "projection",
+        "influence",
+        "gradient_rows",
+        "task_vectors",
+        "uncertainty",
+        "consensus",
+        "aggregation",
+        "ranking",
+        "budget",
+        "border",
+        "duplicates",
+        "overlap",
+    },
+    {"store", "optimizer_state", "model_folder"},
+    {"datamodules", "modules"},
+    {"report", "cli", "commands"},
+]
+LONGEST = 350
+
+
+def name_of(file: Path) -> str:
+    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def layer_of(name: str) -> int:
+    return next((level for level, names in enumerate(LAYERS) if name in names), -1)
+
+
+def imports(file: Path) -> list[str]:
+    tree = ast.parse(file.read_text())
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "icons" else [node.module]
+            )
+    return found
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_down(file: Path) -> None:
+    own = name_of(file)
+    if own in ("__init__", "__main__"):
+        return
+    assert layer_of(own) >= 0, f"{own} stands in no layer: add it to LAYERS and to the README"
+    for imported in imports(file):
+        top, *rest = imported.split(".")
+        if top == "icons" and rest:
+            target = rest[0]
+            assert layer_of(target) <= layer_of(own), f"{own} imports {target}, which is above it"
+            assert {own, target} != {"datamodules", "modules"}, f"{own} imports {target}: neither imports the other"
+        if top in EDGE:
+            assert layer_of(own) >= 3, f"{own} imports {top}: only datamodules/ and modules/ (and what is above) may"
+        if top == "zarr":
+            assert own == "store", f"{file.name} names zarr: only store may"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_a_file_is_one_noun(file: Path) -> None:
+    assert file.stem not in ("utils", "util", "helpers", "helper", "common", "misc")
+    assert len(file.read_text().splitlines()) <= LONGEST
+    if file.stem != "__init__" or file.read_text().strip():
+        assert ast.get_docstring(ast.parse(file.read_text())), "a file says what it is"
+
+
+def test_every_function_is_typed() -> None:
+    for file in FILES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.returns is not None, f"{file.name}: {node.name} has no return type"
+
+
+def test_public_names() -> None:
+    assert set(icons.__all__) == {
+        "AdamPreconditioner", "ConversationDataModule", "CountSketch", "Gaussian", "GradientExtractor",
+        "GradientStore", "GradientWriter", "Identity", "Rademacher", "ScoreStore", "Selection", "WarmupModule",
+        "exact_influence", "influence", "load_adam_state", "per_sample_gradients", "projected_gradients", "select",
+    }  # fmt: skip
+    assert all(hasattr(icons, name) for name in icons.__all__)
+
+
+def test_importing_icons_is_light() -> None:
+    code = "import icons, sys; print([m for m in ('lightning', 'transformers', 'peft', 'zarr') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_influence_is_the_function_whoever_imports_the_file_first() -> None:
+    code = "import icons.influence, icons; from icons import influence; print(callable(influence))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "True\n"
+
+
+def test_no_file_names_a_machine() -> None:
+    path = re.compile(r"/(work|farm|home|root)/[a-z]")
+    for file in [*FILES, *ROOT.glob("*.md"), *(ROOT / "scripts").rglob("*.*"), *(ROOT / "tests").rglob("*.py")]:
+        assert not path.search(file.read_text()), file
