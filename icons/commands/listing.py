@@ -1,9 +1,7 @@
 """Lists of records: files of rows or ids, the records' ids, and their sources."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -32,18 +30,17 @@ def entries_of(path: Path) -> list[int | str]:
         raise FileNotFoundError(
             f"list {path}: no such file; expected row numbers (.txt), or ids or records (.json, .jsonl)"
         )
-    text = path.read_text(encoding="utf-8")
+    content = path.read_bytes()
     if path.suffix == ".txt":
-        found: list[Any] = [as_row(word, path) for word in text.split()]
-    elif text.lstrip().startswith("["):
-        found = json.loads(text)
-    else:
-        found = [json.loads(line) for line in text.splitlines() if line.strip()]
-    entries = [entry.get("id") if isinstance(entry, Mapping) else entry for entry in found]
-    for entry in entries:
-        if not isinstance(entry, int | str) or isinstance(entry, bool):
-            raise ValueError(f"list {path}: got the entry {entry!r}; expected row numbers, ids, or records with an id")
-    return entries
+        return [as_row(word, path) for word in content.decode().split()]
+    try:
+        if content.lstrip()[:1] == b"[":
+            found = msgspec.json.decode(content, type=list[Identified | str | int])
+        else:
+            found = msgspec.json.Decoder(Identified | str | int).decode_lines(content)
+    except msgspec.MsgspecError as error:
+        raise ValueError(f"list {path}: {error}; expected row numbers, ids, or records with an id") from error
+    return [str(entry.id) if isinstance(entry, Identified) else entry for entry in found]
 
 
 def as_row(word: str, path: Path) -> int:
