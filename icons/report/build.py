@@ -11,15 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from icons.aggregation import threshold
 from icons.report import comparison, sections
-from icons.report.numbers import ScoreNumbers, blocks, count
+from icons.report.numbers import ScoreNumbers, count
 from icons.report.page import Ends, Fact, Page, Section, ShownRow
 from icons.report.rows import composition, source_of, thumbnail, turns
+from icons.selection import SavedSelection
 from icons.store import ScoreStore
-
-COLUMN_BYTES = 1 << 28
-"""Scores held at once while the thresholds are found."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +24,43 @@ class Chosen:
     """A selection, as the report needs it."""
 
     selected: Bool[np.ndarray, " rows"]
-    fraction: float
-    method: str
     manifest: Mapping[str, Any]
-    certain: str = ""
-    """Which share of it is certain at 95 %, as the selection stage found it."""
-    at_border: str = ""
+
+    @classmethod
+    def of(cls, saved: SavedSelection, scores: ScoreStore) -> "Chosen":
+        """A saved selection, checked against the scores it is shown with.
+
+        Raises:
+            ValueError: it was made from another number of rows, or for other tasks.
+        """
+        num_rows, tasks = saved.manifest["num_rows"], list(saved.manifest["thresholds"])
+        if num_rows != scores.num_rows or tasks != list(scores.tasks):
+            raise ValueError(
+                f"selection: was made from {num_rows:,} rows and the tasks {', '.join(tasks)}; the scores "
+                f"{scores.path} have {scores.num_rows:,} rows and {', '.join(scores.tasks)}; give the store that it "
+                "was selected from"
+            )
+        selected = np.zeros(num_rows, bool)
+        selected[saved.rows] = True
+        return cls(selected, saved.manifest)
+
+    @property
+    def method(self) -> str:
+        return str(self.manifest["method"])
+
+    @property
+    def fraction(self) -> float:
+        """The share that each task votes for."""
+        return float(self.manifest["fraction"])
+
+    @property
+    def thresholds(self) -> Float[np.ndarray, " tasks"]:
+        return np.array(list(self.manifest["thresholds"].values()), np.float32)
+
+    @property
+    def border(self) -> Mapping[str, Any]:
+        """What is certain, as the selection stage found it; empty for a method without error bars."""
+        return self.manifest.get("border") or {}
 
 
 @dataclass(frozen=True)
@@ -43,6 +71,8 @@ class Pool:
     record: Callable[[int], Mapping[str, Any] | None]
     image: Callable[[str], Image.Image]
     """Opens an image by its name in the record; raises OSError or ValueError where it cannot."""
+    has_images: bool = True
+    """False: there is no image folder, and texts are shown alone."""
 
 
 def build(
@@ -68,7 +98,7 @@ def build(
         comparison_file: accuracies after fine-tuning, see `icons.report.comparison`.
         validation_file: whether influence predicts, likewise.
     """
-    numbers = count(scores, thresholds(scores, chosen.fraction), chosen.selected, num_ends=num_ends)
+    numbers = count(scores, chosen.thresholds, chosen.selected, num_ends=num_ends)
     share = float(chosen.selected.sum() / max(numbers.num_scored, 1))
     shown: list[Section] = []
     facts: list[Fact] = []
@@ -86,10 +116,12 @@ def build(
     for field in fields:
         parts = composition(numbers.sample, chosen.selected, pool.record, field)
         shown.append(sections.composition(*parts, field, sampled))
-    shown += [sections.border(numbers), ends(scores, numbers, chosen, pool, fields[0])]
+    shown.append(sections.border(numbers, chosen.border.get("verdict", "")))
+    shown.append(ends(scores, numbers, chosen, pool, fields[0]))
     if validation_file is not None:
         shown.append(comparison.validation(validation_file))
-    manifests = {"Selection": chosen.manifest, "Score store": scores.manifest}
+    own = {name: value for name, value in chosen.manifest.items() if name != "scores"}  # the next one, in short
+    manifests = {"Selection": own, "Score store": scores.manifest}
     shown.append(sections.provenance(manifests))
     tasks = f"{len(numbers.tasks)} task{'s' if len(numbers.tasks) != 1 else ''}"
     return Page(
@@ -102,23 +134,6 @@ def build(
     )
 
 
-def thresholds(scores: ScoreStore, fraction: float) -> Float[np.ndarray, " tasks"]:
-    """Each task's threshold over the scored rows, a few columns in memory at a time."""
-    num_tasks = len(scores.tasks)
-    width = max(1, COLUMN_BYTES // (4 * scores.num_rows))
-    found: list[float] = []
-    for first in range(0, num_tasks, width):
-        some = slice(first, min(first + width, num_tasks))
-        columns = np.empty((some.stop - some.start, scores.num_rows), np.float32)
-        for start, influence, _, _ in blocks(scores):
-            influence[~np.isfinite(influence).all(axis=1)] = np.nan
-            columns[:, start : start + len(influence)] = influence[:, some].T
-        for column in columns:
-            scored = column[np.isfinite(column)]
-            found.append(float(threshold(scored, fraction)) if len(scored) else float("nan"))
-    return np.array(found, np.float32)
-
-
 def head(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen) -> Iterator[Fact]:
     """The numbers at the head of the page."""
     failed = scores.num_rows - numbers.num_scored
@@ -128,8 +143,10 @@ def head(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen) -> Iterator[
     yield Fact(
         "selected", f"{num_selected:,}", f"{100 * num_selected / max(numbers.num_scored, 1):.3g} % of the scored"
     )
-    if chosen.certain:
-        yield Fact("certain at 95 %", chosen.certain, chosen.at_border)
+    if chosen.border:
+        certain, may_leave, may_enter = (chosen.border[name] for name in ("certain", "may_leave", "may_enter"))
+        could = f"{may_leave:,} rows could swap with {may_enter:,}"
+        yield Fact("certain at 95 %", f"{100 * certain / max(num_selected, 1):.1f} %", could)
 
 
 def notices(numbers: ScoreNumbers, *manifests: Mapping[str, Any]) -> list[str]:
@@ -188,7 +205,7 @@ def shown_row(
     record = pool.record(row)
     image, problem = "", "" if record is not None else "this record cannot be read"
     names = [] if record is None else image_names(record)
-    if names:
+    if names and pool.has_images:
         try:
             with opened(pool, names[0]) as picture:
                 image = thumbnail(picture)

@@ -7,13 +7,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from icons.batch import Status
+from icons.border import CERTAIN
 from icons.store import ScoreStore
 
 BLOCK_ROWS = 1 << 18
 SAMPLE_ROWS = 100_000
 """Rows that the distributions and the border are drawn from; every count is of all rows."""
-CERTAIN = 1.96
-"""Standard errors on either side of a 95 % interval."""
 
 
 @dataclass(frozen=True)

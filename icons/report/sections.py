@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from icons.border import CERTAIN
 from icons.report import figures
-from icons.report.numbers import CERTAIN, ScoreNumbers
+from icons.report.numbers import ScoreNumbers
 from icons.report.page import Cell, Picture, Section, Table
 from icons.report.rows import flat
 
@@ -109,8 +110,13 @@ def composition(
     return Section(f"composition-{field or 'image'}", title, text, [Picture(drawn, said)])
 
 
-def border(numbers: ScoreNumbers) -> Section:
-    """The border as each task sees it: rows around its threshold with their intervals, and a table of all rows."""
+def border(numbers: ScoreNumbers, verdict: str) -> Section:
+    """The border as each task sees it: rows around its threshold with their intervals, and a table of all rows.
+
+    Args:
+        numbers: of the score store.
+        verdict: what the selection stage says about the whole selection's border.
+    """
     gallery, rows = [], []
     own = np.diag(numbers.shared)
     exact = bool((np.nan_to_num(numbers.sample_stderr) == 0).all())
@@ -137,8 +143,8 @@ def border(numbers: ScoreNumbers) -> Section:
         text = [
             "A projection to K numbers makes every score an estimate. The bars are its 95 % intervals for rows around "
             "each task's threshold.",
-            f"A vote is certain if the score lies more than {CERTAIN} standard errors above the threshold. If few "
-            "are, a larger K would change the selection.",
+            f"A vote is certain if the score lies more than {CERTAIN} standard errors above the threshold.",
+            verdict,
             drawn_from(numbers),
         ]
     return Section("border", "The border", list(filter(None, text)), gallery=gallery, tables=[Table(columns, rows)])

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icons.consensus import select
 from icons.report.build import Chosen, Pool
+from icons.selection import open_selection, save_manifest
 from icons.store import ScoreStore
 
 NUM_ROWS = 300
@@ -59,13 +61,27 @@ def scores(run: Path) -> ScoreStore:
 
 
 @pytest.fixture(scope="session")
-def chosen(scores: ScoreStore) -> Chosen:
-    """The 60 rows with the most votes."""
-    influence = np.nan_to_num(scores.influence[:], nan=-9)
-    votes = (influence >= np.nanpercentile(scores.influence[:], 80, axis=0)).sum(axis=1)
-    selected = np.zeros(NUM_ROWS, bool)
-    selected[np.argsort(-votes, kind="stable")[:60]] = True
-    return Chosen(selected, 0.2, "vote", {"method": "vote", "fraction": 0.2}, "71.3 %", "17 rows could swap")
+def selection(run: Path, scores: ScoreStore) -> Path:
+    """The manifest of the 60 rows with the most votes, as `icons select` leaves it."""
+    chosen = select(scores, fraction=0.2)
+    assert len(chosen.rows) == 60
+    manifest = {
+        "num_rows": NUM_ROWS,
+        "num_selected": 60,
+        "method": "vote",
+        "fraction": 0.2,
+        "thresholds": dict(zip(TASKS, chosen.thresholds.tolist(), strict=True)),
+        "border": {"certain": 43, "may_leave": 17, "may_enter": 12, "verdict": "K leaves the border open."},
+        "scores": {"path": "scores.zarr", **scores.manifest},
+        "warnings": ["the warm-up's loss has hardly moved"],
+    }
+    save_manifest(run / "selected.json", chosen.rows, manifest)
+    return run / "selected.json"
+
+
+@pytest.fixture(scope="session")
+def chosen(selection: Path, scores: ScoreStore) -> Chosen:
+    return Chosen.of(open_selection(selection), scores)
 
 
 @pytest.fixture(scope="session")

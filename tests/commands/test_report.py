@@ -1,0 +1,113 @@
+"""`icons report`: one HTML file from what `icons select` left, pictures on demand, one line for what is wrong."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from icons.cli import main
+from icons.commands.report import open_image
+from icons.store import ScoreStore
+
+NUM_ROWS = 50
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.jsonl with a line that is not JSON, images/, scores.zarr, and selected.jsonl by `icons select`."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "images" / "coco").mkdir(parents=True)
+    lines = []
+    for row in range(NUM_ROWS):
+        said = [{"from": "human", "value": f"<image>\nWhat is {row}?"}, {"from": "gpt", "value": "<u>red</u>"}]
+        lines.append(json.dumps({"id": row, "image": f"coco/{row}.jpg", "conversations": said}))
+        Image.new("RGB", (20, 10), (row, 0, 0)).save(folder / "images" / "coco" / f"{row}.jpg")
+    lines[5] = "{ no JSON"
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    random = np.random.default_rng(0)
+    influence = random.normal(size=(NUM_ROWS, 2)).astype(np.float32)
+    influence[5] = np.nan
+    status = np.ones(NUM_ROWS, np.uint8)
+    status[5] = 2
+    store = ScoreStore.create(folder / "scores.zarr", num_rows=NUM_ROWS, tasks=["gqa", "pope"], manifest={"dim": 512})
+    store.write_unit(0, influence, np.full_like(influence, 0.05), status)
+    assert main(["select", *words(folder), "--out", str(folder / "selected.jsonl")]) == 0
+    return folder
+
+
+def words(run: Path) -> list[str]:
+    return ["--scores", str(run / "scores.zarr"), "--data", str(run / "train.jsonl")]
+
+
+def report(run: Path, out: Path, *further: str) -> int:
+    line = ["report", *words(run), "--selection", str(run / "selected.jsonl"), "--out", str(out)]
+    return main([*line, "--images", str(run / "images"), *further])
+
+
+def test_the_page_is_one_file_and_the_same_each_time(run: Path, tmp_path: Path) -> None:
+    assert report(run, tmp_path / "deep" / "report.html") == 0
+    page = (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
+    assert page.startswith("<!doctype html>")
+    assert "1 row failed and cannot be selected: 1 bad record." in page
+    assert page.count("data:image/jpeg;base64,") == 2 * 2 * 4
+    assert "&lt;u&gt;red&lt;/u&gt;" in page and "<u>" not in page
+    assert "coco" in page and "certain at 95 %" in page
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
+    assert report(run, tmp_path / "again.html") == 0
+    assert (tmp_path / "again.html").read_text(encoding="utf-8") == page
+
+
+def test_figures_are_written_beside_it_on_demand(run: Path, tmp_path: Path) -> None:
+    assert report(run, tmp_path / "report.html", "--png", "--title", "My run", "--rows-shown", "1") == 0
+    written = sorted(path.name for path in (tmp_path / "report_figures").iterdir())
+    assert "votes.png" in written and "scores-gqa.png" in written and "border-pope.png" in written
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>My run</title>" in page
+    assert page.count("data:image/jpeg;base64,") == 2 * 2
+
+
+def test_without_an_image_folder_the_texts_are_shown_alone(run: Path, tmp_path: Path) -> None:
+    line = ["report", *words(run), "--selection", str(run / "selected.jsonl"), "--out", str(tmp_path / "report.html")]
+    assert main(line) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "data:image/jpeg" not in page and "image folder" not in page and "What is" in page
+
+
+def test_several_source_fields_give_several_compositions(run: Path, tmp_path: Path) -> None:
+    assert report(run, tmp_path / "report.html", "--source-field", "id", "--source-field", "image") == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Composition by id" in page and "Composition by image" in page
+
+
+def test_an_image_outside_the_folder_is_not_opened(run: Path) -> None:
+    for name in ("../images/../train.jsonl", "/etc/hostname", "../../x.jpg"):
+        with pytest.raises(FileNotFoundError):
+            open_image(run / "images", name)
+    with pytest.raises(FileNotFoundError, match="coco"):
+        open_image(None, "coco/1.jpg")
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        (["--rows-shown", "0"], "--rows-shown 0: expected at least 1"),
+        (["--images", "nowhere"], "--images nowhere: no such folder"),
+        (["--comparison", "nowhere.json"], "nowhere.json: no such file"),
+        (["--selection", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(
+    run: Path, tmp_path: Path, further: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report(run, tmp_path / "report.html", *further) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("icons report: error: ") and message in error and error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_other_data_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "short.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
+    assert report(run, tmp_path / "report.html", "--data", str(tmp_path / "short.jsonl")) == 1
+    assert "has 1 records" in capsys.readouterr().err
