@@ -55,12 +55,19 @@ class Llava(LlavaForConditionalGeneration):
         )
 
     def embed(self, input_ids: Tensor, pixel_values: Tensor | None) -> Tensor:
-        """Embeddings of the tokens, with image features at the image positions."""
+        """Embeddings of the tokens, with image features at the image positions.
+
+        The projector runs after the merge, on `[batch, length, features]` with zeros at the text: laid out as the batch
+        is, so that its per-sample gradients follow from its input and its output's gradient like any other layer's.
+        """
         places = input_ids == self.image_token
         table = self.get_input_embeddings()
         embeddings: Tensor = table(input_ids.masked_fill(places, 0))
         if pixel_values is not None and len(pixel_values):
-            return merge_images(embeddings, self.image_features(pixel_values).to(embeddings.dtype), places)
+            features = self.image_features(pixel_values)
+            blank = features.new_zeros(*places.shape, features.shape[-1])
+            projected = self.model.multi_modal_projector(merge_images(blank, features, places))
+            return torch.where(places[..., None], projected.to(embeddings.dtype), embeddings)
         if places.any():
             raise ValueError(
                 f"Llava: {int(places.sum())} image positions and no pixel_values; expected one image per run of them"
@@ -72,8 +79,8 @@ class Llava(LlavaForConditionalGeneration):
 
     def image_features(
         self, pixel_values: Float[Tensor, "images 3 height width"]
-    ) -> Float[Tensor, "images features width"]:
-        """Projected features of each image; the projector computes in its own dtype (float32 while it is trained)."""
+    ) -> Float[Tensor, "images features channels"]:
+        """The tower's features of each image, in the projector's dtype (float32 while it is trained)."""
         projector: Any = self.model.multi_modal_projector
         tower: Any = self.model.vision_tower
         pixels = pixel_values.to(device=tower.device, dtype=tower.dtype)
@@ -84,7 +91,7 @@ class Llava(LlavaForConditionalGeneration):
         # a quantised weight is no float: then the features stay in the dtype of the tower
         weight: Tensor = next(projector.parameters())
         features = torch.cat(chosen, dim=-1)
-        return projector(features.to(weight.dtype) if weight.is_floating_point() else features)
+        return features.to(weight.dtype) if weight.is_floating_point() else features
 
 
 def merge_images(
