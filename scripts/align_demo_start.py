@@ -33,6 +33,8 @@ IMAGE_SIZE, PATCH_SIZE, SHIFT = 64, 16, 8
 LEARNING_RATE = 1e-3
 CAPTIONS_ONLY = 0.3  # of the steps, before questions join in
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
+FORMATS = (("", ""), ("Q: ", " A:"), ("question: ", " answer:"))
+"""Plain formats of a question: what stands before the image, and between question and answer."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {{ message['content'] }} "
@@ -44,7 +46,7 @@ CHAT_TEMPLATE = (
 def make_tokenizer(samples: list[tuple[Path, str, str]]) -> PreTrainedTokenizerFast:
     """Byte-level BPE over the alignment texts, the roles' words, and the text-only records' words."""
     draw = random.Random(0)
-    corpus = [f"{question} {answer}" for _, question, answer in samples] + ["USER: ASSISTANT: "] * 50
+    corpus = [f"{question} {answer}" for _, question, answer in samples] + ["USER: ASSISTANT: Q: A: question: answer: "] * 50
     for _ in range(2000):
         corpus += [" " + turn["value"] for turn in text_only(draw)["conversations"]]
     tokenizer = Tokenizer(models.BPE())
@@ -118,8 +120,9 @@ class Samples:
         self.pixels = processor(images, return_tensors="pt").pixel_values
         self.image = [number[path] for path, _, _ in samples]
         image_tokens = [tokenizer.convert_tokens_to_ids("<image>")] * IMAGE_TOKENS
-        for _, question, answer in samples:
-            self.add(image_tokens + self.ids("\n" + question), answer)
+        for number, (_, question, answer) in enumerate(samples):
+            before, after = FORMATS[number % len(FORMATS)] if question else ("", "")
+            self.add([*self.ids(before), *image_tokens, *self.ids("\n" + question + after)], answer)
 
     def add_text_chat(self, count: int, draw: random.Random) -> None:
         """Adds text-only conversations in the chat format: a language model before LLaVA has seen that format."""
