@@ -8,7 +8,6 @@ import msgspec
 from PIL import Image
 from rich.console import Console
 
-from icons.commands.select import check_data
 from icons.datamodules.records import RecordIndex
 from icons.report.build import Chosen, Pool, build
 from icons.report.page import render, write_pictures
@@ -56,10 +55,11 @@ def report(
     if images is not None and not images.is_dir():
         raise FileNotFoundError(f"--images {images}: no such folder")
     store, index = ScoreStore.open(scores), RecordIndex.open(data)
-    check_data(store, index, data)
+    chosen = Chosen.of(open_selection(selection), store)
+    check_data(chosen, index)
     page = build(
         store,
-        Chosen.of(open_selection(selection), store),
+        chosen,
         Pool(data.name, lambda row: record(index, row), lambda name: open_image(images, name), images is not None),
         title=title,
         source_fields=source_field or [],
@@ -76,6 +76,20 @@ def report(
         folder = out.with_name(f"{out.stem}_figures")
         console.print(f"{folder}: {len(write_pictures(page, folder))} figures", soft_wrap=True)
     return 0
+
+
+def check_data(chosen: Chosen, index: RecordIndex) -> None:
+    """Refuses a data file that the selection was not made from: its rows would be other records."""
+    made_from = chosen.manifest["data"]
+    for what, expected, got in (
+        ("records", made_from["num_rows"], len(index)),
+        ("the fingerprint", made_from["fingerprint"], index.fingerprint),
+    ):
+        if got != expected:
+            raise ValueError(
+                f"data {index.path}: has {what} {got}, the selection was made from {made_from['path']} with "
+                f"{expected}; expected that file, unchanged"
+            )
 
 
 def record(index: RecordIndex, row: int) -> Mapping[str, Any] | None:

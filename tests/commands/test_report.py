@@ -108,6 +108,11 @@ def test_what_the_user_can_mend_is_one_line(
 
 
 def test_other_data_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "short.jsonl").write_text('{"id": 1}\n', encoding="utf-8")
-    assert report(run, tmp_path / "report.html", "--data", str(tmp_path / "short.jsonl")) == 1
-    assert "has 1 records" in capsys.readouterr().err
+    lines = (run / "train.jsonl").read_text(encoding="utf-8")
+    for name, text, message in (
+        ("short.jsonl", '{"id": 1}\n', "short.jsonl: has records 1, the selection was made from"),
+        ("changed.jsonl", lines.replace("red", "tan"), "changed.jsonl: has the fingerprint"),
+    ):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert report(run, tmp_path / "report.html", "--data", str(tmp_path / name)) == 1
+        assert message in capsys.readouterr().err

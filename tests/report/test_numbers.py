@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from icons.overlap import task_overlap
 from icons.report import numbers
 from icons.report.numbers import Extremes, count
 from icons.store import ScoreStore
@@ -49,6 +50,8 @@ def test_counts_equal_those_of_the_whole_matrix(store: ScoreStore, monkeypatch: 
         rows = [row for row in range(53) if scored[row]]
         assert counted.highest[i].tolist() == sorted(rows, key=lambda row: (-influence[row, i], row))[:4]
         assert counted.lowest[i].tolist() == sorted(rows, key=lambda row: (influence[row, i], row))[:4]
+    own = np.diag(counted.shared)[:, None]
+    np.testing.assert_allclose(counted.shared / own, task_overlap(store, 0.2), rtol=1e-7)
     np.testing.assert_array_equal(counted.sample, np.flatnonzero(scored))
     np.testing.assert_array_equal(counted.sample_scores, influence[scored])
 
