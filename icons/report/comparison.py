@@ -24,6 +24,9 @@ import numpy as np
 from icons.report import figures
 from icons.report.page import Cell, Fact, Picture, Section, Table
 
+NUM_FACTS = 2
+"""Shares in the page's head: those that the selection lowers most."""
+
 
 def read(path: Path, *keys: str) -> dict[str, Any]:
     """A JSON object with at least `keys`.
@@ -94,9 +97,10 @@ def results(path: Path) -> tuple[Section, list[Fact]]:
         f"Rel. (%) is the mean over tasks of the accuracy relative to “{content['reference']}”, as in the paper.",
     ]
     section = Section("results", "Results", text, [picture], tables=[table])
+    fell = sorted(content.get("shares", []), key=lambda share: share["selection"] - share["pool"])[:NUM_FACTS]
     facts = [
         Fact(share["name"], f"{100 * share['pool']:.0f} → {100 * share['selection']:.0f} %", "pool → selection")
-        for share in content.get("shares", [])
+        for share in fell
     ]
     return section, facts
 

@@ -27,7 +27,12 @@ def content() -> dict[str, Any]:
                 ],
             },
         ],
-        "shares": [{"name": "wrong answers", "pool": 0.25, "selection": 0.112}],
+        "shares": [
+            {"name": "shape", "pool": 0.4, "selection": 0.6},
+            {"name": "colour", "pool": 0.15, "selection": 0.15},
+            {"name": "text only", "pool": 0.2, "selection": 0.03},
+            {"name": "wrong answers", "pool": 0.25, "selection": 0.112},
+        ],
     }
 
 
@@ -42,7 +47,7 @@ def test_results_are_relative_to_the_reference(content: dict[str, Any], tmp_path
     assert table.rows[1][-1].value == f"{np.mean(relative):.1f}"
     assert table.rows[1][-1].note == f"± {np.std(relative, ddof=1):.1f}"
     assert table.strong == [1]
-    assert (facts[0].label, facts[0].value) == ("wrong answers", "25 → 11 %")
+    assert [(fact.label, fact.value) for fact in facts] == [("text only", "20 → 3 %"), ("wrong answers", "25 → 11 %")]
 
 
 def test_a_task_that_the_reference_never_solves_is_left_out_of_rel() -> None:
