@@ -16,6 +16,7 @@ import platform
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -133,6 +134,15 @@ class Leases:
             self.thread.join()
         for unit in list(self.held):
             self.release(unit, done=False)
+
+    def sweep(self, is_done: Callable[[int], bool]) -> None:
+        """Removes the leases of units that are done and whose owner died before it could."""
+        for key in self.keys.list(PREFIX):
+            unit, _, generation = key.rpartition("/")[2].partition(".")
+            if unit.isdigit() and generation.isdigit() and is_done(int(unit)):
+                holder = self.read(int(unit), int(generation))
+                if holder is not None and not self.is_alive(holder):
+                    self.keys.delete(key)
 
     def generations(self, unit: int) -> list[int]:
         prefix = lease_key(unit, "")

@@ -1,6 +1,5 @@
 """RowStore: what gradient and score stores share: a Zarr group whose rows are written unit by unit, status last."""
 
-import errno
 import json
 import sys
 from collections.abc import Iterable, Mapping
@@ -168,7 +167,9 @@ class RowStore:
         for unit, values in units.items():
             self.check_values(unit, values)
         if not self.storage.exists("zarr.json"):
-            raise FileNotFoundError(errno.ENOENT, f"store {self.path}: has vanished while it was being written")
+            raise FileNotFoundError(
+                f"store {self.path}: has vanished while it was being written; put it back, or start anew"
+            )
         self.unwrite(units)
         for unit, values in units.items():
             for name in [name for name in values if name != "status"]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from icons.batch import Status
 from icons.partition import Partition
 from icons.row_store import Column, RowStore
 
@@ -24,6 +25,14 @@ class ScoreStore(RowStore):
     """
 
     KIND = "score"
+    FIELDS = ("influence", "stderr", "norm", "loss", "tokens", "status")
+
+    def encode(self, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Results (`FIELDS`) as this store's arrays; a row that is not done has no score."""
+        values = {name: np.array(results[name], dtype=self.arrays[name].dtype) for name in self.FIELDS}
+        failed = values["status"] != Status.DONE
+        values["influence"][failed] = values["stderr"][failed] = np.nan
+        return values
 
     def __init__(self, storage: Any, group: zarr.Group) -> None:
         super().__init__(storage, group)

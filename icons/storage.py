@@ -155,7 +155,11 @@ class DurableLocalStore(LocalStore):
         with self.flushing:
             paths = list(self.unflushed)
             if paths:
-                flush_paths(paths)
+                try:
+                    flush_paths(paths)
+                except FileNotFoundError as error:
+                    raise_if_vanished(self.root, error)
+                    raise
             del self.unflushed[: len(paths)]  # not after an error: nobody is told that these files are safe
 
     def set_sync(self, key: str, value: Buffer) -> None:
@@ -217,9 +221,17 @@ def write_file(root: Path, key: str, parts: Sequence[Any], exclusive: bool) -> P
         os.link(partial, path)
         partial.unlink()
         return path
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        raise_if_vanished(root, error)
         raise
+
+
+def raise_if_vanished(root: Path, error: BaseException) -> None:
+    """A missing file means nothing to the user; that the whole store is missing does."""
+    if isinstance(error, FileNotFoundError) and not (root / "zarr.json").exists():
+        message = f"store {root}: has vanished while it was being written; put it back, or start anew"
+        raise FileNotFoundError(message) from error
 
 
 def make_parents(root: Path, folder: Path) -> None:
@@ -227,7 +239,7 @@ def make_parents(root: Path, folder: Path) -> None:
     if folder.is_dir():
         return
     if not root.is_dir():
-        raise FileNotFoundError(f"store {root}: the folder has vanished while it was being written")
+        raise FileNotFoundError(f"store {root}: has vanished while it was being written; put it back, or start anew")
     if folder != root:
         make_parents(root, folder.parent)
         folder.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
-from icons.encoding import DTYPES, encode_rows
+from icons.encoding import DTYPES, FIELDS, encode_rows
 from icons.manifest import check_compatible
 from icons.partition import Partition
 from icons.row_store import Column, RowStore, parse_codec, stored_kind
@@ -54,11 +54,16 @@ class GradientStore(RowStore):
     """
 
     KIND = "gradient"
+    FIELDS = FIELDS
 
     def __init__(self, storage: Any, group: zarr.Group) -> None:
         super().__init__(storage, group)
         self.gradients, self.norm = self.arrays["gradients"], self.arrays["norm"]
         self.loss, self.tokens, self.scale = self.arrays["loss"], self.arrays["tokens"], self.arrays.get("scale")
+
+    def encode(self, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Results (`FIELDS`) as this store's arrays."""
+        return encode_rows(results, self.dtype)
 
     @classmethod
     def create(

@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from icons.encoding import FIELDS, encode_rows
 from icons.lease import Leases
-from icons.store import GradientStore
+from icons.store import GradientStore, ScoreStore
 
 Columns = dict[str, np.ndarray]
 GROUP_UNITS = 4  # units that are made durable together: beyond it, waiting for the disk is no longer what costs
@@ -47,7 +46,7 @@ class UnitWriter:
 
     def __init__(
         self,
-        store: GradientStore,
+        store: GradientStore | ScoreStore,
         *,
         again: Iterable[int] = (),
         queue_units: int = 4,
@@ -75,7 +74,11 @@ class UnitWriter:
         """
         if unit in self.leases.held:
             return True
-        if not (self.leases.acquire_patiently(unit) if patient else self.leases.acquire(unit)):
+        try:
+            acquired = self.leases.acquire_patiently(unit) if patient else self.leases.acquire(unit)
+        except OSError as error:
+            raise self.explained(error) from error
+        if not acquired:
             self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
             return False
         self.elsewhere.pop(unit, None)
@@ -83,6 +86,11 @@ class UnitWriter:
             self.leases.release(unit, done=True)
             return False
         return True
+
+    def sweep(self) -> None:
+        """Removes what runs left behind that died between storing a unit and giving back its lease."""
+        missing = set(self.store.missing())
+        self.leases.sweep(lambda unit: unit not in missing)
 
     def collect(self, row: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
         """Takes rows in any order; a unit whose rows have all arrived is passed on to be stored.
@@ -103,7 +111,7 @@ class UnitWriter:
             opened, here = self.open_units.get(unit), units == unit
             if opened is None:
                 opened = self.open_units[unit] = OpenUnit(len(rows), self.memory_for(len(rows)))
-            encoded = encode_rows({name: values[name][here] for name in FIELDS}, self.store.dtype)
+            encoded = self.store.encode({name: values[name][here] for name in self.store.FIELDS})
             if opened.add(row[here] - rows.start, encoded):
                 self.pass_on(unit, self.open_units.pop(unit).columns)
 
@@ -158,16 +166,18 @@ class UnitWriter:
         self.spare.extend(group.values())
 
     def check(self) -> None:
-        """Raises the background thread's error, with what it means."""
-        if self.error is None:
-            return
-        if isinstance(self.error, OSError) and self.error.errno is not None:
-            message = (
-                f"store {self.store.path}: could not be written ({self.error.strerror}); finished units are kept: "
-                "mend the cause, and run the same line again to resume"
-            )
-            raise OSError(self.error.errno, message) from self.error
-        raise self.error
+        """Raises the background threads' error, with what it means."""
+        if self.error is not None:
+            raise self.explained(self.error) from self.error
+
+    def explained(self, error: BaseException) -> BaseException:
+        if not isinstance(error, OSError) or error.errno is None:
+            return error
+        message = (
+            f"store {self.store.path}: could not be written ({error.strerror}); finished units are kept: mend the "
+            "cause, and run the same line again to resume"
+        )
+        return OSError(error.errno, message)
 
     def close(self) -> None:
         """Waits until everything that was passed on is stored; gives back the leases of units that are not finished."""

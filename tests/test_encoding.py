@@ -1,4 +1,4 @@
-"""Rows are stored as numpy rounds them, int8 adds less error than the projection has, and nothing overflows silently."""
+"""Rows are stored as numpy rounds them; int8 adds less error than the projection has; nothing overflows silently."""
 
 import numpy as np
 import pytest

@@ -248,10 +248,10 @@ def test_check_compatible_compares_single_entries_and_names_both_sides() -> None
 
 
 def test_what_is_no_store_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="store .*absent: no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"store .*absent: no such folder"):
         GradientStore.open(tmp_path / "absent")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError, match="store .*file: is a file; expected a folder"):
+    with pytest.raises(NotADirectoryError, match=r"store .*file: is a file; expected a folder"):
         GradientStore.open(tmp_path / "file")
     zarr.create_group(tmp_path / "foreign")
     with pytest.raises(ValueError, match="foreign: is no icons store; expected a gradient store made by icons"):

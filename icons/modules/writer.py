@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +15,8 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from icons.encoding import FIELDS
 from icons.partition import UnitPlan, assign, parse_shard
-from icons.store import GradientStore
+from icons.store import GradientStore, ScoreStore
 from icons.unit_writer import UnitWriter
 
 RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
@@ -51,6 +51,8 @@ class GradientWriter(BasePredictionWriter):
         lease_timeout_s: after this time without a sign of life the unit of a run on another machine is taken over.
     """
 
+    STORE: type[GradientStore] | type[ScoreStore] = GradientStore
+
     def __init__(
         self,
         path: str | Path,
@@ -72,7 +74,7 @@ class GradientWriter(BasePredictionWriter):
         self.chunk_rows, self.codec, self.manifest = chunk_rows, codec, dict(manifest or {})
         self.shard = (0, 1) if shard is None else parse_shard(shard)
         self.retry_failed, self.queue_units, self.lease_timeout_s = retry_failed, queue_units, lease_timeout_s
-        self.store: GradientStore | None = None
+        self.store: GradientStore | ScoreStore | None = None
         self.units: list[int] = []
         self.writer: UnitWriter | None = None
         self.stop_asked = False
@@ -89,12 +91,14 @@ class GradientWriter(BasePredictionWriter):
         found = broadcast(trainer, self.prepare(trainer, pl_module) if trainer.is_global_zero else None)
         if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever
             raise found
-        self.store = GradientStore.open(self.path, mode="r+")
+        self.store = self.STORE.open(self.path, mode="r+")
         self.units = assign(found["todo"], trainer.world_size, trainer.global_rank)
         again = found["again"]
         self.writer = UnitWriter(
             self.store, again=again, queue_units=self.queue_units, lease_timeout_s=self.lease_timeout_s
         )
+        if trainer.is_global_zero:
+            self.writer.sweep()
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is not None:
             datamodule.plan = self.plan
@@ -108,22 +112,26 @@ class GradientWriter(BasePredictionWriter):
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[int]] | Exception:
         """Opens or creates the store (rank 0); the units to do, or what went wrong."""
         try:
-            datamodule: Any = getattr(trainer, "datamodule", None)
-            manifest = self.describe(pl_module, datamodule)
-            store = GradientStore.open_or_create(
-                self.path,
-                num_rows=self.num_rows or len(datamodule.dataset),
-                dim=self.dim or manifest["projector"]["dim"] or manifest["adapter"]["parameters"],
-                dtype=self.dtype,
-                chunk_rows=self.chunk_rows,
-                manifest=manifest,
-                codec=self.codec,
-            )
+            store = self.open_or_create(trainer, pl_module)
             mine = set(assign(range(store.partition.num_units), self.shard[1], self.shard[0]))
             again = sorted(mine & set(store.failed_units())) if self.retry_failed else []
             return {"todo": sorted(mine & set(store.missing()) | set(again)), "again": again}
         except Exception as error:
             return error
+
+    def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> GradientStore | ScoreStore:
+        """The store at `path`, checked against what this run would write."""
+        datamodule: Any = getattr(trainer, "datamodule", None)
+        manifest = self.describe(pl_module, datamodule)
+        return GradientStore.open_or_create(
+            self.path,
+            num_rows=self.num_rows or len(datamodule.dataset),
+            dim=self.dim or manifest["projector"]["dim"] or manifest["adapter"]["parameters"],
+            dtype=self.dtype,
+            chunk_rows=self.chunk_rows,
+            manifest=manifest,
+            codec=self.codec,
+        )
 
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
         """The manifest: what the rows are made from."""
@@ -163,7 +171,7 @@ class GradientWriter(BasePredictionWriter):
         """Takes the rows of a batch."""
         assert self.writer is not None
         row = outputs["row"].cpu().numpy()
-        self.writer.collect(row, {name: as_numpy(outputs[name]) for name in FIELDS})
+        self.writer.collect(row, {name: as_numpy(outputs[name]) for name in self.STORE.FIELDS})
         self.stop_between_units(trainer)
 
     def stop_between_units(self, trainer: Trainer) -> None:
@@ -193,7 +201,8 @@ class GradientWriter(BasePredictionWriter):
         """Stores what was finished, and gives the rest back."""
         self.restore_handler()
         if self.writer is not None:
-            self.writer.close()
+            with suppress(Exception):  # a second error would hide the one that is under way
+                self.writer.close()
 
     def restore_handler(self) -> None:
         if self.previous_handler is not None:

@@ -1,0 +1,94 @@
+"""Writes a store through UnitWriter in child processes, and kills them. Run as `python kill_driver.py STORE ...`.
+
+A child is forked from a process that has imported everything and started nothing, so that a kill costs milliseconds.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import time
+
+import numpy as np
+
+from icons.partition import assign
+from icons.store import GradientStore
+from icons.unit_writer import UnitWriter
+
+NUM_ROWS, CHUNK_ROWS, DIM, BATCH_ROWS = 1200, 5, 64, 2
+
+
+def compute(row: np.ndarray) -> dict[str, np.ndarray]:
+    """The results of some rows: the same numbers whenever and wherever they are computed; every 11th row fails."""
+    rows = [np.random.default_rng(int(number)).standard_normal(DIM) for number in row]
+    gradient, failed = np.array(rows, np.float32), row % 11 == 5
+    gradient[failed] = 0
+    norm = np.where(failed, np.nan, np.linalg.norm(gradient, axis=1)).astype(np.float32)
+    return {
+        "gradient": gradient,
+        "norm": norm,
+        "loss": norm / 3,
+        "tokens": np.where(failed, 0, row % 50 + 1).astype(np.int32),
+        "status": np.where(failed, 4, 1).astype(np.uint8),
+    }
+
+
+def fill(path: str, rank: int, world: int) -> None:
+    """What one rank does: claims its missing units, computes them in batches, stores them."""
+    store = GradientStore.open_or_create(path, num_rows=NUM_ROWS, dim=DIM, chunk_rows=CHUNK_ROWS, manifest={"seed": 1})
+    writer = UnitWriter(store)
+    writer.sweep()
+    for unit in assign(store.missing(), world, rank):
+        if writer.claim(unit):
+            rows = np.array(store.partition.unit_rows(unit))
+            for start in range(0, len(rows), BATCH_ROWS):
+                batch = rows[::-1][start : start + BATCH_ROWS]
+                writer.collect(batch, compute(batch))
+    writer.finish()
+
+
+def fork(path: str, rank: int, world: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        fill(path, rank, world)
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("path")
+    parser.add_argument("--kills", type=int, default=0)
+    parser.add_argument("--world", type=int, default=1)
+    parser.add_argument("--together", type=int, default=0, help="runs on the same units at once")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    moments = random.Random(given.seed)
+    kills = 0
+    while kills < given.kills:
+        pids = [fork(given.path, rank, given.world) for rank in range(given.world)]
+        time.sleep(moments.uniform(0.0, 0.12))
+        victim = pids[-1]
+        os.kill(victim, signal.SIGKILL)
+        _, status = os.waitpid(victim, 0)
+        if not os.WIFSIGNALED(status):
+            sys.exit(f"after {kills} kills a rank had ended with {status} before it was killed; make the work longer")
+        kills += 1
+        for pid in pids[:-1]:  # the other ranks end their work undisturbed
+            _, status = os.waitpid(pid, 0)
+            if status:
+                sys.exit(f"the rank that was not killed ended with {status}")
+    if given.together:
+        ends = [os.waitpid(pid, 0)[1] for pid in [fork(given.path, 0, 1) for _ in range(given.together)]]
+        print("ended with", *map(os.waitstatus_to_exitcode, ends))
+    # resumed on one rank, whatever their number was
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(fork(given.path, 0, 1), 0)[1]))
+
+
+if __name__ == "__main__":
+    main()

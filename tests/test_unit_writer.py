@@ -1,0 +1,253 @@
+"""What is passed on is stored, in bounded memory; an error stops the run with its cause; kills cost only time."""
+
+import importlib.util
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icons.store import GradientStore
+from icons.unit_writer import UnitWriter
+from icons.verify import verify
+
+DRIVER = Path(__file__).parent / "kill_driver.py"
+
+
+def results(row: np.ndarray, dim: int = 6) -> dict[str, np.ndarray]:
+    gradient = np.outer(row + 1.0, np.arange(1.0, dim + 1)).astype(np.float32)
+    ones = np.ones(len(row), np.float32)
+    return {"gradient": gradient, "norm": ones, "loss": ones, "tokens": ones, "status": ones}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> GradientStore:
+    return GradientStore.create(tmp_path / "store", num_rows=22, dim=6, dtype="float32", chunk_rows=4)
+
+
+@pytest.fixture
+def make() -> Iterator[Any]:
+    made: list[UnitWriter] = []
+
+    def build(store: GradientStore, **options: Any) -> UnitWriter:
+        made.append(UnitWriter(store, **options))
+        return made[-1]
+
+    yield build
+    for writer in made:
+        writer.close()
+
+
+def test_rows_in_any_order_become_units(store: GradientStore, make: Any) -> None:
+    stored: list[int] = []
+    writer = make(store, on_unit=stored.append)
+    for batch in np.array_split(np.random.default_rng(0).permutation(22), 7):
+        writer.collect(batch, results(batch))
+    writer.finish()
+    np.testing.assert_array_equal(store.rows(slice(None)), results(np.arange(22))["gradient"])
+    assert store.missing() == [] and sorted(stored) == [2, 4, 4, 4, 4, 4] and list(verify(store)) == []
+    assert not list(Path(store.path).rglob("lease/*"))
+
+
+def test_an_incomplete_unit_is_not_stored_and_named(store: GradientStore, make: Any) -> None:
+    writer = make(store)
+    writer.collect(np.arange(7), results(np.arange(7)))
+    with pytest.raises(ValueError, match="1 units are incomplete, for example unit 1: row 7 never came"):
+        writer.finish()
+    assert store.missing() == [1, 2, 3, 4, 5]
+
+
+def test_two_runs_share_the_units_and_each_leaves_the_others_alone(store: GradientStore, make: Any) -> None:
+    first, second = make(store), make(GradientStore.open(store.path, "r+"))
+    assert first.claim(0) and not second.claim(0) and second.claim(1)
+    rows = np.arange(8)
+    first.collect(rows, results(rows) | {"loss": np.full(8, 1.0)})
+    second.collect(rows, results(rows) | {"loss": np.full(8, 2.0)})
+    first.close()
+    second.close()
+    assert store.loss[:8].tolist() == [1.0] * 4 + [2.0] * 4
+
+
+def test_a_unit_that_another_run_is_computing_ends_in_an_error_that_names_it(store: GradientStore, make: Any) -> None:
+    other, writer = make(store), make(store)
+    assert other.claim(2) and not writer.claim(2, patient=True)
+    with pytest.raises(ValueError, match=rf"1 units are being computed by another run, .* by process {os.getpid()}"):
+        writer.finish()
+
+
+def test_a_unit_that_another_run_has_finished_meanwhile_is_no_error(store: GradientStore, make: Any) -> None:
+    other, writer = make(store), make(store)
+    assert other.claim(2) and not writer.claim(2)
+    other.collect(np.arange(8, 12), results(np.arange(8, 12)))
+    other.finish()
+    assert not writer.claim(2), "it is done, although we planned it"
+    writer.finish()
+    assert store.missing() == [0, 1, 3, 4, 5]
+
+
+def test_an_owner_that_was_given_up_does_not_write(store: GradientStore, make: Any) -> None:
+    frozen, taker = make(store), make(store)
+    assert frozen.claim(0)
+    frozen.leases.me = frozen.leases.me.__class__(**{**frozen.leases.me.__dict__, "machine": "elsewhere"})
+    store.storage.put("status/lease/0.0", frozen.leases.me.to_bytes())
+    taker.leases.timeout_s = 0.01
+    assert taker.claim(0, patient=True)
+    frozen.collect(np.arange(4), results(np.arange(4)) | {"loss": np.full(4, 9.0)})
+    taker.collect(np.arange(4), results(np.arange(4)))
+    taker.finish()
+    with pytest.raises(ValueError, match="computed by another run") if not store.is_written(0) else _nothing():
+        frozen.finish()
+    assert store.loss[:4].tolist() == [1.0] * 4
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def test_failed_units_are_written_again_when_asked(store: GradientStore, make: Any) -> None:
+    rows = np.arange(4)
+    first = make(store)
+    first.collect(rows, results(rows) | {"status": np.array([1, 3, 1, 1])})
+    first.finish()
+    plain, retry = make(store), make(store, again=[0])
+    assert store.failed_units() == [0] and not plain.claim(0) and retry.claim(0)
+    retry.collect(rows, results(rows))
+    retry.finish()
+    assert store.failed_units() == [] and store.counts()["done"] == 4
+
+
+def no_space(units: Any) -> None:
+    raise OSError(28, "No space left")
+
+
+def test_an_error_of_the_background_stops_the_run_with_its_cause_and_keeps_what_was_finished(
+    store: GradientStore, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = make(store)
+    writer.collect(np.arange(4), results(np.arange(4)))
+    while store.missing()[0] == 0:
+        time.sleep(0.01)
+    monkeypatch.setattr(store, "write_columns", no_space)
+    with pytest.raises(OSError, match=r"could not be written \(No space left\); finished units are kept: mend the"):
+        for start in range(4, 20, 4):
+            rows = np.arange(start, start + 4)
+            writer.collect(rows, results(rows))
+            time.sleep(0.05)
+    assert store.missing() == [1, 2, 3, 4, 5]
+
+
+def test_collecting_waits_for_the_disk_so_that_memory_is_bounded(
+    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = GradientStore.create(tmp_path / "store", num_rows=400, dim=6, chunk_rows=4)
+    writer = make(store, queue_units=2)
+    disk = threading.Event()
+    monkeypatch.setattr(store, "write_columns", lambda units: disk.wait(20))
+    passed: list[int] = []
+
+    def compute() -> None:
+        for start in range(0, 400, 4):
+            writer.collect(np.arange(start, start + 4), results(np.arange(start, start + 4)))
+            passed.append(start)
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    time.sleep(0.6)
+    assert len(passed) <= 2 + 2 * 4 + 1
+    disk.set()
+    thread.join()
+    assert len(passed) == 100
+
+
+spec = importlib.util.spec_from_file_location("kill_driver", DRIVER)
+assert spec is not None and spec.loader is not None
+kill_driver = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kill_driver)
+
+
+def drive(path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(DRIVER), str(path), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("kills") / "undisturbed"
+    kill_driver.fill(str(path), 0, 1)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "world"), [(25, 1), (4, 2)], ids=["25 kills", "one rank of two, 4 times"])
+def test_killed_at_random_moments_and_resumed_the_store_is_the_same_byte_for_byte(
+    tmp_path: Path, undisturbed: Path, kills: int, world: int
+) -> None:
+    ended = drive(tmp_path / "killed", "--kills", str(kills), "--world", str(world))
+    assert ended.returncode == 0, ended.stderr
+    found = {name: content for name, content in files(tmp_path / "killed").items() if not name.endswith(".partial")}
+    assert found == files(undisturbed)
+    store = GradientStore.open(tmp_path / "killed")
+    assert store.missing() == [] and list(verify(store)) == []
+
+
+@pytest.mark.slow
+def test_two_runs_started_on_the_same_units_at_once_leave_an_intact_store(tmp_path: Path, undisturbed: Path) -> None:
+    ended = drive(tmp_path / "both", "--together", "2")
+    assert ended.returncode == 0
+    assert ended.stdout.count("1") == ended.stderr.count("are being computed by another run")
+    assert files(tmp_path / "both") == files(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount the small file system that is filled")
+def test_a_full_disk_is_a_clear_error_and_the_store_stays_intact(tmp_path: Path, undisturbed: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)], check=True)
+    try:
+        ended = drive(disk / "full")
+        shutil.copytree(disk / "full", tmp_path / "full")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    assert ended.returncode == 1 and "could not be written (No space left on device)" in ended.stderr
+    store = GradientStore.open(tmp_path / "full")
+    assert 0 < len(store.missing()) < store.partition.num_units and list(verify(store)) == []
+    kill_driver.fill(str(tmp_path / "full"), 0, 1)
+    assert files(tmp_path / "full") == files(undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["deleted", "moved"])
+def test_a_folder_that_vanishes_is_a_clear_error_and_is_not_made_anew(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "store"
+    process = subprocess.Popen([sys.executable, str(DRIVER), str(path)], stderr=subprocess.PIPE, text=True)
+    while not (path / "status/c/20").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    path.rename(tmp_path / "moved")
+    if what == "deleted":
+        shutil.rmtree(tmp_path / "moved")
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and "vanished while it was being written" in error
+    assert not path.exists()
+    if what == "moved":
+        assert list(verify(GradientStore.open(tmp_path / "moved"))) == []
+
+
+def test_the_queue_is_bounded_by_the_setting(store: GradientStore, make: Any) -> None:
+    waiting: queue.Queue[Any] = make(store, queue_units=3).waiting
+    assert waiting.maxsize == 3
