@@ -139,7 +139,7 @@ def select(
     if source_weights:
         score = score * source_factors(source_weights, limits.sources, columns.scored, score)
     everywhere = {name: spread(part, columns.scored, np.nan) for name, part in (("score", score), ("tie", tie))}
-    votes = spread(counted, columns.scored, 0)
+    votes = spread(counted, columns.scored, 0.0)
     chosen = limits.take(
         columns.scored, everywhere["score"], everywhere["tie"], voters_of(columns, limits.task_quotas, thresholds)
     )

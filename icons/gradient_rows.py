@@ -33,7 +33,7 @@ class StoredRows(Protocol):
     def manifest(self) -> Mapping[str, Any]: ...
 
 
-Source: TypeAlias = StoredRows | Shaped[np.ndarray, "rows dim"] | Shaped[Tensor, "rows dim"]
+Source: TypeAlias = StoredRows | Shaped[np.ndarray, "_ _"] | Shaped[Tensor, "_ _"]
 
 
 class ArrayRows:
