@@ -19,7 +19,7 @@ from transformers import (
 from icons.model_folder import ModelFolder, read_config
 from icons.modules.base_model import quiet
 from icons.modules.llava import Llava
-from icons.modules.model import MERGED, Dtype, adapter_fingerprint, load_model
+from icons.modules.model import MERGED, Dtype, adapter_fingerprint, load_model, merged_adapters
 
 Layout = Literal["huggingface", "llava"]
 TOKENIZER_FILES = (
@@ -89,8 +89,9 @@ def export_model(
         write_llava(model, folder, out)
     else:
         write_huggingface(model, folder, out)
-    record = {"format": 1, "layout": layout, "base": folder.model.name, "base_fingerprint": folder.fingerprint()}
-    record |= {"adapter": adapter_fingerprint(adapter)} if adapter is not None else {}
+    record: dict[str, Any] = {"format": 1, "layout": layout, "base": folder.model.name, "base_fingerprint": folder.fingerprint()}
+    merged = merged_adapters(folder.model) + ([adapter_fingerprint(adapter)] if adapter is not None else [])
+    record |= {"adapters": merged}
     (out / MERGED).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -186,7 +187,7 @@ def language_values(folder: ModelFolder, text: Any) -> dict[str, Any]:
     """The language model's settings, in the words of the transformers 4 that LLaVA runs on."""
     if folder.layout == "original":
         return read_config(folder.model)
-    values = text.to_dict()
+    values = {name: value for name, value in text.to_dict().items() if name not in ("_name_or_path", "model_type")}
     rope = dict(values.pop("rope_parameters", None) or {})
     values["rope_theta"] = rope.pop("rope_theta", 10000.0)
     kind = rope.get("rope_type", "default")

@@ -151,7 +151,11 @@ def assemble(
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        # without the kernel, a new model would set the parts' own back to the default
+        kernel = text._attn_implementation
+        model: LlavaForConditionalGeneration = LlavaForConditionalGeneration._from_config(
+            config, attn_implementation=kernel
+        )
     core: Any = model.model
     core.language_model, core.vision_tower, model.lm_head = language.model, tower, language.lm_head
     dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.float32

@@ -21,6 +21,7 @@ from icons.parameter_names import renamed
 LLAVA_TARGETS = r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj$"
 NON_LORA = ("non_lora.safetensors", "non_lora_trainables.bin", "non_lora_trainables.safetensors")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TRANSPOSED = "Conv1D"  # GPT-2's linear layer
 SHOWN = 3
 
 
@@ -57,6 +58,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> PeftModel:
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=targets,
+        fan_in_fan_out=any(type(module).__name__ == TRANSPOSED for _, module in model.named_modules()),
     )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -123,8 +125,7 @@ def default_targets(model: nn.Module) -> str:
 
 
 def is_linear(module: nn.Module) -> bool:
-    # Conv1D is GPT-2's linear layer; quantised ones derive from nn.Linear
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or type(module).__name__ == TRANSPOSED  # quantised ones derive from nn.Linear
 
 
 def whole_targets(modules: set[str], known: set[str]) -> str | list[str]:

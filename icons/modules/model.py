@@ -236,12 +236,17 @@ def torch_dtype(dtype: Dtype) -> torch.dtype | str:
 
 def refuse_merged(model: Path, adapter: Path) -> None:
     """An adapter that `icons export` has merged into this very model must not be applied again."""
-    record = model / MERGED
-    if record.is_file() and json.loads(record.read_text()).get("adapter") == adapter_fingerprint(adapter):
+    if adapter_fingerprint(adapter) in merged_adapters(model):
         raise ValueError(
             f"{adapter}: is merged into {model} already (see {MERGED}); applying it again would count it twice: leave "
             "--adapter out, or give the base model"
         )
+
+
+def merged_adapters(model: Path) -> list[str]:
+    """Fingerprints of the adapters that `icons export` has merged into a model."""
+    record = model / MERGED
+    return json.loads(record.read_text())["adapters"] if record.is_file() else []
 
 
 def adapter_fingerprint(adapter: Path) -> str:
