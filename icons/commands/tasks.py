@@ -57,7 +57,9 @@ def tasks(
         )
     if benchmark.subtasks:
         names = ",".join(task.name for task in built)
-        console.print(f"One task of {len(built)} subtasks; the influence stage reduces them as a group: {names}")
+        group = f"--group {name}={names}"
+        console.print(f"One task of {len(built)} subtasks; give `icons influence` each of them, and", soft_wrap=True)
+        console.print(group, soft_wrap=True)
     return None
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from icons.cli import main
 from icons.datamodules.tasks import BENCHMARKS
+from icons.datamodules.tasks.yes_no import MME_SUBTASKS
 
 
 @pytest.fixture
@@ -41,6 +42,17 @@ def test_build_writes_the_sample(gqa: Path, tmp_path: Path, capsys: pytest.Captu
     assert "leave the ids" not in capsys.readouterr().out
     assert main([*line, "--split", "testdev"]) == 0
     assert "leave the ids" in capsys.readouterr().out
+
+
+def test_the_subtasks_of_mme_are_named_as_a_group(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for subtask in MME_SUBTASKS:
+        folder = tmp_path / "MME_Benchmark_release_version" / subtask
+        folder.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(folder / "1.png")
+        (folder / "1.txt").write_text("Is it red? Please answer yes or no.\tNo\n")
+    assert main(["tasks", "build", "mme", "--source", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    group = ",".join(f"mme_{subtask}" for subtask in MME_SUBTASKS)
+    assert f"--group mme={group}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
