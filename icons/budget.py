@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from icons.ranking import best, ordered
 
@@ -37,7 +37,7 @@ class Sources:
 class Budget:
     """What a selection has to keep to, beside its order.
 
-    Rows are taken in four steps: `include`; then for every task with a quota its own best rows until the quota is
+    Rows are taken in steps: `include`; then for every task with a quota the best rows it votes for until the quota is
     reached (rows already taken that the task votes for count); then the best of the rest, passing over sources that
     have their share; until there are `num_rows` rows, or the next row would exceed `max_tokens`.
 
@@ -81,7 +81,7 @@ class Budget:
         scored: Bool[np.ndarray, " rows"],
         score: Shaped[np.ndarray, " rows"],
         tie: Shaped[np.ndarray, " rows"],
-        voters: Mapping[str, tuple[Bool[np.ndarray, " rows"], Float[np.ndarray, " rows"]]],
+        voters: Mapping[str, Bool[np.ndarray, " rows"]],
     ) -> Int[np.ndarray, " selected"]:
         """The selected rows, ascending.
 
@@ -89,7 +89,7 @@ class Budget:
             scored: rows that may be selected at all.
             score: by which they are ranked.
             tie: which breaks ties of `score`; ties of both go to the lower row.
-            voters: for every task with a quota, the rows it votes for and its scores.
+            voters: for every task with a quota, the rows it votes for.
 
         Raises:
             ValueError: a row to include or exclude is not there, or one to include has no score.
@@ -100,9 +100,9 @@ class Budget:
         taken = np.zeros(len(scored), bool)
         taken[np.asarray(self.include, np.int64)] = True
         for task, share in self.task_quotas.items():
-            voted, own = voters[task]
+            voted = voters[task]
             wanted = min(int(share * self.num_rows) - int((taken & voted).sum()), self.num_rows - int(taken.sum()))
-            taken[best(free & voted & ~taken, own, tie, wanted)] = True
+            taken[best(free & voted & ~taken, score, tie, wanted)] = True
         wanted = self.num_rows - int(taken.sum())
         rest = free & ~taken
         if not self.source_quotas and self.max_tokens is None:

@@ -229,15 +229,14 @@ def source_factors(
 
 def voters_of(
     columns: Columns, tasks: Mapping[str, float], thresholds: Float[np.ndarray, " tasks"]
-) -> dict[str, tuple[Bool[np.ndarray, " rows"], Float[np.ndarray, " rows"]]]:
-    """For the given tasks: who votes for which rows, and the task's scores."""
+) -> dict[str, Bool[np.ndarray, " rows"]]:
+    """The rows that each of the given tasks votes for."""
     found = {}
     for task in tasks:
         if task not in columns.tasks:
             raise ValueError(f"quota: no task {task!r}; expected some of {', '.join(columns.tasks)}")
         place = columns.tasks.index(task)
-        own = columns.scores[:, place]
-        found[task] = (columns.scored & (own >= thresholds[place]), own)
+        found[task] = columns.scored & (columns.scores[:, place] >= thresholds[place])
     return found
 
 

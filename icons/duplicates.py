@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 import torch
@@ -52,7 +51,7 @@ class NearDuplicates:
         self.folder = tempfile.TemporaryDirectory(prefix="icons-duplicates-")
         self.num_files = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "NearDuplicates":
         return self
 
     def __exit__(
