@@ -123,8 +123,8 @@ def run_fit(
         except Interrupted as stop:
             say(f"[yellow]{escape(str(stop))}; run the same line again to go on[/]")
             # Lightning kills all ranks when one that it launched ends with another status than 0
-            launched = isinstance(runner.strategy.cluster_environment, LightningEnvironment) and runner.local_rank > 0  # type: ignore[attr-defined]
-            return 0 if launched else RESUME
+            by_lightning = isinstance(getattr(runner.strategy, "cluster_environment", None), LightningEnvironment)
+            return 0 if by_lightning and runner.local_rank > 0 else RESUME
     return runner
 
 
@@ -177,6 +177,7 @@ def quiet() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers")
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no tasks
             warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
             yield
     finally:

@@ -124,7 +124,9 @@ def warmup(
         data,
         images,
         model_folder=folder,
-        preprocessing=Preprocessing(template=template, max_length=max_length, preset=preset),
+        preprocessing=Preprocessing(
+            template=folder.template if template == "auto" else template, max_length=max_length, preset=preset
+        ),
         batch_size=batch_size,
         num_workers=num_workers,
         tasks=tasks,
@@ -139,8 +141,8 @@ def warmup(
         "learning_rate": learning_rate, "projector_learning_rate": projector_learning_rate,
         "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "lora": asdict(lora), "target": target,
         "dtype": computed_in, "attention": attention, "quantize": quantize, "seed": seed,
-        "preprocessing": datamodule.preprocessing.as_dict(), "model": folder.fingerprint(),
-        "data": datamodule.describe()["data"]["fingerprint"], "trainer": plain(trainer or {}),
+        "preprocessing": datamodule.preprocessing.as_dict(), "model_fingerprint": folder.fingerprint(),
+        "data_fingerprint": datamodule.describe()["data"]["fingerprint"], "trainer": plain(trainer or {}),
     }  # fmt: skip
     share = f"{len(rows):,} of {num_rows:,} rows ({len(rows) / num_rows:.1%})"
     if len(rows) > math.ceil(fraction * num_rows):
@@ -150,7 +152,8 @@ def warmup(
         lengths = datamodule.dataset.lengths(sample(rows))
         load = Workload(lengths, batch_size, None, computed_in, quantize, attention, gradient_checkpointing)
         work = {"num_rows": len(rows), "ranks": ranks, "accumulate": accumulate, "epochs": epochs}
-        plan_warmup(size, load, **work, settings=settings).show(console)
+        files = {"model": model, "data": data, "images": images, "out": out}
+        plan_warmup(size, load, **work, settings=files | settings).show(console)
         return 0
     if resume and already_done(out, settings):
         say(f"{out} holds this very fit, finished: nothing to do (--resume false to start again)")

@@ -39,9 +39,21 @@ class FitCheckpoint(Callback):
         self.saved_at = 0.0
         self.stop = False
         self.previous: Any = None
+        self.place: Any = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        loader: Any = trainer.train_dataloader
+        if hasattr(loader, "state_dict"):
+            checkpoint["train_dataloader"] = loader.state_dict()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.place = checkpoint.get("train_dataloader")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_at = time.monotonic()
+        if self.place is not None:
+            # Lightning does so too, unless the loader was made early, as for `estimated_stepping_batches`
+            trainer.train_dataloader.load_state_dict(self.place)  # type: ignore[union-attr]
         if threading.current_thread() is threading.main_thread():
             # in place of Lightning's handler, which talks to the other ranks in the middle of whatever they do
             self.previous = signal.signal(signal.SIGTERM, self.ask_to_stop)

@@ -28,6 +28,7 @@ class Dropped(LightningModule):
         return self.layers(batch).square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.trainer.estimated_stepping_batches > 0  # makes the data loader early
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
