@@ -139,6 +139,7 @@ def assemble(
     """
     text: Any = language.config
     vision: Any = tower.config
+    kernels = [part._attn_implementation for part in (text, vision)]
     config = LlavaConfig(
         text_config=text,
         vision_config=vision,
@@ -151,11 +152,9 @@ def assemble(
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     with torch.device("meta"):
-        # without the kernel, a new model would set the parts' own back to the default
-        kernel = text._attn_implementation
-        model: LlavaForConditionalGeneration = LlavaForConditionalGeneration._from_config(
-            config, attn_implementation=kernel
-        )
+        model = LlavaForConditionalGeneration(config)
+    for part, kernel in zip((text, vision), kernels, strict=True):
+        part._attn_implementation = kernel  # which the common config has set back to the default
     core: Any = model.model
     core.language_model, core.vision_tower, model.lm_head = language.model, tower, language.lm_head
     dtype = text.dtype if isinstance(text.dtype, torch.dtype) else torch.float32
