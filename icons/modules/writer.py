@@ -183,7 +183,8 @@ class GradientWriter(BasePredictionWriter):
         for process in child_processes(trainer):
             process.wait()
         # Lightning kills all ranks when one that it launched ends with another status than 0
-        launched = isinstance(trainer.strategy.cluster_environment, LightningEnvironment) and trainer.local_rank > 0  # type: ignore[attr-defined]
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         raise SystemExit(0 if launched else RESUME)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

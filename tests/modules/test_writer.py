@@ -1,0 +1,242 @@
+"""`Trainer.predict` fills the same store, bit for bit, on one rank or several, one node or two, whole or in shards."""
+
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from icons.modules.writer import GradientWriter
+from icons.store import GradientStore
+from icons.verify import verify
+
+SCRIPT = Path(__file__).parent / "toy_predict.py"
+spec = importlib.util.spec_from_file_location("toy_predict", SCRIPT)
+assert spec is not None and spec.loader is not None
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*srun.*"),
+]
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """The arrays, byte for byte; not the group's file, in which the settings of the run stand."""
+    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    found.pop("zarr.json")
+    return {name: content for name, content in found.items() if not name.endswith(".partial")}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ranks") / "one"
+    toy.predict(str(path), rows=100, chunk_rows=8)
+    return path
+
+
+def run(path: Path, *options: str, launcher: tuple[str, ...] = (), **kwargs: Any) -> "subprocess.Popen[str]":
+    command = [*(launcher or (sys.executable,)), str(SCRIPT), str(path), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
+    )
+
+
+def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
+    output = process.communicate(timeout=240)[0]
+    assert process.returncode == status, output
+    return output
+
+
+def test_one_rank_stores_every_row_with_its_status(one_rank: Path) -> None:
+    store = GradientStore.open(one_rank)
+    assert store.counts() == {"done": 85, "failed": 15, "missing": 0} and list(verify(store)) == []
+    data, extractor = toy.ToyData(100), toy.ToyExtractor()
+    for row in (0, 1, 50, 99):
+        alone = extractor.predict_step(data.collate([row]), 0)
+        np.testing.assert_allclose(store.rows([row]), alone["gradient"].numpy(), atol=1e-3)
+    assert {name: store.manifest[name]["fingerprint"] for name in ("data", "model", "adapter")} == {
+        "data": "toy-0",
+        "model": "toy",
+        "adapter": "toy",
+    }
+    assert store.manifest["versions"]["torch"] == torch.__version__ and store.manifest["settings"]["shards"] == 1
+
+
+def test_a_finished_store_is_left_as_it_is(one_rank: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in one_rank.rglob("*") if file.is_file()}
+    assert toy.predict(str(one_rank), rows=100).units == []
+    assert {file: file.stat().st_mtime_ns for file in one_rank.rglob("*") if file.is_file()} == before
+
+
+def test_shards_that_do_not_know_of_each_other_fill_the_same_store(tmp_path: Path, one_rank: Path) -> None:
+    for shard in ("2/3", "0/3", "1/3"):
+        toy.predict(str(tmp_path / "s"), rows=100, chunk_rows=8, shard=shard)
+    assert files(tmp_path / "s") == files(one_rank)
+    assert GradientStore.open(tmp_path / "s").manifest["settings"]["shards"] == 3
+
+
+def test_units_marked_as_not_written_are_computed_again_and_no_others(tmp_path: Path, one_rank: Path) -> None:
+    toy.predict(str(tmp_path / "s"), rows=100, chunk_rows=8)
+    GradientStore.open(tmp_path / "s", "r+").unwrite([3, 7])
+    assert toy.predict(str(tmp_path / "s"), rows=100).units == [3, 7]
+    assert files(tmp_path / "s") == files(one_rank)
+
+
+def test_failed_rows_are_retried_when_asked(tmp_path: Path) -> None:
+    path = str(tmp_path / "s")
+    toy.predict(path, rows=40, chunk_rows=8)
+    mended = toy.ToyData(40, broken=frozenset({14}))
+    assert toy.predict(path, rows=40, data=mended).units == []
+    toy.predict(path, rows=40, data=mended, retry_failed=True)
+    store = GradientStore.open(path)
+    assert store.counts() == {"done": 39, "failed": 1, "missing": 0} and store.failed_units() == [1]
+
+
+def test_a_data_file_that_has_changed_is_an_error_before_anything_is_computed(one_rank: Path) -> None:
+    with pytest.raises(ValueError, match=r"data.fingerprint: the store .* has 'toy-0', this run has 'toy-1'"):
+        toy.predict(str(one_rank), rows=100, data=toy.ToyData(100, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("trainer_inference_mode", r"got Trainer\(inference_mode=True\), under which every gradient is a silent zero"),
+        (
+            "trainer_use_distributed_sampler",
+            r"got Trainer\(use_distributed_sampler=True\), under which ranks would share",
+        ),
+    ],
+)
+def test_trainer_flags_under_which_rows_would_be_wrong_are_errors(tmp_path: Path, flag: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        toy.predict(str(tmp_path / "s"), rows=10, **{f"trainer_{flag}": True})
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_shard_that_is_none_is_an_error() -> None:
+    with pytest.raises(ValueError, match="shard '3/3': expected I/N"):
+        GradientWriter("unused", shard="3/3")
+
+
+def test_sigterm_finishes_the_unit_and_exits_with_75(tmp_path: Path, one_rank: Path) -> None:
+    path = tmp_path / "s"
+
+    def ask() -> None:
+        while not (path / "status/c/2").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with pytest.raises(SystemExit) as stop:
+        toy.predict(str(path), rows=100, chunk_rows=8, pause_s=0.03)
+    thread.join()
+    assert stop.value.code == 75 and signal.getsignal(signal.SIGTERM) == before
+    store = GradientStore.open(path)
+    assert 0 < len(store.missing()) < 11 and list(verify(store)) == []
+    assert not [name for name in files(path) if "lease" in name]
+    toy.predict(str(path), rows=100)
+    assert files(path) == files(one_rank)
+
+
+def test_an_error_in_the_model_keeps_finished_units_and_gives_the_rest_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, calls = toy.ToyExtractor.predict_step, []
+
+    def failing(self: Any, batch: Any, batch_idx: int) -> Any:
+        calls.append(batch_idx)
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(toy.ToyExtractor, "predict_step", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        toy.predict(str(tmp_path / "s"), rows=100, chunk_rows=8)
+    assert GradientStore.open(tmp_path / "s").missing() == list(range(2, 13))
+    toy.predict(str(tmp_path / "s"), rows=100)
+    assert GradientStore.open(tmp_path / "s").missing() == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_store_the_same_bytes_as_one(tmp_path: Path, one_rank: Path, ranks: int) -> None:
+    ended(run(tmp_path / "s", "--devices", str(ranks)))
+    assert files(tmp_path / "s") == files(one_rank)
+
+
+@pytest.mark.slow
+def test_more_ranks_than_units_end_as_they_should(tmp_path: Path) -> None:
+    ended(run(tmp_path / "s", "--devices", "3", "--rows", "9", "--chunk-rows", "8"))
+    assert GradientStore.open(tmp_path / "s").missing() == []
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_nodes_by_torchrun_store_the_same_bytes_as_one_rank(tmp_path: Path, one_rank: Path) -> None:
+    port = str(free_port())
+    nodes = []
+    for node in range(2):
+        launcher = (
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node)),
+            *("--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", port),
+        )
+        nodes.append(run(tmp_path / "s", "--nodes", "2", launcher=launcher))
+    for node in nodes:
+        ended(node)
+    assert files(tmp_path / "s") == files(one_rank)
+
+
+@pytest.mark.slow
+def test_one_rank_of_two_killed_and_the_run_resumed_on_one_gives_the_same_bytes(tmp_path: Path, one_rank: Path) -> None:
+    path = tmp_path / "s"
+    process = run(path, "--devices", "2", "--pause-s", "0.3")
+    while not (path / "status/c/1").exists():  # written by rank 1
+        assert process.poll() is None
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    process.communicate(timeout=240)  # Lightning ends the other rank within some seconds
+    assert process.returncode != 0 and GradientStore.open(path).missing() != []
+    toy.predict(str(path), rows=100)
+    assert files(path) == files(one_rank)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_first_of_two_ranks_stops_both_and_exits_with_75(tmp_path: Path, one_rank: Path) -> None:
+    path = tmp_path / "s"
+    process = run(path, "--devices", "2", "--pause-s", "0.3")
+    while not (path / "status/c/1").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    ended(process, status=75)
+    store = GradientStore.open(path)
+    assert store.missing() != [] and list(verify(store)) == []
+    toy.predict(str(path), rows=100)
+    assert files(path) == files(one_rank)
+
+
+@pytest.mark.slow
+def test_a_store_of_something_else_stops_all_ranks_with_the_error(one_rank: Path) -> None:
+    output = ended(run(one_rank, "--devices", "2", "--rows", "101"), status=1)
+    assert "data.num_rows: the store" in output and "has 100, this run has 101" in output

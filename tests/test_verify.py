@@ -1,0 +1,145 @@
+"""Verify finds and names what a disk can do to a store, and repair marks just the units that need it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from icons.cli import main
+from icons.partition import Partition
+from icons.score_store import ScoreStore
+from icons.store import GradientStore
+from icons.verify import repair, verify
+
+
+def results(rows: range) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(rows.start)
+    gradient, ones = rng.standard_normal((len(rows), 8)).astype(np.float32), np.ones(len(rows), np.float32)
+    found = {"gradient": gradient, "norm": ones * 2, "loss": ones, "tokens": ones * 7, "status": ones.copy()}
+    for name in ("gradient", "tokens"):
+        found[name][0] = 0
+    found["norm"][0] = found["loss"][0] = np.nan
+    found["status"][0] = 5
+    return found
+
+
+@pytest.fixture(params=["float16", "int8"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> GradientStore:
+    made = GradientStore.create(
+        tmp_path / "store",
+        num_rows=30,
+        dim=8,
+        chunk_rows=6,
+        dtype=request.param,
+        manifest={"projector": {"dim": 8}, "data": {"num_rows": 30}},
+    )
+    for unit in range(4):  # the last is not written
+        made.write_unit(unit, results(Partition(30, 6).unit_rows(unit)))
+    return made
+
+
+def found(store: GradientStore | ScoreStore) -> list[str]:
+    return [str(finding) for finding in verify(store)]
+
+
+def test_a_sound_store_has_no_findings_and_missing_units_are_none(store: GradientStore) -> None:
+    assert found(store) == [] and store.missing() == [4]
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "flipped bit":
+        content[len(content) // 2] ^= 0x10
+    path.write_bytes(content if how == "flipped bit" else content[:-3] if how == "truncated" else b"")
+    if how == "deleted":
+        path.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "truncated", "emptied", "deleted"])
+@pytest.mark.parametrize("chunk", ["gradients/c/2/0", "norm/c/2", "loss/c/2", "tokens/c/2", "status/c/2"])
+def test_damage_is_found_named_and_repaired_by_that_unit_alone(store: GradientStore, how: str, chunk: str) -> None:
+    path = Path(store.path) / chunk
+    before = path.read_bytes()
+    damage(path, how)
+    if (how, chunk) == ("deleted", "status/c/2"):
+        assert found(store) == [] and store.missing() == [2, 4], "without its status a unit is not written"
+    else:
+        what = "is missing" if how == "deleted" else "is damaged"
+        findings = list(verify(store))
+        assert len(findings) == 1 and f"{chunk.partition('/')[0]}, unit 2: the chunk {chunk} {what}" in str(findings[0])
+        assert repair(store, findings) == [2]
+    assert store.missing() == [2, 4] and found(store) == []
+    store.write_unit(2, results(range(12, 18)))
+    assert found(store) == [] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("array", "row", "value", "message"),
+    [
+        ("gradients", 8, 0, "gradients, unit 1: status says done, and all numbers are 0: row 8"),
+        ("gradients", 6, 1, "gradients, unit 1: status says failed, and the row is not 0: row 6"),
+        ("norm", 8, np.nan, "norm, unit 1: status says done, and the number is not finite: row 8"),
+        ("norm", 8, 0, "norm, unit 1: status says done, and the number is not above 0: row 8"),
+        ("loss", 8, np.inf, "loss, unit 1: status says done, and the number is not finite: row 8"),
+        ("loss", 6, 1.0, "loss, unit 1: status says failed, and there is a number: row 6"),
+        ("tokens", 8, 0, "tokens, unit 1: status says done, and there is no token: row 8"),
+        ("status", 8, 0, "status, unit 1: not written, in a unit that is: row 8"),
+        ("status", 8, 99, "status, unit 1: a code that has no meaning: row 8"),
+    ],
+)
+def test_content_that_does_not_agree_with_the_status_is_found(
+    store: GradientStore, array: str, row: int, value: float, message: str
+) -> None:
+    store.arrays[array][row] = value
+    assert message in found(store)
+
+
+def test_numbers_that_are_not_finite_are_found(tmp_path: Path) -> None:
+    store = GradientStore.create(tmp_path / "s", num_rows=6, dim=8)
+    store.write_unit(0, results(range(6)))
+    store.gradients[3, 2] = np.nan
+    store.gradients[5] = np.inf
+    assert found(store) == ["gradients, unit 0: status says done, and numbers are not finite: rows 3, 5"]
+
+
+def test_shapes_that_do_not_agree_with_the_manifest_are_found(tmp_path: Path) -> None:
+    manifest = {"projector": {"dim": 9}, "data": {"num_rows": 7}}
+    store = GradientStore.create(tmp_path / "s", num_rows=6, dim=8, manifest=manifest)
+    assert found(store) == [
+        "store: the manifest says projector.dim = 9, the arrays have 8",
+        "store: the manifest says data.num_rows = 7, the arrays have 6",
+    ]
+
+
+def test_arrays_of_different_lengths_are_found(store: GradientStore) -> None:
+    store.arrays["norm"].resize((29,))
+    assert found(GradientStore.open(store.path))[0] == "norm: has 29 rows in chunks of 6; status has others"
+
+
+def test_scores_are_verified_too(tmp_path: Path) -> None:
+    store = ScoreStore.create(tmp_path / "s", num_rows=4, tasks=["a", "b"])
+    scores = np.ones((4, 2), np.float32)
+    store.write_unit(0, scores, scores, np.array([1, 1, 3, 1], np.uint8))
+    assert found(store) == []
+    store.influence[1, 1] = np.nan
+    assert found(store) == ["influence, unit 0: status says done, and a number is not finite: row 1"]
+
+
+def test_repair_removes_what_killed_runs_left(store: GradientStore) -> None:
+    left = Path(store.path) / "gradients/c/0/.0.abc.partial"
+    left.write_bytes(b"half")
+    assert found(store) == [] and repair(store, []) == [] and not left.exists()
+
+
+def test_the_command_names_damage_and_repairs_it(store: GradientStore, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", store.path]) == 0
+    assert "sound: 20 rows done, 4 failed, 6 missing" in capsys.readouterr().out
+    damage(Path(store.path) / "gradients/c/1/0", "flipped bit")
+    (Path(store.path) / "loss/c/3").unlink()
+    assert main(["verify", store.path]) == 1
+    printed = capsys.readouterr().out
+    assert "gradients, unit 1: the chunk gradients/c/1/0 is damaged" in printed and "loss/c/3 is missing" in printed
+    assert "2 findings in 2 units; --repair marks these units as not written" in printed
+    assert main(["verify", store.path, "--repair"]) == 0
+    assert "repaired: 2 units are marked as not written (1,3)" in capsys.readouterr().out
+    assert main(["verify", store.path]) == 0 and store.missing() == [1, 3, 4]
