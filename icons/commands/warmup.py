@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from icons.commands.cost import ModelSize, Workload
 from icons.commands.fit import (
     already_done,
     console,
@@ -19,7 +20,7 @@ from icons.commands.fit import (
     show_losses,
     trainer_flags,
 )
-from icons.commands.plan import ModelSize, Workload, plan_warmup, ranks_of
+from icons.commands.plan import evenly, plan_warmup, ranks_of
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
 from icons.model_folder import ModelFolder
@@ -149,7 +150,7 @@ def warmup(
         say(f"[yellow]{fraction:.1%} of {num_rows:,} rows is little to learn from: taking {share}[/] (--min-rows)")
     if dry_run:
         size = ModelSize.of(empty_model(folder, lora=lora, target=target), folder.image_tokens)
-        lengths = datamodule.dataset.lengths(sample(rows))
+        lengths = datamodule.dataset.lengths(evenly(rows))
         load = Workload(lengths, batch_size, None, computed_in, quantize, attention, gradient_checkpointing)
         work = {"num_rows": len(rows), "ranks": ranks, "accumulate": accumulate, "epochs": epochs}
         files = {"model": model, "data": data, "images": images, "out": out}
@@ -244,11 +245,6 @@ def parse_tasks(words: Sequence[str]) -> dict[str, tuple[Path, Path | None]]:
             raise FileNotFoundError(f"--task {word}: no file {file}; expected LLaVA JSON or JSONL")
         tasks[name] = Path(file), Path(images) if images else None
     return tasks
-
-
-def sample(rows: Sequence[int], most: int = 256) -> list[int]:
-    """Evenly spaced rows, whose lengths stand for all in a dry run."""
-    return list(rows[:: -(-len(rows) // most)])
 
 
 def plain(flags: dict[str, Any]) -> dict[str, Any]:

@@ -9,15 +9,8 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from icons.commands.plan import (
-    ModelSize,
-    Workload,
-    device_speed,
-    plan_gradients,
-    plan_warmup,
-    ranks_of,
-    split,
-)
+from icons.commands.cost import ModelSize, Workload, device_speed
+from icons.commands.plan import plan_gradients, plan_warmup, ranks_of, split
 
 TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj"
 

@@ -1,0 +1,94 @@
+"""Every recipe as it stands, with --dry-run: real model sizes without weights, data files of a few rows."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from icons.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "icons" / "configs"
+LLAVA = Path(__file__).parent / "data" / "original_llava"
+VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+VICUNA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
+LLAMA_3 = VICUNA_7B | {"intermediate_size": 14336, "num_key_value_heads": 8, "vocab_size": 128256}
+CLIP = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+MODELS = {  # text configuration, parameters of the adapter and the projector
+    "llava-1.5-7b": (VICUNA_7B, 319_815_680 + 20_979_712),
+    "llava-1.5-13b": (VICUNA_13B, 500_695_040 + 31_467_520),
+    "llava-llama-3-8b": (LLAMA_3, 335_544_320 + 20_979_712),
+}
+DATA = ("llava-665k", "cambrian-7m", "vision-flan-186k")
+
+
+def read(name: str) -> dict[str, str]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all that the recipes name exists, but for the weights."""
+    root = tmp_path_factory.mktemp("workplace")
+    for name, (text, _) in MODELS.items():
+        recipe = read(name)
+        model, tower, projector = (root / recipe[part] for part in ("model", "vision_tower", "mm_projector"))
+        shutil.copytree(LLAVA / "vicuna-tiny", model, ignore=shutil.ignore_patterns("*.bin", "*.safetensors*"))
+        config = json.loads((model / "config.json").read_text()) | {"num_key_value_heads": None} | text
+        config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
+        config = {"vocab_size": 32000} | config if "vocab_size" in text else config | {"vocab_size": 32000}
+        config.pop("head_dim", None)
+        (model / "config.json").write_text(json.dumps(config))
+        shutil.copytree(LLAVA / "clip", tower, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin"))
+        vision = json.loads((tower / "config.json").read_text()) | {"image_size": 336, "patch_size": 14} | CLIP
+        (tower / "config.json").write_text(json.dumps(vision))
+        if projector.suffix:
+            projector.parent.mkdir(parents=True)
+            shutil.copy(LLAVA / "mm_projector.bin", projector)
+        else:
+            projector.mkdir(parents=True)
+            (projector / "model.safetensors").write_bytes(b"")
+    records = json.loads((LLAVA / "data.json").read_text()) * 100
+    for name in DATA:
+        file, images = (root / read(name)[part] for part in ("data", "images"))
+        file.parent.mkdir(exist_ok=True)
+        lines = [json.dumps(record) for record in records]
+        file.write_text("\n".join(lines) if file.suffix == ".jsonl" else json.dumps(records))
+        if not images.suffix:
+            images.mkdir(exist_ok=True)
+        else:
+            shutil.make_archive(str(images.with_suffix("")), "zip", LLAVA, "img0.png")
+    (root / "selected.json").write_text(json.dumps(records))
+    return root
+
+
+def configs(*names: str) -> list[str]:
+    return [word for name in names for word in ("--config", str(CONFIGS / f"{name}.yaml"))]
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("model", MODELS)
+def test_warmup(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, data: str
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert main(["warmup", *configs("warmup", model, data), "--dry-run", "--min-rows=1"]) == 0
+    text = capsys.readouterr().out
+    trainable = MODELS[model][1]
+    assert f"{4 * trainable / 1e9:.3g} GB" in text and "rows per rank" in text
+    for part in ("0.05", "rank=128, alpha=256", "0.0002", "2e-05", "0.03", "2048", "bfloat16", "memory per GPU"):
+        assert part in text, part
+    assert not (workplace / "warmup").exists()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_finetune(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
+    monkeypatch.chdir(workplace)
+    assert main(["warmup", *configs("llava-665k", model, "finetune"), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "selected.json" in text and "37 to 38" in text  # 300 rows on 8 devices: nothing is held out
+    assert not (workplace / "final").exists()
