@@ -120,9 +120,7 @@ def build(
     shown.append(ends(scores, numbers, chosen, pool, fields[0]))
     if validation_file is not None:
         shown.append(comparison.validation(validation_file))
-    own = {name: value for name, value in chosen.manifest.items() if name != "scores"}  # the next one, in short
-    manifests = {"Selection": own, "Score store": scores.manifest}
-    shown.append(sections.provenance(manifests))
+    shown.append(sections.provenance(chosen.manifest, scores.manifest))
     tasks = f"{len(numbers.tasks)} task{'s' if len(numbers.tasks) != 1 else ''}"
     return Page(
         title=title,

@@ -118,6 +118,8 @@ def flat(manifest: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, s
     for key, value in manifest.items():
         if isinstance(value, Mapping):
             pairs += flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple):
+            pairs.append((f"{prefix}{key}", ", ".join(map(str, value)) or "none"))
         else:
-            pairs.append((f"{prefix}{key}", str(value)))
+            pairs.append((f"{prefix}{key}", "none" if value is None else str(value)))
     return pairs

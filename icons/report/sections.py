@@ -12,7 +12,7 @@ from icons.report.numbers import ScoreNumbers
 from icons.report.page import Cell, Picture, Section, Table
 from icons.report.rows import flat
 
-BINS = 60
+MAX_BINS = 60
 BORDER_ROWS, BORDER_REACH = 41, 0.05
 """Rows drawn at the border, and the share of the pool on either side of it that they are taken from."""
 
@@ -50,7 +50,8 @@ def histogram(column: Float[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarra
     low, high = np.percentile(column, [0.1, 99.9])
     if not low < high:
         low, high = float(column.min()) - 0.5, float(column.max()) + 0.5
-    return np.histogram(column, BINS, range=(float(low), float(high)))
+    bins = min(MAX_BINS, max(12, round(1.5 * len(column) ** 0.5)))
+    return np.histogram(column, bins, range=(float(low), float(high)))
 
 
 def drawn_from(numbers: ScoreNumbers) -> str:
@@ -150,7 +151,15 @@ def border(numbers: ScoreNumbers, verdict: str) -> Section:
     return Section("border", "The border", list(filter(None, text)), gallery=gallery, tables=[Table(columns, rows)])
 
 
-def provenance(manifests: Mapping[str, Mapping[str, Any]]) -> Section:
-    text = ["What the numbers were made from and with: the manifests of the stores and of the selection."]
-    shown = {name: flat(manifest) for name, manifest in manifests.items() if manifest}
-    return Section("provenance", "Provenance", text, manifests=shown)
+def provenance(selection: Mapping[str, Any], scores: Mapping[str, Any]) -> Section:
+    """The manifests of the selection, the score store, and every gradient store that the scores came from."""
+    own = {name: value for name, value in selection.items() if name != "scores"}
+    shown = {"Selection": own, "Score store": {k: v for k, v in scores.items() if k not in ("train", "tasks")}}
+    for number, manifest in enumerate(scores.get("train") or []):
+        several = len(scores["train"]) > 1
+        shown[f"Training gradients, checkpoint {number + 1}" if several else "Training gradients"] = manifest
+    for task, manifests in dict(scores.get("tasks") or {}).items():
+        for number, manifest in enumerate(manifests):
+            shown[f"Task {task}, checkpoint {number + 1}" if len(manifests) > 1 else f"Task {task}"] = manifest
+    text = ["What the numbers were made from and with: the manifests of the selection and of the stores behind it."]
+    return Section("provenance", "Provenance", text, manifests={name: flat(m) for name, m in shown.items() if m})

@@ -7,6 +7,7 @@ import pytest
 
 from icons.report.build import Chosen, Pool, build, image_names
 from icons.report.page import Page, render
+from icons.report.sections import provenance
 from icons.selection import SavedSelection, open_selection
 from icons.store import ScoreStore
 
@@ -110,3 +111,17 @@ def test_an_unfinished_store_is_said_to_be_one(tmp_path: Path, pool: Pool) -> No
 @pytest.mark.parametrize("value", [None, "", " None ", "nan", [], [None]])
 def test_the_ways_of_having_no_image(value: object) -> None:
     assert image_names({"image": value}) == []
+
+
+def test_provenance_shows_every_store_behind_the_scores() -> None:
+    store = {"path": "a.zarr", "projector": {"kind": "count_sketch", "dim": 8}}
+    scores = {"format": 1, "train": [store, store], "tasks": {"gqa": [store, store], "pope": [store]}}
+    section = provenance({"method": "vote", "scores": scores}, scores)
+    assert list(section.manifests) == [
+        *("Selection", "Score store", "Training gradients, checkpoint 1", "Training gradients, checkpoint 2"),
+        *("Task gqa, checkpoint 1", "Task gqa, checkpoint 2", "Task pope"),
+    ]
+    assert section.manifests["Selection"] == [("method", "vote")]
+    assert ("projector.dim", "8") in section.manifests["Task pope"]
+    exact = provenance({"method": "vote"}, {"format": 1})
+    assert list(exact.manifests) == ["Selection", "Score store"]

@@ -78,4 +78,5 @@ def test_an_empty_selection_has_shares_of_zero() -> None:
 
 
 def test_a_manifest_is_shown_flat() -> None:
-    assert flat({"a": {"b": {"c": [1, 2]}}, "d": None}) == [("a.b.c", "[1, 2]"), ("d", "None")]
+    manifest = {"a": {"b": {"c": [1, 2]}}, "d": None, "e": {}, "f": [], "g": False}
+    assert flat(manifest) == [("a.b.c", "1, 2"), ("d", "none"), ("f", "none"), ("g", "False")]

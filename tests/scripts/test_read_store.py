@@ -14,7 +14,7 @@ NUM_ROWS, DIM = 40, 16
 
 @pytest.fixture(params=["float16", "int8"])
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    """A run's folder: train.zarr, scores.zarr and train.json, with a failed row and a row that all tasks vote for."""
+    """A run's folder: train.zarr, scores.zarr and pool.json, with a failed row and a row that all tasks vote for."""
     random = np.random.default_rng(0)
     records = [
         {
@@ -23,7 +23,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
         }
         for i in range(NUM_ROWS)
     ]
-    (tmp_path / "train.json").write_text(json.dumps(records), encoding="utf-8")
+    (tmp_path / "pool.json").write_text(json.dumps(records), encoding="utf-8")
     gradient = random.normal(size=(NUM_ROWS, DIM)).astype(np.float32)
     gradient[21] = 2 * gradient[17]  # the nearest to row 17, whatever their lengths
     status = np.ones(NUM_ROWS, np.uint8)
