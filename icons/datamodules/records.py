@@ -1,183 +1,151 @@
-"""RecordIndex: the records of a data file by position, read one at a time, never all at once."""
+"""RecordIndex: the records of a data file by position, read one at a time; memory does not grow with the file."""
 
+import contextlib
 import hashlib
+import mmap
 import os
-import weakref
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+import re
+import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import numpy as np
 
-from icons.datamodules.record_scan import Form, Ranges, read_blocks, recognise, scan
+from icons.datamodules.scan import Layout, scan
 
-CACHE_FROM_BYTES = 1 << 24  # smaller files are indexed again faster than a second file is worth
-HEADER_BYTES = 4096
-VERSION = 1
-ROWS_AT_ONCE = 4096
-SEPARATORS = {"json": (b"[\n", b",\n", b"\n]\n"), "dict": (b"{\n", b",\n", b"\n}\n"), "jsonl": (b"", b"\n", b"\n")}
+CACHE = "ICONS_CACHE"
+KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
+SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 class RecordIndex:
-    """Byte ranges of a file's records: a JSON list, JSON Lines, or a JSON object of records by key.
+    """Byte ranges of a file's records: a JSON list, JSON Lines, or one object of records (its values are the records).
 
-    `index[row]` is the decoded record, `index.raw(row)` its bytes. A record that is not valid JSON keeps its row and
-    raises `msgspec.DecodeError` when it is decoded. Pickles to its path, so that workers share the index on disk.
+    `index[row]` is the decoded record, `index.raw(row)` its bytes as they stand in the file. A record that is not valid
+    JSON keeps its row, and reading it raises. Blank lines of a JSONL file are no records.
 
-    The index of a file of 16 MiB or more is kept beside it (`.NAME.index`), or in `$ICONS_CACHE` (default
-    `~/.cache/icons`) where that folder cannot be written. It is used again only while the file's size, modification
-    time and change time are what they were; the fingerprint is over the whole content, at every indexing.
+    The ranges are found once, in one pass, and kept in the cache folder (`$ICONS_CACHE`, or `~/.cache/icons`) with the
+    file's SHA-256. They are found anew when size, modification time, or a sample of 64 blocks of the content differ.
 
     Args:
         path: the data file.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is neither a JSON list, a JSON object of records, nor JSON Lines, or does not close.
+        ValueError: the file is empty, or neither a list, an object of records, nor JSON Lines.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such data file; expected LLaVA JSON or JSONL")
-        header, self.ranges = find(self.path)
-        self.form: Form = header["form"]
-        self.fingerprint: str = header["fingerprint"]
-        """SHA-256 (16 hex digits) of the whole file."""
-        self.descriptor = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self.descriptor)
+        kept = cache_file(self.path)
+        found = read_cache(kept, stamp(self.path))
+        if found is None:
+            found = scan(self.path)
+            write_cache(kept, found, stamp(self.path))
+        self.layout = found
+        self.content: mmap.mmap | None = None
 
     @classmethod
     def open(cls, path: Path) -> "RecordIndex":
         return cls(path)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RecordIndex, (self.path,)
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the whole file, its first 16 hex digits."""
+        return self.layout.digest[:16]
 
     def __len__(self) -> int:
-        return len(self.ranges)
-
-    def raw(self, row: int) -> bytes:
-        begin, end = self.ranges[row].tolist()
-        return os.pread(self.descriptor, end - begin, begin)
+        return len(self.layout.ranges)
 
     def __getitem__(self, row: int) -> Any:
+        """The decoded record.
+
+        Raises:
+            msgspec.DecodeError: it is not valid JSON.
+            IndexError: there is no such row.
+        """
         return msgspec.json.decode(self.raw(row))
 
-    def key(self, row: int) -> bytes:
-        """What stands before the record of a `dict` file: its key and the colon."""
-        begin = int(self.ranges[row, 0])
-        before = int(self.ranges[row - 1, 1]) if row else 0
-        return os.pread(self.descriptor, begin - before, before).lstrip(b"\xef\xbb\xbf{, \t\r\n")
+    def raw(self, row: int) -> bytes:
+        """The record's bytes, without what separates it from the next."""
+        entry = self.entry(row)
+        if self.layout.form != "object":
+            return entry
+        key = KEY.match(entry)
+        return entry[key.end() :] if key else entry
+
+    def entry(self, row: int) -> bytes:
+        """The record's bytes; in an object of records, with its key."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"{self.path}: row {row}; expected 0 to {len(self) - 1}")
+        if self.content is None:  # opened where it is used: a mapping does not travel to another process
+            with self.path.open("rb") as file:
+                self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin, end = self.layout.ranges[row].tolist()
+        return self.content[begin:end].strip()
 
     def write_selection(self, rows: Iterable[int], out: Path) -> None:
-        """Writes the records of `rows`, byte for byte, in the file's own form and the order given.
-
-        `out` is replaced only when all is written.
-        """
-        opening, between, closing = SEPARATORS[self.form]
-        unfinished = out.with_name(f".{out.name}.{os.getpid()}.part")
-        wanted = iter(rows)
-        try:
-            with unfinished.open("wb", buffering=1 << 20) as file:
-                file.write(opening)
-                lead = b""
-                while some := list(islice(wanted, ROWS_AT_ONCE)):
-                    file.write(lead + between.join(self.pieces(some)))
-                    lead = between
-                file.write(closing if lead or self.form != "jsonl" else b"")
-            unfinished.replace(out)
-        finally:
-            unfinished.unlink(missing_ok=True)
-
-    def pieces(self, rows: list[int]) -> Iterator[bytes]:
-        ranges = self.ranges[np.asarray(rows, dtype=np.int64)].tolist()
-        for row, (begin, end) in zip(rows, ranges, strict=True):
-            record = os.pread(self.descriptor, end - begin, begin)
-            yield self.key(row) + record if self.form == "dict" else record
-
-
-def find(path: Path) -> tuple[dict[str, Any], Ranges]:
-    """Header and ranges of the kept index, or of a new one."""
-    state = os.stat(path)
-    known = {"version": VERSION, "size": state.st_size, "mtime": state.st_mtime_ns, "ctime": state.st_ctime_ns}
-    if state.st_size < CACHE_FROM_BYTES:
-        parts: list[Ranges] = []
-        header = build(path, parts.append)
-        return header, np.concatenate([np.zeros((0, 2), dtype=np.int64), *parts])
-    places = [path.with_name(f".{path.name}.index"), elsewhere(path)]
-    for place in places:
-        if (kept := read_kept(place)) is not None and known.items() <= kept[0].items():
-            return kept
-    place = next((place for place in places if writable(place.parent)), None)
-    if place is None:
-        raise PermissionError(
-            f"{path}: its index can be kept neither beside it nor in {places[1].parent}; set ICONS_CACHE to a folder "
-            "that can be written"
+        """Writes the records of `rows` byte for byte, in the file's own form and the order given; atomically."""
+        begin, between, end = {"list": (b"[\n", b",\n", b"\n]\n"), "object": (b"{\n", b",\n", b"\n}\n")}.get(
+            self.layout.form, (b"", b"\n", b"\n")
         )
-    unfinished = place.with_name(f"{place.name}.{os.getpid()}.part")
+        partial = out.with_name(out.name + ".partial")
+        with partial.open("wb", buffering=1 << 20) as file:
+            file.write(begin)
+            for number, row in enumerate(rows):
+                if number:
+                    file.write(between)
+                file.write(self.entry(row))
+            file.write(end)
+        partial.replace(out)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "content": None}
+
+
+def cache_file(path: Path) -> Path:
+    folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "icons")
+    return folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.records"
+
+
+def stamp(path: Path) -> str:
+    """Size, modification time, and a hash of 64 evenly spaced blocks: what tells whether the file is still the same."""
+    about, digest = path.stat(), hashlib.sha256()
+    with path.open("rb") as file:
+        for place in np.linspace(0, max(0, about.st_size - SAMPLE_BYTES), SAMPLES).astype(int).tolist():
+            file.seek(place)
+            digest.update(file.read(SAMPLE_BYTES))
+    return f"{about.st_size} {about.st_mtime_ns} {digest.hexdigest()}"
+
+
+def read_cache(file: Path, stamp: str) -> Layout | None:
+    """The ranges found before, mapped and not read; None if there are none for this very content."""
     try:
-        with unfinished.open("wb") as file:
-            file.seek(HEADER_BYTES)
-            header = known | build(path, lambda part: file.write(np.ascontiguousarray(part, np.int64).tobytes()))
-            file.seek(0)
-            file.write(msgspec.json.encode(header).ljust(HEADER_BYTES))
-        unfinished.replace(place)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    kept = read_kept(place)
-    assert kept is not None
-    return kept
-
-
-def build(path: Path, keep: Any) -> dict[str, Any]:
-    """Scans the file, giving `keep` its ranges; the digest is made in a second thread meanwhile."""
-    form, digest, rows = recognise(path), hashlib.sha256(), 0
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as thread:
-
-        def blocks() -> Iterator[bytes]:
-            pending = None
-            for block in read_blocks(cast(Any, file)):
-                if pending is not None:
-                    pending.result()  # one block ahead at most, so that memory stays that of two
-                pending = thread.submit(digest.update, block)
-                yield block
-            if pending is not None:
-                pending.result()
-
-        for part in scan(blocks(), form, path):
-            rows += len(part)
-            keep(part)
-    return {"form": form, "rows": rows, "fingerprint": digest.hexdigest()[:16]}
-
-
-def read_kept(place: Path) -> tuple[dict[str, Any], Ranges] | None:
-    """A kept index; None if there is none, or it is not whole."""
-    try:
-        with place.open("rb") as file:
-            header = msgspec.json.decode(file.read(HEADER_BYTES).strip())
-        size, rows = place.stat().st_size, header["rows"]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError):
+        about = msgspec.json.decode(file.with_suffix(".about").read_bytes())
+        if about["stamp"] != stamp:
+            return None
+        ranges = np.load(file.with_name(about["ranges"]), mmap_mode="r")
+        return Layout(ranges, about["form"], about["digest"])
+    except (OSError, ValueError, KeyError, msgspec.DecodeError):
         return None
-    if size != HEADER_BYTES + rows * 16:
-        return None
-    if rows == 0:
-        return header, np.zeros((0, 2), dtype=np.int64)
-    return header, np.memmap(place, dtype=np.int64, mode="r", offset=HEADER_BYTES, shape=(rows, 2))
 
 
-def elsewhere(path: Path) -> Path:
-    """The index's place in the cache folder, named after the data file's whole path."""
-    folder = Path(os.environ.get("ICONS_CACHE") or Path.home() / ".cache" / "icons")
-    return folder / f"{path.name}.{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}.index"
+def write_cache(file: Path, found: Layout, stamp: str) -> None:
+    """Keeps what was found; a cache folder that cannot be written costs a scan the next time, nothing else."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        name = f"{file.stem}-{found.digest[:16]}.npy"
+        about = {"stamp": stamp, "form": found.form, "digest": found.digest, "ranges": name}
+        put(file.with_name(name), lambda target: np.save(target, found.ranges))
+        put(file.with_suffix(".about"), lambda target: target.write(msgspec.json.encode(about)))
 
 
-def writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+def put(path: Path, write: Any) -> None:
+    """Writes a file whole or not at all, also when several ranks do it at once."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
+        write(target)
+    Path(target.name).replace(path)

@@ -1,0 +1,240 @@
+"""`icons score`: exact influence of every training row on every task; no projection, no gradient stores."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning import Trainer
+from rich.console import Console
+from torch import nn
+
+from icons.commands.gradients import FIXED, TRAINER, summary
+from icons.commands.influence import parse
+from icons.commands.source import ModelSource
+from icons.datamodules.datamodule import ConversationDataModule
+from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
+from icons.manifest import check_compatible
+from icons.modules.extractor import adapter_fingerprint, base_fingerprint
+from icons.modules.scorer import InfluenceScorer, ScoredTasks, ScoreWriter, TaskVector, TaskVectorizer
+from icons.partition import Partition, UnitPlan, assign
+from icons.store import ScoreStore
+
+console = Console()
+SAME = ("data", "model", "adapter", "preprocessing", "normalize")
+
+
+def score(
+    checkpoint: list[Path],
+    data: Path,
+    task: list[str],
+    out: Path,
+    images: Path | None = None,
+    task_vectors: Path | None = None,
+    weights: list[float] | None = None,
+    group: list[str] | None = None,
+    reduce: Literal["max", "mean"] = "max",
+    normalize: Literal["exact", "none"] = "exact",
+    target: Literal["lora", "trainable"] = "lora",
+    preconditioner: Literal["adam", "diagonal", "sign", "none"] = "adam",
+    optimizer_state: list[Path] | None = None,
+    chunk_rows: int | None = None,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    vector_dtype: Literal["float32", "bfloat16"] = "float32",
+    offload: bool = False,
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
+    quantize: Literal["4bit", "8bit"] | None = None,
+    gradient_checkpointing: bool = False,
+    num_workers: int = 0,
+    shard: str | None = None,
+    retry_failed: bool = False,
+    strict: bool = False,
+    trainer: dict[str, Any] | None = None,
+) -> int:
+    """Scores every training row on every task exactly; the same line, run again, resumes.
+
+    The score store is what `icons influence` writes (standard error zero): select, compare and report work on it.
+
+    Args:
+        checkpoint: warm-up folder; again for each further checkpoint.
+        data: LLaVA JSON or JSONL of the training rows.
+        task: NAME=FILE or NAME=FILE:IMAGES, a task's validation file and its image folder; again for each task.
+        out: the score store.
+        images: image folder of the training rows.
+        task_vectors: folder where task vectors are kept and found again; default: OUT with `.tasks` behind.
+        weights: of the checkpoints, once for each (LESS: their learning rates); default: the mean.
+        group: NAME=TASK1,TASK2,... is one task made of several, as MME of its subtasks; again for each group.
+        reduce: a group's influence is its tasks' highest (as the original does for MME), or their mean.
+        normalize: divide every gradient by its norm (cosine similarity), or not (inner product).
+        target: differentiate the LoRA parameters, as the paper does, or all that the warm-up trained.
+        preconditioner: of the training rows; tasks are always plain.
+        optimizer_state: Adam's moments, one for each checkpoint; default: the warm-up folder's own.
+        chunk_rows: rows per unit of writing and resuming; default 1,024.
+        batch_size: most rows per batch.
+        max_tokens: most tokens per batch, padding included.
+        model_dtype: of the model's weights.
+        vector_dtype: of the task vectors, S x P numbers on the device.
+        offload: keep the task vectors in the CPU's memory and copy each parameter's part when it is needed.
+        attention: attention kernel; flash_attention_2 needs the extra `flash`.
+        quantize: base weights in 4 or 8 bits; needs the extra `quantize`.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        num_workers: processes that read and decode ahead.
+        shard: I/N: only this share of the units, without any communication (array jobs); I counts from 0.
+        retry_failed: also compute the rows that failed before.
+        strict: exit with 1 when a row failed.
+        trainer: flags of Lightning's Trainer.
+    """
+    for flag, value in FIXED.items():
+        if (trainer or {}).get(flag, value) != value:
+            raise ValueError(
+                f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
+            )
+    parts = list(weights or [1 / len(checkpoint)] * len(checkpoint))
+    states = optimizer_state or [None] * len(checkpoint)
+    if len(parts) != len(checkpoint) or len(states) != len(checkpoint):
+        raise ValueError(
+            f"--checkpoint: got {len(checkpoint)}, with {len(parts)} --weights and {len(states)} --optimizer-state; "
+            "expected one of each for every checkpoint"
+        )
+    files = {name: task_file(value) for name, value in parse(task, "--task").items()}
+    groups = {name: members.split(",") for name, members in parse(group or [], "--group").items()}
+    single = len(checkpoint) == 1
+    outs = [out if single else out.with_name(f"{out.name}.checkpoint-{place}") for place in range(len(checkpoint))]
+    for place, folder in enumerate(checkpoint):
+        source = ModelSource.resolve(
+            checkpoint=folder,
+            model=None,
+            vision_tower=None,
+            mm_projector=None,
+            adapter=None,
+            optimizer_state=states[place],
+            preprocessing={},
+        )
+        if source.warning:
+            console.print(f"[yellow]warning:[/] {source.warning}")
+        model = source.load(
+            target=target,
+            dtype=model_dtype,
+            attention=attention,
+            quantize=quantize,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        loading = {"model_folder": source.folder, "preprocessing": source.preprocessing, "batch_size": batch_size}
+        loading |= {"max_tokens": max_tokens, "num_workers": num_workers}
+        kept = task_vectors or out.with_name(out.name + ".tasks")
+        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+        vectors = find_vectors(
+            runner, model, files, kept if single else kept / str(place), normalize == "exact", loading
+        )
+        tasks = ScoredTasks(vectors, groups, reduce, getattr(torch, vector_dtype), offload)
+        scorer = InfluenceScorer(model, tasks, source.preconditioner(preconditioner, model), unit=normalize == "exact")
+        writer = ScoreWriter(
+            outs[place], chunk_rows=chunk_rows, shard=shard, retry_failed=retry_failed, manifest={"target": target}
+        )
+        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+        runner.callbacks.append(writer)  # type: ignore[attr-defined]
+        datamodule = ConversationDataModule(data, images, **loading)
+        runner.predict(scorer, datamodule=datamodule, return_predictions=False)
+    if not runner.is_global_zero:
+        return 0
+    stores = [ScoreStore.open(path) for path in outs]
+    return summary(stores[0] if single else weighted_sum(stores, parts, out), strict)
+
+
+def task_file(value: str) -> tuple[Path, Path | None]:
+    """FILE or FILE:IMAGES.
+
+    Raises:
+        FileNotFoundError: no such file.
+
+    >>> task_file(__file__)[1] is None
+    True
+    """
+    name, _, images = value.partition(":")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"--task: no file {name}; expected NAME=FILE or NAME=FILE:IMAGES")
+    return Path(name), Path(images) if images else None
+
+
+def find_vectors(
+    trainer: Trainer,
+    model: nn.Module,
+    files: Mapping[str, tuple[Path, Path | None]],
+    folder: Path,
+    unit: bool,
+    loading: Mapping[str, Any],
+) -> dict[str, TaskVector]:
+    """The tasks' vectors: those in `folder` that were made from the same files and model, the others computed.
+
+    Every rank computes whole tasks, so that the sums do not depend on the number of ranks.
+    """
+    modules = {name: ConversationDataModule(*places, **loading) for name, places in files.items()}
+    model_part = {
+        "model": {"fingerprint": base_fingerprint(model)},
+        "adapter": {"fingerprint": adapter_fingerprint(model)},
+        "normalize": "exact" if unit else "none",
+    }
+    manifests = {name: {**module.describe(), **model_part} for name, module in modules.items()}
+    todo = [name for name, manifest in manifests.items() if not is_kept(folder / f"{name}.safetensors", manifest)]
+    if todo:
+        mine = assign(range(len(todo)), trainer.world_size, trainer.global_rank)
+        loaders = []
+        for place, name in enumerate(todo):
+            dataset = modules[name].dataset
+            plan = UnitPlan(Partition(len(dataset), len(dataset)), [0] if place in mine else [])
+            sampler = UnitBatchSampler.of_plan(plan, dataset.lengths, loading["batch_size"], loading["max_tokens"])
+            loaders.append(unit_dataloader(dataset, sampler, dataset.collate))
+        vectorizer = TaskVectorizer(model, todo, unit)
+        trainer.predict(vectorizer, loaders, return_predictions=False)
+        for place in mine:
+            vector = vectorizer.vector(todo[place], manifests[todo[place]])
+            vector.save(folder / f"{todo[place]}.safetensors")
+        trainer.strategy.barrier()
+    return {name: TaskVector.load(folder / f"{name}.safetensors") for name in files}
+
+
+def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a task vector is there and was made from the same; says so if it is there and was not."""
+    if not file.is_file():
+        return False
+    try:
+        check_compatible(TaskVector.load(file).manifest, manifest, SAME, str(file), "this run")
+    except ValueError as difference:
+        console.print(f"[yellow]computing the task vector anew:[/] {difference}")
+        return False
+    return True
+
+
+def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path) -> ScoreStore:
+    """The checkpoints' scores, added up with their weights (LESS, section 4.1: learning rates); made anew if there.
+
+    A row that failed at one checkpoint is failed.
+    """
+    first = stores[0]
+    manifest = {key: value for key, value in first.manifest.items() if key not in ("format", "kind", "arrays")}
+    manifest |= {"weights": list(weights), "checkpoints": [store.manifest["adapter"] for store in stores]}
+    try:
+        total = ScoreStore.open(out, mode="r+")
+        check_compatible(total.manifest, manifest, ("data", "tasks", "weights", "checkpoints"), f"{out}", "this run")
+    except FileNotFoundError:
+        extra: dict[str, tuple[str, list[tuple[str, int]]]] = {"norm": ("float32", []), "loss": ("float32", [])}
+        total = ScoreStore.create(
+            out,
+            num_rows=first.num_rows,
+            tasks=first.tasks,
+            manifest=manifest,
+            chunk_rows=first.partition.chunk_rows,
+            extra=extra | {"tokens": ("int32", [])},
+        )
+    for unit in range(first.partition.num_units):
+        rows = first.partition.unit_rows(unit)
+        span = slice(rows.start, rows.stop)
+        parts = [np.asarray(store.influence[span]) for store in stores]
+        influence = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+        status = np.maximum.reduce([np.asarray(store.status[span]) for store in stores])
+        copied = {name: np.asarray(first.arrays[name][span]) for name in ("norm", "loss", "tokens")}
+        total.write_unit(unit, np.asarray(influence, np.float32), np.asarray(first.stderr[span]), status, **copied)
+    return total

@@ -1,0 +1,165 @@
+"""One pass over a data file: where each record begins and ends, and the file's SHA-256. Vectorised, no JSON parser."""
+
+import hashlib
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+import numpy as np
+from jaxtyping import Int, UInt8
+
+BLOCK = 8 << 20
+QUOTE, BACKSLASH, COMMA, NEWLINE = b'"\\,\n'
+WHITE = b" \t\r\n"
+STRUCTURE = np.zeros(256, dtype=bool)
+STRUCTURE[list(b'"{}[],')] = True
+DEPTH = np.zeros(256, dtype=np.int8)
+DEPTH[list(b"{[")] = 1
+DEPTH[list(b"}]")] = -1
+
+
+class Layout(NamedTuple):
+    """What a scan finds: `ranges [N, 2]` int64 byte offsets, the form of the file, and its SHA-256."""
+
+    ranges: np.ndarray
+    form: Literal["list", "object", "lines"]
+    digest: str
+
+
+def scan(path: Path) -> Layout:
+    """Finds the records of a file.
+
+    Raises:
+        ValueError: the file is empty, is not JSON of one of the three forms, or breaks off.
+    """
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: the file is empty; expected LLaVA JSON or JSONL")
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ThreadPoolExecutor(1) as background,
+    ):
+        digest = background.submit(sha256, path)  # releases the interpreter: runs beside the search
+        form = form_of(path, content)
+        ranges = line_ranges(content) if form == "lines" else nested_ranges(path, content)
+        return Layout(ranges, form, digest.result())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"]:
+    """A list begins with `[`; a first line that is a whole object of its own begins JSON Lines, unless it is all."""
+    begin = first_of(content)
+    if content[begin : begin + 1] == b"[":
+        return "list"
+    end = content.find(b"\n", begin)
+    try:
+        first = msgspec.json.decode(content[begin : end if end >= 0 else len(content)])
+    except msgspec.DecodeError:
+        return "object" if content[begin : begin + 1] == b"{" and looks_nested(content, begin) else "lines"
+    if not isinstance(first, dict):
+        raise ValueError(
+            f"{path}: begins with {str(first)[:40]!r}; expected a list, an object of records, or JSON Lines"
+        )
+    alone = end < 0 or not content[end : end + 4096].strip(WHITE)
+    return "object" if alone and first and all(isinstance(value, dict) for value in first.values()) else "lines"
+
+
+def first_of(content: mmap.mmap) -> int:
+    begin = 3 if content[:3] == b"\xef\xbb\xbf" else 0
+    while begin < len(content) and content[begin : begin + 1] in (b" ", b"\t", b"\r", b"\n"):
+        begin += 1
+    return begin
+
+
+def looks_nested(content: mmap.mmap, begin: int) -> bool:
+    """Whether `{` is followed by a key whose value is an object: `{"id": {`."""
+    head = content[begin + 1 : begin + 4096].lstrip(WHITE)
+    rest = head[1:].partition(b'"')[2].lstrip(WHITE)
+    return head[:1] == b'"' and rest[:1] == b":" and rest[1:].lstrip(WHITE)[:1] == b"{"
+
+
+def blocks(content: mmap.mmap) -> Iterator[tuple[int, UInt8[np.ndarray, " bytes"]]]:
+    for begin in range(0, len(content), BLOCK):
+        yield begin, np.frombuffer(content[begin : begin + BLOCK], dtype=np.uint8)
+
+
+def line_ranges(content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
+    """Lines that are not blank."""
+    ends = [begin + np.flatnonzero(block == NEWLINE) for begin, block in blocks(content)]
+    end = np.concatenate([*ends, [len(content)]])
+    begin = np.concatenate([[first_of(content) if content[:3] == b"\xef\xbb\xbf" else 0], end[:-1] + 1])
+    ranges = np.stack([begin, end], axis=1)[end > begin]
+    short = np.flatnonzero(ranges[:, 1] - ranges[:, 0] < 64)  # no record is that short: look at these for blank ones
+    blank = [place for place in short.tolist() if not content[slice(*ranges[place].tolist())].strip(WHITE)]
+    return np.delete(ranges, blank, axis=0)
+
+
+def nested_ranges(path: Path, content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
+    """What stands between the outermost brackets and the commas of depth one; strings are skipped, escapes heeded."""
+    depth, inside, carried = 0, False, 0  # before the block: nesting, in a string, length of a run of backslashes
+    cuts: list[np.ndarray] = []
+    for begin, block in blocks(content):
+        place = np.flatnonzero(STRUCTURE[block])
+        kind = block[place]
+        quote = kind == QUOTE
+        quote[quote] = ~escaped(block, place[quote], carried)
+        keep = quote | (kind != QUOTE)
+        place, kind, quote = place[keep], kind[keep], quote[keep]
+        in_string = (np.cumsum(quote) + inside) % 2 == 1
+        inside = bool(in_string[-1]) if len(quote) else inside
+        outside = ~in_string & ~quote
+        place, kind = place[outside], kind[outside]
+        change = DEPTH[kind]
+        after = depth + np.cumsum(change, dtype=np.int64)
+        before = after - change
+        at = ((kind == COMMA) & (after == 1)) | ((change == 1) & (before == 0)) | ((change == -1) & (after == 0))
+        cuts.append(begin + place[at])
+        depth = int(after[-1]) if len(after) else depth
+        if depth < 0 or (len(after) and after.min() < 0):
+            raise ValueError(
+                f"{path}: a closing bracket too many before byte {begin + len(block)}; expected valid JSON"
+            )
+        carried = trailing_backslashes(block, carried)
+    if depth or inside:
+        what = "inside a string" if inside else f"with {depth} brackets open"
+        raise ValueError(
+            f"{path}: the file ends {what}; expected a whole JSON list: it was cut off, or a record has an "
+            "unbalanced quote or bracket (JSON Lines keeps such damage to one row)"
+        )
+    cut = np.concatenate(cuts)
+    ranges = np.stack([cut[:-1] + 1, cut[1:]], axis=1)
+    last = slice(*ranges[-1].tolist())
+    return ranges[:-1] if not content[last].strip(WHITE) else ranges  # an empty list, or a comma after the last record
+
+
+def escaped(block: UInt8[np.ndarray, " bytes"], place: Int[np.ndarray, " quotes"], carried: int) -> Any:
+    """Which of the quotes stand behind an odd number of backslashes; `carried` of them end the block before."""
+    found = np.zeros(len(place), dtype=bool)
+    open_runs = np.arange(len(place))
+    distance = 1
+    while len(open_runs):
+        position = place[open_runs] - distance
+        in_block = position >= 0
+        more = np.zeros(len(open_runs), dtype=bool)
+        more[in_block] = block[position[in_block]] == BACKSLASH
+        if (position == -1).any() and carried % 2:
+            found[open_runs[position == -1]] ^= True
+        open_runs = open_runs[more]
+        found[open_runs] ^= True
+        distance += 1
+    return found
+
+
+def trailing_backslashes(block: UInt8[np.ndarray, " bytes"], carried: int) -> int:
+    """Length of the run of backslashes that ends the block, with what came before if the block is nothing else."""
+    run = 0
+    while run < len(block) and block[-1 - run] == BACKSLASH:
+        run += 1
+    return run + (carried if run == len(block) else 0)
