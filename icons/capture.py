@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import Batch, model_inputs, sample_losses
+from icons.batch import Batch, model_inputs
+from icons.positions import SupervisedPositions
 
 Receiver = Callable[[str, Tensor], None]  # parameter name, its per-sample gradients [B, *shape] in float32
 
@@ -63,8 +64,8 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not found:
         raise ValueError(
-            "per-sample gradients: the model has no trainable parameter; expected at least one with requires_grad=True: "
-            "PeftModel.from_pretrained freezes everything unless is_trainable=True"
+            "per-sample gradients: the model has no trainable parameter; expected at least one with "
+            "requires_grad=True: PeftModel.from_pretrained freezes everything unless is_trainable=True"
         )
     return found
 
@@ -117,8 +118,8 @@ def refuse_dropout(model: nn.Module) -> None:
         rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
         if module.training and isinstance(rate, float) and rate > 0:
             raise ValueError(
-                f"per-sample gradients: {name} drops out at random (rate {rate}), so a row would depend on chance; expected "
-                "eval mode: call model.eval()"
+                f"per-sample gradients: {name} drops out at random (rate {rate}), so a row would depend on chance; "
+                "expected eval mode: call model.eval()"
             )
 
 
@@ -138,14 +139,12 @@ class Sweep:
 
     def run(self) -> Tensor:
         self.find_unservable()
+        positions = SupervisedPositions(self.model, self.batch["labels"])  # before the weights are frozen
         with self.hooks(), self.frozen():
-            logits = self.model(**{"use_cache": False} | model_inputs(self.batch)).logits
-            if logits.shape[:2] != self.shape:
-                raise ValueError(
-                    f"per-sample gradients: the model's logits have shape {tuple(logits.shape)} for labels of shape "
-                    f"{tuple(self.shape)}; expected one position per label: expand image positions in input_ids"
-                )
-            losses = sample_losses(logits, self.batch["labels"])
+            with positions.narrowed():
+                logits = self.model(**{"use_cache": False} | model_inputs(self.batch)).logits
+            losses = positions.losses(logits)
+            del logits  # for the graph to hold alone: the largest tensor of the pass
             self.forward_pass = False
             self.find_uncalled()
             if self.slow:
@@ -226,7 +225,7 @@ class Sweep:
         def see(x: Tensor, gradient: Tensor) -> None:
             self.arrive(names, x, gradient)
 
-        return Tap.apply(output, x, see)  # type: ignore[no-any-return]
+        return Tap.apply(output, x, see)  # type: ignore[no-untyped-call]
 
     def arrive(self, names: list[tuple[str, str]], x: Tensor, gradient: Tensor) -> None:
         if not self.tapping:

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from icons.batch import Batch, model_inputs, sample_losses, supervised_tokens
+from icons.batch import Batch, model_inputs, supervised_tokens
 from icons.capture import per_sample_blocks, trainable_parameters
+from icons.positions import SupervisedPositions
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector
 
@@ -142,15 +143,15 @@ class TaskMatrix:
                 if name not in shapes or value.shape != shapes[name]:
                     expected = f"shape {tuple(shapes[name])}" if name in shapes else "one of the trainable parameters"
                     raise ValueError(
-                        f"task vector {number}: {name} with shape {tuple(value.shape)}; expected {expected}: it was made "
-                        "for another model or adapter"
+                        f"task vector {number}: {name} with shape {tuple(value.shape)}; expected {expected}: it was "
+                        "made for another model or adapter"
                     )
         self.tasks = len(task_vectors)
         device = torch.device("cpu") if offload else device_of(model)
-        self.rows = {
-            name: torch.stack([vector.get(name, torch.zeros(shape)).flatten() for vector in task_vectors]).to(device, dtype)
-            for name, shape in shapes.items()
-        } if task_vectors else {}  # fmt: skip
+        self.rows: dict[str, Tensor] = {}
+        for name, shape in shapes.items() if task_vectors else ():
+            rows = [vector.get(name, torch.zeros(shape)).flatten() for vector in task_vectors]
+            self.rows[name] = torch.stack(rows).to(device, dtype)
 
     def product(self, name: str, block: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch tasks"]:
         rows = self.rows[name].to(block.device, block.dtype, non_blocking=True)
@@ -196,7 +197,8 @@ def weighted_gradient(
 ) -> dict[str, Float[Tensor, "..."]]:
     """The gradient of sum_i weights_i * loss_i, by one ordinary batched backward pass; no per-sample gradient exists.
 
-    With `weights = 1 / norm` it is the sum of the samples' unit gradients: a task vector, up to the count.
+    With `weights = 1 / norm` it is the sum of the samples' unit gradients: a task vector, up to the count. A sample of
+    weight 0 is left out altogether, even if its gradient is not finite (then per-sample gradients are streamed).
 
     Returns:
         Parameter name -> float32 tensor of its shape, zeros where a parameter has no influence. `.grad` is left as it
@@ -205,9 +207,20 @@ def weighted_gradient(
     parameters = trainable_parameters(model)
     if len(weights) == 0:
         return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    kept = weights != 0
+    if not bool(kept.all()):
+        sums: dict[str, Tensor] = {}
+
+        def receive(name: str, block: Tensor) -> None:
+            sums[name] = torch.einsum("b,b...->...", weights[kept], block.float()[kept])
+
+        per_sample_blocks(model, batch, receive)
+        return {name: sums[name] for name in parameters}
     with torch.enable_grad():
-        logits = model(**{"use_cache": False} | model_inputs(batch)).logits
-        total = (sample_losses(logits, batch["labels"]) * weights.to(logits.device)).sum()
+        positions = SupervisedPositions(model, batch["labels"])
+        with positions.narrowed():
+            logits = model(**{"use_cache": False} | model_inputs(batch)).logits
+        total = (positions.losses(logits) * weights.to(logits.device)).sum()
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
@@ -217,7 +230,7 @@ def weighted_gradient(
 
 def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
     flat = block.flatten(1)
-    return torch.linalg.vecdot(flat, flat)
+    return torch.bmm(flat[:, None], flat[:, :, None])[:, 0, 0]  # one reading pass, no product is stored
 
 
 def layout(model: nn.Module) -> dict[str, torch.Size]:

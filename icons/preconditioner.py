@@ -8,13 +8,13 @@ the state, so that a row depends on no other row.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-FORMS = ("adam", "diagonal")
+FORMS = ("adam", "diagonal", "sign")
 
 
 @runtime_checkable
@@ -62,6 +62,8 @@ class AdamPreconditioner:
 
     `form="diagonal"`: update = g / (sqrt(v / (1 - beta2^step)) + eps), linear in g.
 
+    `form="sign"`: the sign of g; the state is not used (`Sign` needs none).
+
     Neither learning rate nor weight decay enters: cosines do not see the first, and the second is no gradient.
 
     Args:
@@ -70,7 +72,7 @@ class AdamPreconditioner:
         step: optimizer steps taken; one number, or one per name.
         betas: Adam's decay rates.
         eps: Adam's epsilon.
-        form: "adam" or "diagonal".
+        form: "adam", "diagonal" or "sign".
 
     Raises:
         ValueError: names or shapes of the moments differ, step is below 1, or the form is unknown.
@@ -81,8 +83,8 @@ class AdamPreconditioner:
     step: int | Mapping[str, int]
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    form: Literal["adam", "diagonal"] = "adam"
-    ready: dict[tuple[str, torch.device, int | None], tuple[Tensor, ...]] = field(
+    form: str = "adam"
+    ready: dict[tuple[str, torch.device], tuple[Tensor | None, tuple[Tensor, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -100,8 +102,8 @@ class AdamPreconditioner:
                 )
             if self.step_of(name) < 1:
                 raise ValueError(
-                    f"AdamPreconditioner: {name}: step {self.step_of(name)}; expected at least 1: the optimizer has not "
-                    "moved yet, so there are no moments to precondition with"
+                    f"AdamPreconditioner: {name}: step {self.step_of(name)}; expected at least 1: the optimizer has "
+                    "not moved yet, so there are no moments to precondition with"
                 )
 
     def step_of(self, name: str) -> int:
@@ -109,8 +111,8 @@ class AdamPreconditioner:
 
     def moments(self, name: str, sign: Tensor | None, device: torch.device) -> tuple[Tensor, ...]:
         """The constants of `apply` for one parameter, prepared once per device with the projector's signs folded in."""
-        key = (name, device, None if sign is None else id(sign))
-        if key not in self.ready:
+        made_for, constants = self.ready.get((name, device), (None, ()))
+        if not constants or made_for is not sign:
             if name not in self.exp_avg:
                 raise ValueError(
                     f"AdamPreconditioner: no moments for the trainable parameter {name}; got moments for "
@@ -121,14 +123,15 @@ class AdamPreconditioner:
             second = self.exp_avg_sq[name].to(device, torch.float32)
             if self.form == "diagonal":
                 multiplier = 1 / ((second / (1 - beta2**step)).sqrt() + self.eps)
-                self.ready[key] = (multiplier if sign is None else multiplier * sign,)
+                constants = (multiplier if sign is None else multiplier * sign,)
             else:
                 first = self.exp_avg[name].to(device, torch.float32) * (beta1 / (1 - beta1))
-                self.ready[key] = (
+                constants = (
                     first if sign is None else first * sign,
                     second * (beta2 / (1 - beta2 ** (step + 1))),
                 )
-        return self.ready[key]
+            self.ready[name, device] = (sign, constants)  # the sign itself: an id could be another tensor's later
+        return constants
 
     def apply(
         self, name: str, gradient: Float[Tensor, "batch *shape"], sign: Float[Tensor, "*shape"] | None = None
@@ -148,6 +151,8 @@ class AdamPreconditioner:
         >>> round(adam.apply("w", torch.tensor([[6.0]])).item(), 4)
         3.0
         """
+        if self.form == "sign":
+            return Sign().apply(name, gradient, sign)
         constants = self.moments(name, sign, gradient.device)
         if self.form == "diagonal":
             return gradient.mul_(constants[0])
@@ -160,6 +165,8 @@ class AdamPreconditioner:
 
     def describe(self) -> dict[str, Any]:
         """The manifest's part: form, settings, and a fingerprint of the moments (SHA-256, 16 hex digits)."""
+        if self.form == "sign":
+            return Sign().describe()
         digest = hashlib.sha256()
         for name in sorted(self.exp_avg):
             digest.update(f"{name}{self.step_of(name)}".encode())

@@ -99,6 +99,14 @@ class CountSketch(Seeded):
     def __init__(self, dim: int, seed: int = 0) -> None:
         super().__init__(dim, seed)
         self.signs: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
+        self.places: dict[tuple[str, torch.Size], tuple[int, int]] = {}
+
+    def place(self, name: str, shape: torch.Size) -> tuple[int, int]:
+        """The fold's length and first bucket of one parameter."""
+        if (name, shape) not in self.places:
+            begin = int(stream(self.seed, name, "start").integers(self.dim))
+            self.places[name, shape] = self.fold(shape), begin
+        return self.places[name, shape]
 
     def fold(self, shape: torch.Size) -> int:
         """The length at which a flattened parameter of this shape is folded."""
@@ -118,7 +126,7 @@ class CountSketch(Seeded):
         return self.signs[key]
 
     def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
-        length, begin = self.fold(block.shape[1:]), int(stream(self.seed, name, "start").integers(self.dim))
+        length, begin = self.place(name, block.shape[1:])
         flat = block.flatten(1)
         whole = flat.shape[1] // length * length
         rest = flat.shape[1] - whole
