@@ -4,14 +4,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Subset
 
 from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordIndex
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
+from icons.datamodules.training import TrainingLoader, TrainingSampler, modality_and_length
 from icons.model_folder import ModelFolder
 from icons.partition import Partition, UnitPlan
 
@@ -45,22 +46,30 @@ class ConversationDataModule(LightningDataModule):
     def make_dataset(self, data: Path, images: Path | None) -> ConversationDataset:
         return ConversationDataset(RecordIndex.open(Path(data)), images, self.folder, self.preprocessing)
 
-    def train_dataloader(self) -> "DataLoader[Any]":
+    def train_dataloader(self) -> TrainingLoader:
+        """Every chosen row once an epoch, shared out to the ranks; remembers its place for a resumed fit."""
         rows = range(len(self.dataset)) if self.rows is None else self.rows
-        return DataLoader(
-            Subset(self.dataset, list(rows)),
-            batch_size=self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=self.dataset.collate,
-            num_workers=self.num_workers,
-        )
+        with_image, words = modality_and_length(self.dataset.records, rows)
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = TrainingSampler(rows, words, with_image, self.batch_size, rank, world_size, self.seed)
+        return TrainingLoader(self.dataset, sampler, collate_fn=self.dataset.collate, num_workers=self.num_workers)
 
     def val_dataloader(self) -> "list[DataLoader[Any]]":
+        """One per task, in their order, then the held-out rows."""
         sets: list[Any] = [self.make_dataset(*files) for files in self.tasks.values()]
         if self.held_out is not None:
             sets.append(Subset(self.dataset, list(self.held_out)))
-        return [DataLoader(part, batch_size=self.batch_size, collate_fn=self.dataset.collate) for part in sets]
+        return [
+            DataLoader(self.share(part), self.batch_size, collate_fn=self.dataset.collate, num_workers=self.num_workers)
+            for part in sets
+        ]
+
+    def share(self, part: Any) -> Any:
+        """This rank's rows of a validation set; under strategies whose ranks must step together, all of them."""
+        if self.trainer is None or type(self.trainer.strategy) is not DDPStrategy:
+            return part
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return part if len(part) < world_size else Subset(part, range(rank, len(part), world_size))
 
     def predict_dataloader(self) -> "DataLoader[Any]":
         plan = self.plan or UnitPlan(Partition(len(self.dataset), max(1, len(self.dataset))), [0])

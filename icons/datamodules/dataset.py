@@ -6,42 +6,46 @@ from typing import Any
 
 import msgspec
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
-from transformers import CLIPImageProcessorPil
 
 from icons.batch import IGNORE_INDEX, Status
+from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, names_of
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordIndex
 from icons.datamodules.templates import IMAGE_PLACE, TEMPLATES, TemplateError, Turn, put_image_first
 from icons.datamodules.tokenizer import load_tokenizer
 from icons.model_folder import ModelFolder
 
-HUMAN = {"human": True, "gpt": False}
-
-
-class FailedRowError(Exception):
-    """A record that cannot become a sample, and why."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
+HUMAN = {"human": True, "user": True, "gpt": False, "assistant": False}
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
-    """Samples of a data file by row."""
+    """Samples of a data file by row; a record that cannot become one keeps its row and says why.
+
+    `dataset[row]` is `{"row", "input_ids", "labels"[, "pixel_values"]}`, or `{"row", "failed": Status}`.
+
+    Args:
+        records: the data file.
+        images: image folder or archive.
+        folder: the model that the samples are for: its tokenizer, and how many positions an image takes.
+        preprocessing: template, length and image handling.
+
+    Raises:
+        ValueError: the template is unknown.
+    """
 
     def __init__(
         self, records: RecordIndex, images: Path | None, folder: ModelFolder, preprocessing: Preprocessing
     ) -> None:
-        self.records, self.images, self.folder, self.preprocessing = records, images, folder, preprocessing
+        self.records, self.folder, self.preprocessing = records, folder, preprocessing
+        self.images = ImageSource(images)
         self.tokenizer = load_tokenizer(folder.model)
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
         if name not in TEMPLATES:
             raise ValueError(f"template {name!r}; expected auto or one of {', '.join(TEMPLATES)}")
         self.template = TEMPLATES[name]
-        self.processor = (
-            CLIPImageProcessorPil.from_pretrained(folder.vision_tower or folder.model) if folder.image_tokens else None
+        self.pixels = (
+            PixelMaker(folder.vision_tower or folder.model, preprocessing.pad) if folder.image_tokens else None
         )
 
     def __len__(self) -> int:
@@ -54,6 +58,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return {"row": row, "failed": failure.status}
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
+        """Tokens of each row as the model will see them; 0 for one that fails."""
         found = []
         for row in rows:
             try:
@@ -63,24 +68,23 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return found
 
     def record(self, row: int) -> Mapping[str, Any]:
+        """The record, checked to be a conversation.
+
+        Raises:
+            FailedRowError: not JSON, no object, or without conversations.
+        """
         try:
             record = self.records[row]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FailedRowError(Status.BAD_RECORD, f"not valid JSON: {error}") from None
-        if (
-            not isinstance(record, dict)
-            or not isinstance(record.get("conversations"), list)
-            or not record["conversations"]
-        ):
+        turns = record.get("conversations") if isinstance(record, dict) else None
+        if not isinstance(turns, list) or not turns:
             raise FailedRowError(Status.BAD_RECORD, "no conversations")
-        return record
-
-    def has_image(self, record: Mapping[str, Any]) -> bool:
-        return "image" in record and str(record["image"]) not in ("", "None", "none", "nan")
+        return record  # type: ignore[no-any-return]
 
     def tokens(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Ids and labels, images expanded to one position per feature, cut as LLaVA cuts: before and after."""
-        image = self.has_image(record)
+        image = bool(names_of(record.get("image")))
         try:
             turns = [Turn(HUMAN[turn["from"]], turn["value"]) for turn in record["conversations"]]
             if image and self.preprocessing.reorder:
@@ -111,34 +115,29 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return wide[:limit], marked[:limit]
 
     def sample(self, row: int) -> dict[str, Any]:
+        """Ids, labels and pixels of one record.
+
+        Raises:
+            FailedRowError: see `Status`.
+        """
         record = self.record(row)
         ids, labels = self.tokens(record)
         if all(label == IGNORE_INDEX for label in labels[1:]):
             raise FailedRowError(Status.NO_SUPERVISED_TOKEN, "no supervised token")
         sample: dict[str, Any] = {"row": row, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        if self.has_image(record) and self.folder.image_token_id in ids:
-            sample["pixel_values"] = self.pixels(record["image"])
+        names = names_of(record.get("image"))
+        if names and self.pixels is not None:
+            positions = ids.count(self.folder.image_token_id)  # type: ignore[arg-type]
+            needed = -(-positions // self.folder.image_tokens)  # images that the maximal length cuts away are not
+            if needed > len(names):
+                raise FailedRowError(Status.BAD_RECORD, f"{needed} image marks for {len(names)} images")
+            opened = [self.images.open(name) for name in names]  # also unused ones: a broken record is a broken record
+            if needed:
+                sample["pixel_values"] = self.pixels(opened[:needed])
         return sample
 
-    def pixels(self, name: str) -> torch.Tensor:
-        if self.images is None:
-            raise FailedRowError(Status.IMAGE_MISSING, "no image folder")
-        path = (self.images / name).resolve()
-        if not path.is_relative_to(self.images.resolve()) or not path.is_file():
-            raise FailedRowError(Status.IMAGE_MISSING, f"no image {name}")
-        assert self.processor is not None
-        try:
-            image = Image.open(path).convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            raise FailedRowError(Status.IMAGE_BROKEN, str(error)) from None
-        if self.preprocessing.pad and image.width != image.height:
-            side = max(image.size)
-            square = Image.new("RGB", (side, side), tuple(int(value * 255) for value in self.processor.image_mean))
-            square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-            image = square
-        return self.processor(image, return_tensors="pt")["pixel_values"]
-
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch as `icons.batch` describes it; `pixel_values [images, 3, H, W]` in the order of rows and marks."""
         good = [sample for sample in samples if "failed" not in sample]
         failed = [sample for sample in samples if "failed" in sample]
         length = max((len(sample["input_ids"]) for sample in good), default=0)

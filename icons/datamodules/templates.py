@@ -136,7 +136,7 @@ def llama_2_prompt(turns: Sequence[Turn]) -> str:
             parts.append(f"<s>[INST] {text} [/INST]")
         else:
             parts.append(f" {text} </s>")
-    return "".join(parts).lstrip("<s>")  # noqa: B005 (the original strips these characters)
+    return "".join(parts).lstrip("<s>")
 
 
 def mpt_prompt(turns: Sequence[Turn]) -> str:

@@ -1,0 +1,227 @@
+"""Images of a data file: found in a folder or an archive, decoded to RGB, squared, turned into pixel values."""
+
+import io
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPImageProcessorPil
+
+from icons.batch import Status
+
+NO_IMAGE = ("", "None", "none", "nan")  # Cambrian's ways to say that a record has no image
+ARCHIVES = (".tar", ".zip")
+
+
+class FailedRowError(Exception):
+    """A record that cannot become a sample, and why."""
+
+    def __init__(self, status: Status, reason: str) -> None:
+        super().__init__(reason)
+        self.status = status
+
+
+class ImageSource:
+    """Image files by the names that records give them.
+
+    The source is a folder, a `.tar` or `.zip` file, or a folder with such archives in it: `coco/train2017/1.jpg` is
+    also found in `coco/train2017.zip` or `coco.tar`, with or without the archive's own name as a folder inside.
+    Archives are read in place. A name never leads out of the folder, neither by `..` nor by a link.
+
+    Args:
+        source: folder or archive; None: no images, every lookup fails.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: the source is a file, and neither an uncompressed tar nor a zip.
+    """
+
+    def __init__(self, source: Path | None) -> None:
+        self.source = None if source is None else Path(source)
+        self.archives: dict[Path, Archive | None] = {}
+        if self.source is None:
+            return
+        if not self.source.exists():
+            raise FileNotFoundError(f"{source}: no such image folder; expected a folder, a .tar or a .zip")
+        if self.source.is_file():
+            self.archives[self.source] = Archive(self.source)
+        self.root = self.source.resolve()
+
+    def open(self, name: str) -> Image.Image:
+        """The image as RGB, see `read` and `decode`."""
+        return decode(self.read(name), name)
+
+    def read(self, name: str) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            FailedRowError: IMAGE_MISSING, if there is none of this name inside the source; IMAGE_BROKEN, if it cannot
+                be read.
+        """
+        if self.source is None:
+            raise FailedRowError(Status.IMAGE_MISSING, f"image {name}: no image folder was given")
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if not parts or "\0" in name or ".." in parts or parts[0] == "/":
+            raise FailedRowError(Status.IMAGE_MISSING, f"image {name!r} is not a name inside {self.source}")
+        try:
+            found = self.in_archive(self.source, parts) if self.source.is_file() else self.in_folder(parts)
+        except (OSError, zipfile.BadZipFile, tarfile.TarError, RuntimeError, NotImplementedError) as error:
+            raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: {error}") from None
+        if found is None:
+            raise FailedRowError(Status.IMAGE_MISSING, f"image {name} is not in {self.source}")
+        return found
+
+    def in_folder(self, parts: tuple[str, ...]) -> bytes | None:
+        assert self.source is not None
+        path = self.source.joinpath(*parts)
+        if path.is_file():
+            return path.read_bytes() if path.resolve().is_relative_to(self.root) else None
+        for depth in range(len(parts) - 1, 0, -1):
+            for suffix in ARCHIVES:
+                archive = self.source.joinpath(*parts[:depth]).with_name(parts[depth - 1] + suffix)
+                if archive not in self.archives:
+                    inside = archive.is_file() and archive.resolve().is_relative_to(self.root)
+                    self.archives[archive] = Archive(archive) if inside else None
+                found = self.in_archive(archive, parts[depth:])
+                if found is None:
+                    found = self.in_archive(archive, parts[depth - 1 :])
+                if found is not None:
+                    return found
+        return None
+
+    def in_archive(self, path: Path, parts: tuple[str, ...]) -> bytes | None:
+        archive = self.archives[path]
+        return None if archive is None else archive.read("/".join(parts))
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {
+            path: None if archive is None else Archive(path, archive.members) for path, archive in self.archives.items()
+        }
+        return self.__dict__ | {"archives": kept}
+
+
+class Archive:
+    """Members of a tar or zip file by name; opened anew for each read, so that workers share nothing but the table.
+
+    Raises:
+        ValueError: neither an uncompressed tar nor a zip.
+    """
+
+    def __init__(self, path: Path, members: dict[str, Any] | None = None) -> None:
+        self.path = path
+        self.members: dict[str, Any] = self.table() if members is None else members
+
+    def table(self) -> dict[str, Any]:
+        """Name -> the zip's entry, or offset and size in the tar."""
+        if zipfile.is_zipfile(self.path):
+            with zipfile.ZipFile(self.path) as opened:
+                return {plain(entry.filename): entry for entry in opened.infolist() if not entry.is_dir()}
+        try:
+            with tarfile.open(self.path, "r:") as opened:
+                return {plain(member.name): (member.offset_data, member.size) for member in opened if member.isreg()}
+        except tarfile.TarError as error:
+            raise ValueError(
+                f"{self.path}: {error}; expected a folder, a .zip, or an uncompressed .tar (unpack a .tar.gz, or "
+                "`gunzip` it: its members cannot be reached one by one)"
+            ) from None
+
+    def read(self, name: str) -> bytes | None:
+        member = self.members.get(name)
+        if member is None:
+            return None
+        if isinstance(member, zipfile.ZipInfo):
+            return read_zipped(self.path, member)
+        offset, size = member
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+
+def read_zipped(path: Path, entry: zipfile.ZipInfo) -> bytes:
+    """One member, without reading the archive's directory again (of 100,000 members, for one of them)."""
+    with path.open("rb") as file, zipfile.ZipFile(io.BytesIO(EMPTY_ZIP)) as opened:
+        opened.fp = file
+        return opened.read(entry)
+
+
+EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
+
+
+def plain(name: str) -> str:
+    return name.removeprefix("./").lstrip("/")
+
+
+def names_of(found: Any) -> list[str]:
+    """The images that a record's `image` field names: none, one, or a list.
+
+    >>> names_of("None"), names_of(["a.jpg", "b.jpg"])
+    ([], ['a.jpg', 'b.jpg'])
+    """
+    if found is None or found == [] or str(found) in NO_IMAGE:
+        return []
+    names = found if isinstance(found, list) else [found]
+    if not all(isinstance(name, str) for name in names):
+        raise FailedRowError(Status.BAD_RECORD, f"image {found!r}; expected a file name or a list of them")
+    return names
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """The image as RGB: palettes and CMYK converted, 16 bits per channel reduced to 8, the first frame of several.
+
+    Where the original clips 16-bit grey to white, the high byte is kept.
+
+    Raises:
+        FailedRowError: TOO_LARGE, for more pixels than pillow's limit (89 million); IMAGE_BROKEN, if it cannot be
+            decoded to its end.
+    """
+    if not content:
+        raise FailedRowError(Status.IMAGE_BROKEN, f"image {name} is an empty file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on metadata and palettes
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                if image.mode.startswith("I"):
+                    grey = np.asarray(image).astype(np.int64)
+                    return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+                return image.convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise FailedRowError(Status.TOO_LARGE, f"image {name}: {error}") from None
+    except Exception as error:  # pillow's decoders raise whatever a broken file leads them to
+        raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: {error}") from None
+
+
+class PixelMaker:
+    """CLIP's pixel values, equal to the original's bit for bit: by pillow, also where torchvision is installed.
+
+    Args:
+        folder: where the image processor's settings are.
+        pad: squares images first, with the processor's mean colour, so that its centre crop loses nothing.
+    """
+
+    def __init__(self, folder: Path, pad: bool) -> None:
+        self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        self.pad = pad
+        self.colour = tuple(int(value * 255) for value in self.processor.image_mean)
+
+    def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "images 3 height width"]:
+        ready = [square(image, self.colour) if self.pad else image for image in images]
+        pixels: Tensor = self.processor(ready, return_tensors="pt")["pixel_values"]
+        return pixels
+
+
+def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
+    """The image in the middle of a square of this colour, as large as its longer side (LLaVA's `expand2square`)."""
+    if image.width == image.height:
+        return image
+    side = max(image.size)
+    padded = Image.new("RGB", (side, side), colour)
+    padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return padded
