@@ -1,10 +1,7 @@
 """Parameter names: one parameter is called differently by LLaVA, by transformers then and now, by PEFT, by wrappers."""
 
 import re
-from collections.abc import Collection, Mapping
-from typing import TypeVar
-
-Value = TypeVar("Value")
+from collections.abc import Collection
 
 WRAPPERS = re.compile(
     r"(^|(?<=\.))(_forward_module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
@@ -85,8 +82,3 @@ def by_canonical(names: Collection[str], what: str) -> dict[str, str]:
             raise ValueError(f"{what}: {known[key]} and {name} both mean the parameter {key}; expected each one once")
         known[key] = name
     return known
-
-
-def renamed(tensors: Mapping[str, Value]) -> dict[str, Value]:
-    """The same tensors under `current_name`."""
-    return {current_name(name): value for name, value in tensors.items()}

@@ -65,9 +65,8 @@ def save_warmup(
     write_tensors(folder / NON_LORA, rest, {"format": "pt"})
     moments = {f"exp_avg/{name}": value for name, value in trained.exp_avg.items()}
     moments |= {f"exp_avg_sq/{name}": value for name, value in trained.exp_avg_sq.items()}
-    if moments:  # under DeepSpeed they are in its own checkpoint
-        settings = {"step": str(trained.step), "betas": json.dumps(list(trained.betas)), "eps": repr(trained.eps)}
-        write_tensors(folder / ADAM, moments, settings)
+    settings = {"step": str(trained.step), "betas": json.dumps(list(trained.betas)), "eps": repr(trained.eps)}
+    write_tensors(folder / ADAM, moments, settings)  # no file under DeepSpeed: they are in its own checkpoint
     described = model_folder.as_dict()
     beside = {name: os.path.relpath(described[name], folder.resolve()) for name in PARTS if described[name] is not None}
     content = {
@@ -119,6 +118,7 @@ def write(file: Path, text: str) -> None:
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Replaces `file`; without tensors there is none afterwards."""
     file.unlink(missing_ok=True)
     if tensors:
         part = file.with_name(file.name + ".part")

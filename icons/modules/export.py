@@ -89,7 +89,12 @@ def export_model(
         write_llava(model, folder, out)
     else:
         write_huggingface(model, folder, out)
-    record: dict[str, Any] = {"format": 1, "layout": layout, "base": folder.model.name, "base_fingerprint": folder.fingerprint()}
+    record: dict[str, Any] = {
+        "format": 1,
+        "layout": layout,
+        "base": folder.model.name,
+        "base_fingerprint": folder.fingerprint(),
+    }
     merged = merged_adapters(folder.model) + ([adapter_fingerprint(adapter)] if adapter is not None else [])
     record |= {"adapters": merged}
     (out / MERGED).write_text(json.dumps(record, indent=2) + "\n")

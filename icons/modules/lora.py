@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from icons.deepspeed_state import is_deepspeed, read_deepspeed
 from icons.modules.tensor_files import read_tensors
-from icons.parameter_names import renamed
+from icons.parameter_names import current_name
 
 # What LLaVA's find_all_linear_names finds, before tower and projector exist. As a regular expression: PEFT would
 # match a list of suffixes in the vision tower too.
@@ -75,11 +75,11 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
         ValueError: it is not LoRA, belongs to another model, or a tensor could not be set: names it.
     """
     config = read_adapter_config(folder)
-    tensors = renamed(read_tensors(adapter_file(folder)))
+    known = {name for name, _ in model.named_modules()}
+    tensors = {own_name(name, known): value for name, value in read_tensors(adapter_file(folder)).items()}
     modules = {
         name.removeprefix("base_model.model.").rpartition(".lora_A.")[0] for name in tensors if ".lora_A." in name
     }
-    known = {name for name, _ in model.named_modules()}
     if strange := sorted(modules - known):
         raise ValueError(
             f"{folder}: the adapter has weights for {len(strange)} modules that the model lacks, such as "
@@ -94,6 +94,17 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     wrapped = wrap(model, config)
     set_tensors(wrapped, tensors, folder)
     return wrapped
+
+
+def own_name(name: str, known: set[str]) -> str:
+    """What a saved tensor is called in a model with the `known` modules: as saved, or by today's name.
+
+    >>> own_name("base_model.model.model.layers.0.q_proj.lora_A.weight", {"model.language_model.layers.0.q_proj"})
+    'base_model.model.model.language_model.layers.0.q_proj.lora_A.weight'
+    """
+    inner = name.removeprefix("base_model.model.")
+    module = inner.partition(".lora_")[0] if ".lora_" in inner else inner.rpartition(".")[0]
+    return name if module in known else current_name(name)
 
 
 def wrap(model: nn.Module, config: LoraConfig) -> PeftModel:

@@ -178,7 +178,8 @@ def set_non_lora(model: Any, adapter: Path) -> None:
     tensors = non_lora_tensors(adapter)
     places = dict(model.named_parameters())
     for saved, value in tensors.items():
-        name = current_name(saved).removeprefix("base_model.model.")
+        name = saved.removeprefix("base_model.model.")
+        name = name if name in places else current_name(name)
         if name not in places or places[name].shape != value.shape:
             has = (
                 f"there it has shape {tuple(places[name].shape)}"
