@@ -46,7 +46,6 @@ class Holder:
     pid: int
     started: str
     beat: int = 0
-    released: bool = False
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.machine.partition('/')[0]}"
@@ -116,16 +115,13 @@ class Leases:
         return unit in self.held and self.read(unit, self.held[unit] + 1) is None
 
     def release(self, unit: int, done: bool) -> None:
-        """Gives a unit back: `done` removes the lease, otherwise anyone may take it at once."""
+        """Gives a unit back. `done` also removes what dead owners left of it."""
         with self.lock:
             generation = self.held.pop(unit, None)
             if generation is None:
                 return
-            if done:
-                for old in range(generation, -1, -1):
-                    self.keys.delete(lease_key(unit, old))
-            else:
-                self.keys.put(lease_key(unit, generation), replace(self.me, released=True).to_bytes())
+            for old in range(generation, -1 if done else generation - 1, -1):
+                self.keys.delete(lease_key(unit, old))
 
     def close(self) -> None:
         """Gives everything back that is still held, as not done."""
@@ -153,8 +149,6 @@ class Leases:
         return None if found is None else Holder.from_bytes(found)
 
     def is_alive(self, holder: Holder) -> bool:
-        if holder.released:
-            return False
         if holder.machine == self.me.machine:
             return start_time(holder.pid) == holder.started
         now = time.monotonic()

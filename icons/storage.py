@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,7 +161,16 @@ class DurableLocalStore(LocalStore):
                 except FileNotFoundError as error:
                     raise_if_vanished(self.root, error)
                     raise
-            del self.unflushed[: len(paths)]  # not after an error: nobody is told that these files are safe
+            for path in paths:  # not after an error: nobody is told that these files are safe
+                self.forget(path)
+
+    def forget(self, path: Path) -> None:
+        with suppress(ValueError):
+            self.unflushed.remove(path)
+
+    async def delete(self, key: str) -> None:
+        self.forget(self.root / key)
+        await super().delete(key)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         self.set_parts(key, [value.as_buffer_like()])

@@ -122,7 +122,7 @@ def test_a_data_file_that_has_changed_is_an_error_before_anything_is_computed(on
 )
 def test_trainer_flags_under_which_rows_would_be_wrong_are_errors(tmp_path: Path, flag: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        toy.predict(str(tmp_path / "s"), rows=10, **{f"trainer_{flag}": True})
+        toy.predict(str(tmp_path / "s"), rows=10, **{flag: True})
     assert not (tmp_path / "s").exists()
 
 
