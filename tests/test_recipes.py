@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from icons import cli
 from icons.cli import main
+from icons.commands.gradients import gradients
+from icons.commands.influence import influence
+from icons.commands.plan import plan_gradients_run
+from icons.commands.select import select
+from icons.datamodules.tasks import BENCHMARKS
+from icons.model_folder import ModelFolder
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "icons" / "configs"
@@ -21,6 +28,10 @@ MODELS = {  # text configuration, parameters of the adapter and the projector
     "llava-1.5-13b": (VICUNA_13B, 500_695_040 + 31_467_520),
     "llava-llama-3-8b": (LLAMA_3, 335_544_320 + 20_979_712),
 }
+PROJECTORS = {"llava-1.5-7b": 20_979_712, "llava-1.5-13b": 31_467_520, "llava-llama-3-8b": 20_979_712}
+EACH_MODEL = pytest.mark.parametrize(
+    "model", ["llava-1.5-7b", *(pytest.param(name, marks=pytest.mark.slow) for name in list(MODELS)[1:])]
+)
 DATA = ("llava-665k", "cambrian-7m", "vision-flan-186k")
 
 
@@ -69,7 +80,7 @@ def configs(*names: str) -> list[str]:
 
 
 @pytest.mark.parametrize("data", DATA)
-@pytest.mark.parametrize("model", MODELS)
+@EACH_MODEL
 def test_warmup(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str, data: str
 ) -> None:
@@ -83,7 +94,7 @@ def test_warmup(
     assert not (workplace / "warmup").exists()
 
 
-@pytest.mark.parametrize("model", MODELS)
+@EACH_MODEL
 def test_finetune(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], model: str
 ) -> None:
@@ -92,3 +103,53 @@ def test_finetune(
     text = capsys.readouterr().out
     assert "selected.json" in text and "37 to 38" in text  # 300 rows on 8 devices: nothing is held out
     assert not (workplace / "final").exists()
+
+
+@pytest.mark.parametrize("recipe", ["gradients", "tasks"])
+@EACH_MODEL
+def test_gradients(workplace: Path, recipe: str, model: str) -> None:
+    """The plan that `icons gradients --dry-run` prints, with the recipe's options."""
+    words = ["--data", "d", "--out", "o", *configs(recipe)]
+    options = cli.parse("gradients", gradients, (), words)
+    assert str(options["checkpoint"]) == "warmup" and options["trainer"] == {"devices": 8}
+    assert options["preconditioner"] == {"gradients": "adam", "tasks": "none"}[recipe]
+    parts = {name: workplace / place for name, place in read(model).items() if name != "template"}
+    adapter = workplace / f"adapter-{model}-{recipe}"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"r": 128, "target_modules": ["q_proj", "v_proj"]}))
+    same = ("target", "dim", "preconditioner", "batch_size", "max_tokens", "model_dtype", "attention", "quantize",
+            "gradient_checkpointing", "chunk_rows", "shard", "trainer")  # fmt: skip
+    plan = plan_gradients_run(
+        ModelFolder.open(**parts),
+        adapter,
+        FewRows(),
+        store_dtype=options["dtype"],
+        settings=options,
+        **{name: options[name] for name in same},
+    )
+    assert plan.files["gradients"] == 665_298 * 5120 * 2  # the paper's data and dimension: 6.8 GB
+    assert len(plan.rows_per_rank) == 8 and sum(plan.rows_per_rank) >= 665_298
+    moments = 8 * (MODELS[model][1] - PROJECTORS[model])
+    assert plan.memory.get("moments", 0) == (moments if recipe == "gradients" else 0)
+
+
+class FewRows:
+    """LLaVA-665K's number of rows; the lengths of a few."""
+
+    def __len__(self) -> int:
+        return 665_298
+
+    def lengths(self, rows: list[int]) -> list[int]:
+        assert len(rows) <= 256
+        return [600 + row % 300 for row in rows]
+
+
+def test_influence_and_selection() -> None:
+    options = cli.parse("influence", influence, (), configs("influence"))
+    names = [task.partition("=")[0] for task in options["task"]]
+    subtasks = [f"mme_{name}" for name in BENCHMARKS["mme"].subtasks]
+    assert options["train"] == ["train.zarr"] and options["group"] == ["mme=" + ",".join(subtasks)]
+    assert set(names) == {name for name in BENCHMARKS if name in names} | set(subtasks)
+    assert len(names) - len(subtasks) + 1 == 10  # the paper's ten
+    options = cli.parse("select", select, (), [*configs("select"), "--data", "d"])
+    assert (options["fraction"], options["method"], str(options["out"])) == (0.2, "vote", "selected.json")
