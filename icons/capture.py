@@ -9,6 +9,7 @@ differentiated by one backward pass per sample over the same graph: exact, slowe
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -146,7 +147,7 @@ class Sweep:
             losses = positions.losses(logits)
             del logits  # for the graph to hold alone: the largest tensor of the pass
             self.forward_pass = False
-            self.find_uncalled()
+            self.find_other_uses(losses)
             if self.slow:
                 self.slow_blocks(losses)
             if losses.requires_grad:
@@ -165,12 +166,19 @@ class Sweep:
         if odd - self.slow:
             raise NotServedError(odd - self.slow, "they are not weights or biases of linear layers")
 
-    def find_uncalled(self) -> None:
-        """A layer that did not run is either unused or read elsewhere; a layer that once ran is taken as unused."""
-        self.seen |= {name for name, count in self.uses.items() if count}
-        uncalled = set(self.parameters) - self.seen - self.slow
-        if uncalled:
-            raise NotServedError(uncalled, "their layers were not called, so the weights may be used elsewhere")
+    def find_other_uses(self, losses: Tensor) -> None:
+        """Weights met for the first time are in the graph still: each must be there for its layer's calls alone."""
+        new = [name for name in self.parameters if name not in self.slow | self.seen]
+        if not new:
+            return
+        edges = weight_edges(losses)
+        if edges is None:  # the graph hides inside reentrant checkpoints; then a layer that was called is trusted
+            odd = {name for name in new if not self.uses[name]}
+        else:
+            odd = {name for name in new if edges[id(self.parameters[name])] > self.uses[name]}
+        if odd:
+            raise NotServedError(odd, "the weights may be used outside the call of their own layer")
+        self.seen |= {name for name in new if self.uses[name]}  # one that did not run has gradient zero this time
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -179,7 +187,7 @@ class Sweep:
         try:
             for name, parameter in self.parameters.items():
                 parameter.grad = None
-                parameter.requires_grad_(name in self.slow)
+                parameter.requires_grad_(name in self.slow or name not in self.seen)
             yield
         finally:
             for name, parameter in self.parameters.items():
@@ -276,6 +284,25 @@ class Sweep:
                 self.send(name, self.partial.pop(name))
             elif name not in self.sent:
                 self.send(name, torch.zeros(len(self.batch["labels"]), *parameter.shape, device=parameter.device))
+
+
+def weight_edges(losses: Tensor) -> Counter[int] | None:
+    """How often the graph of `losses` reads each leaf, by the leaf's id; None if parts of the graph are hidden."""
+    found: Counter[int] = Counter()
+    waiting = [losses.grad_fn] if losses.grad_fn is not None else []
+    known = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "CheckpointFunctionBackward":
+            return None
+        for follower, _ in node.next_functions:
+            leaf = getattr(follower, "variable", None)
+            if leaf is not None:
+                found[id(leaf)] += 1
+            elif follower is not None and follower not in known:
+                known.add(follower)
+                waiting.append(follower)
+    return found
 
 
 def widen(value: Tensor) -> Tensor:

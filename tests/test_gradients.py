@@ -258,8 +258,41 @@ def test_an_adapter_that_is_not_active_has_gradient_zero() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora" in name)
     model.eval()
-    with pytest.warns(SlowerPathWarning, match="layers were not called"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerPathWarning)
         assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
+class AlsoPenalised(nn.Module):
+    """Reads a weight of a linear layer beside calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = trainable(llama(), "q_proj")
+
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        found = self.model(input_ids=input_ids, **options)
+        weight = self.model.model.layers[1].self_attn.q_proj.weight  # type: ignore[index,union-attr]
+        found.logits = found.logits + (found.logits * weight.square().sum())
+        return found
+
+
+def test_a_weight_that_is_also_read_outside_its_layer() -> None:
+    model, batch = AlsoPenalised().eval(), text_batch()
+    with pytest.warns(SlowerPathWarning, match=r"1 trainable parameters .*layers.1.*outside the call of their own"):
+        assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
+def test_text_before_images_leaves_a_trained_projector_on_the_quick_path() -> None:
+    model, images = with_lora(llava(), r".*language_model.*q_proj"), image_batch()
+    for name, parameter in model.named_parameters():
+        if "multi_modal_projector" in name:
+            parameter.requires_grad_(True)
+    text = text_batch()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerPathWarning)
+        for batch in (text, images, text):
+            assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
 
 
 def test_an_empty_batch() -> None:
