@@ -57,12 +57,12 @@ def export_model(
 
     `huggingface`: what transformers, vLLM and lmms-eval load. An original LLaVA has no image token in its vocabulary;
     as in Hugging Face's own conversion `<image>` and `<pad>` are appended and the vocabulary is padded to a multiple
-    of 64. The added rows are the mean row, in the embedding and in the output layer: their logit is the mean logit, never
-    the largest; the logits of the other tokens do not change.
+    of 64. The added rows are the mean row, in the embedding and in the output layer: their logit is the mean logit,
+    never the largest; the logits of the other tokens do not change.
 
-    `llava`: what LLaVA's evaluation scripts load (`--model-path out`; the folder's name must contain `llava`). The vision
-    tower is written to `out/vision_tower`, which the config names. A vocabulary that was extended for Hugging Face is
-    cut back.
+    `llava`: what LLaVA's evaluation scripts load (`--model-path out`; the folder's name must contain `llava`). The
+    vision tower is written to `out/vision_tower`, which the config names. A vocabulary that was extended for Hugging
+    Face is cut back.
 
     Args:
         folder: the base model.

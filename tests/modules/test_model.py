@@ -24,6 +24,7 @@ from icons.batch import model_inputs, sample_losses
 from icons.model_folder import ModelFolder
 from icons.modules.lora import LoraSettings
 from icons.modules.model import MERGED, adapter_fingerprint, empty_model, load_model
+from icons.optimizer_state import load_adam_state
 
 Batches = Callable[..., dict[str, Any]]
 
@@ -292,3 +293,36 @@ def test_generic_image_text_models_get_lora_outside_their_tower(tmp_path: Path) 
     model = load_model(folder, lora=LoraSettings(rank=2))
     assert len(trainable(model)) == 14
     assert not any("visual" in name for name in trainable(model))
+
+
+def test_the_projector_of_a_checkpoint_comes_from_its_deepspeed_state(
+    llava: ModelFolder, adapter: Path, tmp_path: Path
+) -> None:
+    """An HF-Trainer checkpoint-N of LLaVA trained with DeepSpeed: the trained projector is in `global_stepN` alone."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(adapter / name, tmp_path / name)
+    lora = {
+        name.replace(".weight", ".default.weight"): value
+        for name, value in load_file(adapter / "adapter_model.safetensors").items()
+    }
+    projector = torch.load(adapter / "non_lora_trainables.bin", weights_only=True)
+    groups = [lora, {name: value + 1 for name, value in projector.items()}]
+    flat = [torch.cat([value.flatten() for value in group.values()]) for group in groups]
+    moments = {i: {"step": 3, "exp_avg": value, "exp_avg_sq": value.abs()} for i, value in enumerate(flat)}
+    settings = [{"params": [i], "betas": (0.9, 0.999), "eps": 1e-8} for i in range(2)]
+    folder = tmp_path / "global_step3"
+    folder.mkdir()
+    (tmp_path / "latest").write_text("global_step3")
+    state = {
+        "zero_stage": 2, "partition_count": [1, 1], "group_paddings": [0, 0], "single_partition_of_fp32_groups": flat,
+        "base_optimizer_state": {"state": moments, "param_groups": settings},
+    }  # fmt: skip
+    torch.save({"optimizer_state_dict": state}, folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    shapes = [{name: value.shape for name, value in group.items()} for group in groups]
+    torch.save({"param_shapes": shapes}, folder / "mp_rank_00_model_states.pt")
+    model = load_model(llava, adapter=tmp_path, target="trainable")
+    own = dict(model.named_parameters())["base_model.model.model.multi_modal_projector.linear_2.bias"]
+    assert torch.equal(own, groups[1]["base_model.model.model.mm_projector.2.bias"])
+    found = load_adam_state(tmp_path, model)
+    for name, value in trainable(model).items():
+        assert torch.equal(found.exp_avg[name], value)
