@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from icons.aggregation import METHODS, Columns, percentile_ranks, threshold
+from icons.aggregation import METHODS, Columns, survey
 from icons.budget import Budget, Sources
 
 
@@ -125,15 +125,15 @@ def select(
         "is_bounded": limits.is_bounded or bool(source_weights),
     }
     settings |= {"weights": dict(zip(tasks, weight.tolist(), strict=True)), "seed": seed}
-    thresholds = np.array(columns.each(lambda column: threshold(column, share)), dtype=matrix.dtype)
-    counted = columns.total(lambda column: (column >= threshold(column, share)).astype(np.int32))
-    tie = percentile_ranks(columns, weight)
-    if method in METHODS:
-        score = METHODS[method](columns, share, weight)
+    thresholds, counted, tie = survey(columns, share, weight)
+    if method == "vote" and (weight == 1).all():
+        score = counted
+    elif method in METHODS:
+        score = METHODS[method](columns, thresholds, weight)
     elif method == "direct_merge":
         merged = merge_weights(scores, num_validation, columns.num_tasks)
         settings["merge_weights"] = dict(zip(tasks, merged.tolist(), strict=True))
-        score = METHODS["mean"](columns, share, merged)
+        score = METHODS["mean"](columns, thresholds, merged)
     else:
         score = baseline(method, scores, values, seed, columns.num_rows)[columns.scored]
     if source_weights:

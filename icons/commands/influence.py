@@ -99,7 +99,7 @@ def report(scores: ScoreStore) -> None:
     """Prints, per task, how far the scores spread and how large their projection error is."""
     counts = scores.counts()
     failed = f", {counts['failed']:,} failed (no score)" if counts["failed"] else ""
-    console.print(f"{scores.path}: {counts['done']:,} rows scored on {len(scores.tasks)} tasks{failed}")
+    console.print(f"{scores.path}: {counts['done']:,} rows scored on {len(scores.tasks)} tasks{failed}", soft_wrap=True)
     total = np.zeros((3, len(scores.tasks)))
     for influence, stderr in zip(blocks_of(scores, "influence"), blocks_of(scores, "stderr"), strict=True):
         values = np.stack([influence, influence**2, stderr**2]).astype(np.float64)

@@ -241,13 +241,14 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
     console.print(table)
     failed = store.counts()["failed"]
     said = f"{out}: {len(chosen.rows):,} of {len(chosen.votes):,} rows selected by {chosen.method}"
-    console.print(said + (f"; {failed:,} failed rows cannot be" if failed else ""))
+    console.print(said + (f"; {failed:,} failed rows cannot be" if failed else ""), soft_wrap=True)
     if num_near:
         console.print(f"near-duplicates: {num_near:,} rows left out, the next best taken")
     if found is not None:
         console.print(
             f"certain at 95 %: {100 * found.share:.1f} % of the selection ({found.certain:,} rows); "
-            f"{found.may_leave:,} selected rows could swap places with {found.may_enter:,} others. {found.verdict()}"
+            f"{found.may_leave:,} selected rows could swap places with {found.may_enter:,} others. {found.verdict()}",
+            soft_wrap=True,
         )
     for text in store.manifest.get("warnings", []):
         console.print(f"[yellow]warning:[/] {text}")
