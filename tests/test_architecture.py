@@ -32,7 +32,7 @@ LAYERS = [
         "duplicates",
         "overlap",
     },
-    {"store", "optimizer_state", "model_folder"},
+    {"store", "optimizer_state", "model_folder", "deepspeed_state", "parameter_names"},
     {"datamodules", "modules"},
     {"report", "cli", "commands"},
 ]
