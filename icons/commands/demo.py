@@ -49,7 +49,7 @@ class DemoSettings:
     epochs: int = 12
     """of every fine-tune, whatever its rows, as in the paper"""
     batch_size: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     projector_learning_rate: float = 2e-4
     lora_rank: int = 16
     dim: int = 5120
@@ -134,7 +134,8 @@ class Demo:
                 title, tuned = f"Fine-tune: {name} {number}", self.out / f"tuned-{name}-{number}"
                 self.stage(
                     title, warmup, **base, data=file, out=tuned, task=named(data.test, data.images),
-                    epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate, seed=number, **lora,
+                    epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
+                    seed=number, **lora,
                 )  # fmt: skip
                 runs.setdefault(name, []).append(accuracies(tuned))
         self.close(data, scores, selected, runs)

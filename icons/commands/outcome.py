@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
+from rich.box import SIMPLE
 from rich.table import Table
 
 from icons.report.comparison import relative_performance
@@ -71,16 +72,19 @@ def comparison_table(content: Mapping[str, Any]) -> Table:
     tasks, methods = content["tasks"], content["methods"]
     accuracy = {method["name"]: [run["accuracy"] for run in method["runs"]] for method in methods}
     whole = {task: float(np.mean([run[task] for run in accuracy[content["reference"]]])) for task in tasks}
-    table = Table(title="Test accuracy (%) after fine-tuning the same start", caption=content["note"] or None)
+    table = Table(
+        title="Test accuracy (%) after fine-tuning the same start", caption=content["note"] or None, box=SIMPLE
+    )
     table.add_column("trained on")
-    for heading in ("rows", "runs", *tasks, "Rel. (%)"):
+    for heading in ("rows", *tasks, "Rel. (%)"):
         table.add_column(heading, justify="right")
     for method in methods:
         several = accuracy[method["name"]]
         cells = [spread([100 * run[task] for run in several]) for task in tasks]
         relative = spread([relative_performance(run, whole, tasks) for run in several])
         style = "bold" if method.get("strong") else None
-        table.add_row(method["name"], f"{method['rows']:,}", str(len(several)), *cells, relative, style=style)
+        name = method["name"] + (f" ×{len(several)}" if len(several) > 1 else "")
+        table.add_row(name, f"{method['rows']:,}", *cells, relative, style=style)
     return table
 
 
@@ -95,7 +99,7 @@ def spread(values: Sequence[float]) -> str:
 
 def shares_table(content: Mapping[str, Any]) -> Table:
     """What pool and selection are made of."""
-    table = Table("provenance", title="What was selected (never read by the method)")
+    table = Table("provenance", title="What was selected (never read by the method)", box=SIMPLE)
     table.add_column("share of the pool", justify="right")
     table.add_column("share of the selection", justify="right")
     for share in sorted(content["shares"], key=lambda share: -share["pool"]):
@@ -105,7 +109,7 @@ def shares_table(content: Mapping[str, Any]) -> Table:
 
 def votes_table(content: Mapping[str, Any], width: int = 40) -> Table:
     """The histogram of votes in the pool."""
-    table = Table("votes", title="Votes in the pool")
+    table = Table("votes", title="Votes in the pool", box=SIMPLE)
     table.add_column("rows", justify="right")
     table.add_column("")
     for number, rows in enumerate(content["votes"]):

@@ -101,9 +101,14 @@ def questions(split: str) -> list[Question]:
 
     Negated questions ("is there not a ...") are left out. Most presence questions have the answer "no"; as many "no"
     as "yes" are kept, those that come first.
-    """
-    import easy_vqa  # an extra: only the demo needs it
 
+    Raises:
+        ValueError: the package `easy-vqa` is not installed.
+    """
+    try:
+        import easy_vqa  # an extra: only the demo needs it
+    except ModuleNotFoundError as error:
+        raise ValueError("the demo's data: got no package easy-vqa; pip install 'icons-lightning[demo]'") from error
     is_test = split == "test"
     texts, answers, numbers = easy_vqa.get_test_questions() if is_test else easy_vqa.get_train_questions()
     paths = easy_vqa.get_test_image_paths() if is_test else easy_vqa.get_train_image_paths()
