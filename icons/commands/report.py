@@ -8,6 +8,8 @@ import msgspec
 from PIL import Image
 from rich.console import Console
 
+from icons.batch import Status
+from icons.datamodules.images import FailedRowError, ImageSource
 from icons.datamodules.records import RecordIndex
 from icons.report.build import Chosen, Pool, build
 from icons.report.page import render, write_pictures
@@ -41,7 +43,7 @@ def report(
         selection: the selected data, or its manifest, made by `icons select` from these scores.
         data: the data file that the scores belong to.
         out: the page.
-        images: folder of the records' images; without it the page shows texts only.
+        images: folder (or .tar or .zip) of the records' images; without it the page shows texts only.
         source_field: field of the records to compare pool and selection by (a dotted name looks inside); again for
             further ones. Default: the first folder of the image's path.
         comparison: JSON file with accuracies after fine-tuning, as `icons demo` writes it.
@@ -52,15 +54,14 @@ def report(
     """
     if rows_shown < 1:
         raise ValueError(f"--rows-shown {rows_shown}: expected at least 1")
-    if images is not None and not images.is_dir():
-        raise FileNotFoundError(f"--images {images}: no such folder")
+    source = ImageSource(images)
     store, index = ScoreStore.open(scores), RecordIndex.open(data)
     chosen = Chosen.of(open_selection(selection), store)
     check_data(chosen, index)
     page = build(
         store,
         chosen,
-        Pool(data.name, lambda row: record(index, row), lambda name: open_image(images, name), images is not None),
+        Pool(data.name, lambda row: record(index, row), lambda name: open_image(source, name), images is not None),
         title=title,
         source_fields=source_field or [],
         num_ends=rows_shown,
@@ -101,11 +102,10 @@ def record(index: RecordIndex, row: int) -> Mapping[str, Any] | None:
     return found if isinstance(found, Mapping) else None
 
 
-def open_image(images: Path | None, name: str) -> Image.Image:
-    """An image of the image folder; a name that points outside of it counts as missing."""
-    if images is None:
-        raise FileNotFoundError(name)
-    path = (images / name).resolve()
-    if not path.is_relative_to(images.resolve()):
-        raise FileNotFoundError(name)
-    return Image.open(path)
+def open_image(images: ImageSource, name: str) -> Image.Image:
+    """An image as training sees it. One that is missing raises `FileNotFoundError`, a broken one `ValueError`."""
+    try:
+        return images.open(name)
+    except FailedRowError as error:
+        kind = FileNotFoundError if error.status == Status.IMAGE_MISSING else ValueError
+        raise kind(str(error)) from error

@@ -1,6 +1,7 @@
 """`icons report`: one HTML file from what `icons select` left, pictures on demand, one line for what is wrong."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from icons.cli import main
 from icons.commands.report import open_image
+from icons.datamodules.images import ImageSource
 from icons.store import ScoreStore
 
 NUM_ROWS = 50
@@ -81,19 +83,30 @@ def test_several_source_fields_give_several_compositions(run: Path, tmp_path: Pa
     assert "Composition by id" in page and "Composition by image" in page
 
 
-def test_an_image_outside_the_folder_is_not_opened(run: Path) -> None:
-    for name in ("../images/../train.jsonl", "/etc/hostname", "../../x.jpg"):
-        with pytest.raises(FileNotFoundError):
-            open_image(run / "images", name)
-    with pytest.raises(FileNotFoundError, match="coco"):
-        open_image(None, "coco/1.jpg")
+def test_an_image_that_is_missing_or_outside_of_the_folder_is_told_from_a_broken_one(run: Path, tmp_path: Path) -> None:
+    source = ImageSource(run / "images")
+    for name in ("../train.jsonl", "/etc/hostname", "coco/none.jpg"):
+        with pytest.raises(FileNotFoundError, match="image"):
+            open_image(source, name)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"broken.jpg"):
+        open_image(ImageSource(tmp_path), "broken.jpg")
+
+
+def test_images_may_lie_in_an_archive(run: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for path in (run / "images" / "coco").iterdir():
+            archive.write(path, f"coco/{path.name}")
+    assert report(run, tmp_path / "folder.html") == 0
+    assert report(run, tmp_path / "archive.html", "--images", str(tmp_path / "images.zip")) == 0
+    assert (tmp_path / "archive.html").read_text() == (tmp_path / "folder.html").read_text()
 
 
 @pytest.mark.parametrize(
     ("further", "message"),
     [
         (["--rows-shown", "0"], "--rows-shown 0: expected at least 1"),
-        (["--images", "nowhere"], "--images nowhere: no such folder"),
+        (["--images", "nowhere"], "nowhere: no such image folder"),
         (["--comparison", "nowhere.json"], "nowhere.json: no such file"),
         (["--selection", "nowhere.json"], "nowhere.json"),
     ],
