@@ -70,10 +70,10 @@ class SupervisedPositions:
         return sample_losses(logits, torch.cat([first, following], dim=1))
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """The module that makes logits, if it is known and nothing in it is trained."""
+def output_layer(model: nn.Module, trained: bool = False) -> nn.Module | None:
+    """The module that makes logits, if it is known and (unless `trained`) nothing in it is trained."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if callable(find) else None
-    if not isinstance(head, nn.Module) or any(parameter.requires_grad for parameter in head.parameters()):
+    if not isinstance(head, nn.Module):
         return None
-    return head
+    return head if trained or not any(parameter.requires_grad for parameter in head.parameters()) else None

@@ -6,7 +6,7 @@ dtype, batch size and block size. Training and validation rows are comparable be
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -197,6 +197,42 @@ class Identity:
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "dim": self.dim, "seed": self.seed}
+
+
+class Several:
+    """Several projections in one backward pass, side by side in one row; `split` takes them apart.
+
+    Args:
+        projectors: for example count sketches of several dimensions.
+    """
+
+    kind = "several"
+    seed = 0
+
+    def __init__(self, projectors: Sequence[Projector]) -> None:
+        self.projectors = list(projectors)
+        self.dim = sum(projector.dim for projector in projectors)
+
+    def start(self, batch: int, layout: Mapping[str, torch.Size], device: torch.device) -> Float[Tensor, "batch dim"]:
+        parts = [projector.start(batch, layout, device) for projector in self.projectors]
+        self.dim = sum(projector.dim for projector in self.projectors)
+        return torch.cat(parts, dim=1)
+
+    def sign(self, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
+        return None  # each has its own
+
+    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
+        for projector, part in zip(self.projectors, self.split(total), strict=True):
+            sign = projector.sign(name, block.shape[1:], block.device)
+            projector.add(part, name, block if sign is None else block * sign)
+
+    def split(self, rows: Float[Tensor, "batch dim"]) -> list[Float[Tensor, "batch _"]]:
+        """Each projector's part of the rows, as views."""
+        return list(rows.split([projector.dim for projector in self.projectors], dim=1))
+
+    def describe(self) -> dict[str, Any]:
+        parts = [projector.describe() for projector in self.projectors]
+        return {"kind": self.kind, "dim": self.dim, "seed": self.seed, "parts": parts}
 
 
 PROJECTORS: dict[str, type[Seeded]] = {kind.kind: kind for kind in (CountSketch, Rademacher, Gaussian)}

@@ -442,7 +442,7 @@ def test_one_pass_gives_scores_and_projected_rows() -> None:
 def test_a_task_vector_of_another_model_is_refused() -> None:
     model = with_lora(llama())
     name, value = next(iter(task_vectors(model, 1)[0].items()))
-    with pytest.raises(ValueError, match="task vector 0: nonsense .*expected one of the trainable parameters"):
+    with pytest.raises(ValueError, match=r"task vector 0: nonsense .*expected one of the trainable parameters"):
         TaskMatrix(model, [{"nonsense": value}])
     with pytest.raises(ValueError, match=r"task vector 0: .* expected shape"):
         TaskMatrix(model, [{name: value[:1, :1]}])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from icons.projection import CountSketch, Gaussian, Identity, Rademacher
+from icons.projection import CountSketch, Gaussian, Identity, Rademacher, Several
 
 KINDS = [CountSketch, Rademacher, Gaussian]
 SHAPES = {"q.lora_A": torch.Size([8, 48]), "q.lora_B": torch.Size([96, 8]), "bias": torch.Size([40])}
@@ -124,6 +124,17 @@ def test_a_count_sketch_is_unbiased_with_the_variance_of_dense_signs(make: Calla
 def test_identity_lays_parameters_one_after_the_other() -> None:
     rows = {name: torch.randn(2, *shape) for name, shape in SHAPES.items()}
     assert torch.equal(project(Identity(), rows), torch.cat([block.flatten(1) for block in rows.values()], dim=1))
+
+
+def test_several_projections_are_each_as_if_alone() -> None:
+    rows = {name: torch.randn(2, *shape) for name, shape in SHAPES.items()}
+    parts = [CountSketch(16), CountSketch(64, seed=2), Rademacher(8), Identity()]
+    several = Several(parts)
+    found = several.split(project(several, rows))
+    for projector, part in zip(parts, found, strict=True):
+        torch.testing.assert_close(part, project(projector, rows))
+    assert several.dim == 16 + 64 + 8 + 1192
+    assert [part["kind"] for part in several.describe()["parts"]][:2] == ["count_sketch", "count_sketch"]
 
 
 def test_a_projector_describes_itself() -> None:

@@ -1,0 +1,82 @@
+"""What else can be collected of a sample: its representation, its loss alone, its batch with noise for images.
+
+In the original's options: `reps` (here `representations`), `loss` (`losses`), and the gradient with the image ablated
+(`projected_gradients` of `with_noise_images(batch)`); `grads` is `projected_gradients`, with `adam`, `sgd` and `sign`
+called `adam`, none and `sign` here.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from icons.batch import Batch, model_inputs
+from icons.capture import refuse_dropout
+from icons.positions import SupervisedPositions, output_layer
+
+
+def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
+    """The samples' losses, as `projected_gradients` gives them, without a backward pass.
+
+    Raises:
+        ValueError: dropout is active.
+    """
+    refuse_dropout(model)
+    if len(batch["labels"]) == 0:
+        return torch.zeros(0, device=batch["labels"].device)
+    with torch.no_grad():
+        positions = SupervisedPositions(model, batch["labels"])
+        with positions.narrowed():
+            logits = model(**{"use_cache": False} | model_inputs(batch)).logits
+        return positions.losses(logits)
+
+
+def representations(model: nn.Module, batch: Batch) -> Float[Tensor, "batch width"]:
+    """The last token's hidden state that the output layer reads, float32 (`reps` in LESS and in the original).
+
+    Raises:
+        ValueError: dropout is active, or the model does not tell its output layer.
+    """
+    refuse_dropout(model)
+    head = output_layer(model, trained=True)
+    if head is None:
+        raise ValueError(
+            f"representations: {type(model).__name__} has no output layer that get_output_embeddings() gives; "
+            "expected a causal or image-text model of transformers"
+        )
+    if len(batch["labels"]) == 0:
+        return torch.zeros(0, next(head.parameters()).shape[-1], device=batch["labels"].device)
+    seen: list[Tensor] = []
+
+    def remember(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        last = batch["attention_mask"].sum(dim=1) - 1
+        hidden = args[0][torch.arange(len(last), device=last.device), last]
+        seen.append(hidden)
+        return (hidden[:, None], *args[1:])  # no more logits than needed
+
+    handle = head.register_forward_pre_hook(remember)
+    try:
+        with torch.no_grad():
+            model(**{"use_cache": False} | model_inputs(batch))
+    finally:
+        handle.remove()
+    return seen[0].float()
+
+
+def with_noise_images(batch: Batch, seed: int = 0) -> dict[str, Any]:
+    """The batch with every image replaced by one image of standard normal noise.
+
+    The noise depends on the seed and the image's shape alone, so that a row depends on no other row. Batches without
+    images come back as they are.
+
+    >>> batch = {"pixel_values": torch.zeros(2, 3, 4, 4)}
+    >>> noise = with_noise_images(batch)["pixel_values"]
+    >>> bool((noise[0] == noise[1]).all()), bool((noise == 0).any())
+    (True, False)
+    """
+    pixels = batch.get("pixel_values")
+    if pixels is None:
+        return dict(batch)
+    noise = torch.randn(pixels.shape[1:], generator=torch.Generator().manual_seed(seed))
+    return dict(batch) | {"pixel_values": noise.to(pixels).expand_as(pixels)}
