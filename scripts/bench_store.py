@@ -26,7 +26,7 @@ from rich.table import Table
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.modules.writer import GradientWriter
 from icons.store import GradientStore
-from icons.unit_writer import UnitWriter
+from icons.store.unit_writer import UnitWriter
 
 DIM, BATCH_ROWS, REPEATS = 5120, 64, 5
 

@@ -15,11 +15,11 @@ from icons.commands.influence import parse
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
-from icons.manifest import check_compatible
 from icons.modules.extractor import adapter_fingerprint, base_fingerprint
 from icons.modules.scorer import InfluenceScorer, ScoredTasks, ScoreWriter, TaskVector, TaskVectorizer
 from icons.partition import Partition, UnitPlan, assign
 from icons.store import ScoreStore
+from icons.store.manifest import check_compatible
 
 console = Console()
 SAME = ("data", "model", "adapter", "preprocessing", "normalize")

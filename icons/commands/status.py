@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from icons.partition import shard_of, slurm_array
-from icons.row_store import RowStore
 from icons.store import open_store
+from icons.store.row_store import RowStore
 
 POSITIONAL = ("store",)
 

@@ -5,9 +5,9 @@ from rich.progress import Progress
 
 from icons.partition import slurm_array
 from icons.store import open_store
-from icons.verify import Finding
-from icons.verify import repair as repair_units
-from icons.verify import verify as find
+from icons.store.verify import Finding
+from icons.store.verify import repair as repair_units
+from icons.store.verify import verify as find
 
 POSITIONAL = ("store",)
 

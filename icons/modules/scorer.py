@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
-from icons.manifest import check_compatible
 from icons.modules.extractor import GradientExtractor
 from icons.modules.writer import GradientWriter
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity
 from icons.store import ScoreStore
+from icons.store.manifest import check_compatible
 
 Reduce = Literal["max", "mean"]
 AGREE = (

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
-from icons.unit_writer import UnitWriter
+from icons.store.unit_writer import UnitWriter
 
 RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
 VERSIONS = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")

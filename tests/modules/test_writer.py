@@ -17,7 +17,7 @@ import torch
 
 from icons.modules.writer import GradientWriter
 from icons.store import GradientStore
-from icons.verify import verify
+from icons.store.verify import verify
 
 SCRIPT = Path(__file__).parent / "toy_predict.py"
 spec = importlib.util.spec_from_file_location("toy_predict", SCRIPT)

@@ -83,7 +83,9 @@ class ToyExtractor(LightningModule):
         }
 
 
-def predict(path: str, *, rows: int, pause_s: float = 0.0, data: ToyData | None = None, **options: Any) -> GradientWriter:
+def predict(
+    path: str, *, rows: int, pause_s: float = 0.0, data: ToyData | None = None, **options: Any
+) -> GradientWriter:
     """Fills a store; options with the prefix `trainer_` go to the Trainer, all others to the writer."""
     flags = {name[8:]: options.pop(name) for name in list(options) if name.startswith("trainer_")}
     writer = GradientWriter(path, **options)

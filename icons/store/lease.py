@@ -28,7 +28,7 @@ BEATS_PER_TIMEOUT = 6
 
 @runtime_checkable
 class Keys(Protocol):
-    """The few operations on keys that leases need; `icons.storage.Storage` has them."""
+    """The few operations on keys that leases need; `icons.store.storage.Storage` has them."""
 
     def get(self, key: str) -> bytes | None: ...
     def put(self, key: str, value: bytes) -> None: ...

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from icons.store import GradientStore
-from icons.unit_writer import UnitWriter
-from icons.verify import verify
+from icons.store.unit_writer import UnitWriter
+from icons.store.verify import verify
 
 DRIVER = Path(__file__).parent / "kill_driver.py"
 

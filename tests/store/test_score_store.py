@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import xarray
 
-from icons.score_store import ScoreStore
+from icons.store.score_store import ScoreStore
 
 
 def test_scores_extras_and_status_come_back(tmp_path: Path) -> None:

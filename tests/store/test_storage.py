@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import icons.storage
-from icons.lease import Leases
-from icons.storage import Storage
+import icons.store.storage
 from icons.store import GradientStore
-from icons.unit_writer import UnitWriter
-from icons.verify import repair, verify
+from icons.store.lease import Leases
+from icons.store.storage import Storage
+from icons.store.unit_writer import UnitWriter
+from icons.store.verify import repair, verify
 
 
 def results(rows: np.ndarray) -> dict[str, np.ndarray]:
@@ -72,7 +72,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = GradientStore.create(tmp_path / "s", num_rows=8, dim=6, chunk_rows=4)
     events: list[str] = []
-    write, flush = icons.storage.write_file, icons.storage.flush_path
+    write, flush = icons.store.storage.write_file, icons.store.storage.flush_path
 
     def writing(root: Path, key: str, *rest: Any, **options: Any) -> Path:
         events.append(f"write {key}")
@@ -82,8 +82,8 @@ def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monke
         events.append(f"flush {path.relative_to(tmp_path / 's')}")
         flush(path)
 
-    monkeypatch.setattr(icons.storage, "write_file", writing)
-    monkeypatch.setattr(icons.storage, "flush_path", flushing)
+    monkeypatch.setattr(icons.store.storage, "write_file", writing)
+    monkeypatch.setattr(icons.store.storage, "flush_path", flushing)
     store.write_unit(1, results(np.arange(4, 8)))
     rows = ["gradients/c/1/0", "norm/c/1", "loss/c/1", "tokens/c/1"]
     assert events[:4] == [f"write {key}" for key in rows] and events[-1] == "write status/c/1"
@@ -99,7 +99,7 @@ def test_a_flush_that_fails_writes_no_status_then_or_later(tmp_path: Path, monke
     def failing(path: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(icons.storage, "flush_path", failing)
+    monkeypatch.setattr(icons.store.storage, "flush_path", failing)
     for unit in (0, 1):
         with pytest.raises(OSError, match="Input/output error"):
             store.write_unit(unit, results(np.arange(4)))

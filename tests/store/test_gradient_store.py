@@ -12,8 +12,8 @@ import zarr
 
 from icons.batch import Status
 from icons.partition import Partition
-from icons.row_store import parse_codec
 from icons.store import GradientStore, ScoreStore, check_compatible, fitting_chunk_rows, open_store
+from icons.store.row_store import parse_codec
 
 MANIFEST = {
     "data": {"fingerprint": "d1", "num_rows": 10, "path": "train.json"},

@@ -7,9 +7,9 @@ import pytest
 
 from icons.cli import main
 from icons.partition import Partition
-from icons.score_store import ScoreStore
 from icons.store import GradientStore
-from icons.verify import repair, verify
+from icons.store.score_store import ScoreStore
+from icons.store.verify import repair, verify
 
 
 def results(rows: range) -> dict[str, np.ndarray]:

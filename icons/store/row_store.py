@@ -15,9 +15,9 @@ from zarr.registry import get_codec_class
 from zarr.storage import MemoryStore
 
 from icons.batch import Status
-from icons.manifest import plain
 from icons.partition import Partition
-from icons.storage import Storage
+from icons.store.manifest import plain
+from icons.store.storage import Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
 FORMAT = 1

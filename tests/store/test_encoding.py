@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from icons.batch import Status
-from icons.encoding import encode, encode_rows
+from icons.store.encoding import encode, encode_rows
 
 
 def results(gradient: np.ndarray, status: int = 1) -> dict[str, np.ndarray]:

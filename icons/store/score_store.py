@@ -9,7 +9,7 @@ import zarr
 
 from icons.batch import Status
 from icons.partition import Partition
-from icons.row_store import Column, RowStore
+from icons.store.row_store import Column, RowStore
 
 SCORE_CHUNK_ROWS = 1 << 16
 

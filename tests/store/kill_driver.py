@@ -14,7 +14,7 @@ import numpy as np
 
 from icons.partition import assign
 from icons.store import GradientStore
-from icons.unit_writer import UnitWriter
+from icons.store.unit_writer import UnitWriter
 
 NUM_ROWS, CHUNK_ROWS, DIM, BATCH_ROWS = 1200, 5, 64, 2
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
-from icons.lease import Leases
 from icons.store import GradientStore, ScoreStore
+from icons.store.lease import Leases
 
 Columns = dict[str, np.ndarray]
 GROUP_UNITS = 4  # units that are made durable together: beyond it, waiting for the disk is no longer what costs

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from icons.batch import Status
-from icons.row_store import RowStore
-from icons.storage import PARTIAL
-from icons.store import GradientStore
+from icons.store.gradient_store import GradientStore
+from icons.store.row_store import RowStore
+from icons.store.storage import PARTIAL
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from icons.lease import Holder, Leases, lease_key, machine, start_time
-from icons.storage import Storage
+from icons.store.lease import Holder, Leases, lease_key, machine, start_time
+from icons.store.storage import Storage
 
 
 class MemoryKeys:

@@ -19,14 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import zarr
 
-from icons.encoding import DTYPES, FIELDS, encode_rows
-from icons.manifest import check_compatible
 from icons.partition import Partition
-from icons.row_store import Column, RowStore, parse_codec, stored_kind
-from icons.score_store import ScoreStore
-from icons.storage import Storage
-
-__all__ = ["GradientStore", "ScoreStore", "UnitRows", "check_compatible", "fitting_chunk_rows", "open_store"]
+from icons.store.encoding import DTYPES, FIELDS, encode_rows
+from icons.store.manifest import check_compatible
+from icons.store.row_store import Column, RowStore, parse_codec, stored_kind
+from icons.store.score_store import ScoreStore
+from icons.store.storage import Storage
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
 RESUME_FIELDS = ("data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype")
