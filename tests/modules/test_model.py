@@ -326,3 +326,21 @@ def test_the_projector_of_a_checkpoint_comes_from_its_deepspeed_state(
     found = load_adam_state(tmp_path, model)
     for name, value in trainable(model).items():
         assert torch.equal(found.exp_avg[name], value)
+
+
+@pytest.mark.parametrize(("quantize", "kind", "near"), [("4bit", "Linear4bit", 0.3), ("8bit", "Linear8bitLt", 0.05)])
+def test_quantized_base_weights(
+    llava: ModelFolder, adapter: Path, make_batch: Batches, quantize: Any, kind: str, near: float
+) -> None:
+    """The language model's linear layers only; the adapter still gets gradients."""
+    pytest.importorskip("bitsandbytes", reason="the extra `quantize` is not installed")
+    batch = model_inputs(make_batch([0]))
+    model = load_model(llava, adapter=adapter, quantize=quantize, target="trainable")
+    layers = {name for name, module in model.named_modules() if type(module).__name__ == kind}
+    assert len(layers) == 14
+    assert all("language_model.layers" in name for name in layers)
+    logits = model(**batch).logits
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in trainable(model).values())
+    whole = load_model(llava, adapter=adapter)(**batch).logits
+    assert 0 < (logits - whole).norm() < near * whole.norm()
