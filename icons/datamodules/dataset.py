@@ -2,15 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import torch
 from torch.utils.data import Dataset
 
-from icons.batch import IGNORE_INDEX, Status
+from icons.batch import IGNORE_INDEX, OWN_FIELDS, Status
 from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, names_of
 from icons.datamodules.preprocessing import Preprocessing
+from icons.datamodules.processor import ProcessorSamples, join
 from icons.datamodules.records import RecordIndex
 from icons.datamodules.templates import IMAGE_PLACE, TEMPLATES, TemplateError, Turn, put_image_first
 from icons.datamodules.tokenizer import load_tokenizer
@@ -22,31 +23,47 @@ HUMAN = {"human": True, "user": True, "gpt": False, "assistant": False}
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Samples of a data file by row; a record that cannot become one keeps its row and says why.
 
-    `dataset[row]` is `{"row", "input_ids", "labels"[, "pixel_values"]}`, or `{"row", "failed": Status}`.
+    `dataset[row]` is `{"row", "input_ids", "labels"}` with `pixel_values` or whatever else the model's own processor
+    gives, or `{"row", "failed": Status}`.
 
     Args:
         records: the data file.
         images: image folder or archive.
         folder: the model that the samples are for: its tokenizer, and how many positions an image takes.
         preprocessing: template, length and image handling.
+        trust_remote_code: whether tokenizer and processor may be code of the model's folder.
 
     Raises:
-        ValueError: the template is unknown.
+        ValueError: the template is unknown, or not the one that the model's processor has.
     """
 
     def __init__(
-        self, records: RecordIndex, images: Path | None, folder: ModelFolder, preprocessing: Preprocessing
+        self,
+        records: RecordIndex,
+        images: Path | None,
+        folder: ModelFolder,
+        preprocessing: Preprocessing,
+        trust_remote_code: bool = False,
     ) -> None:
         self.records, self.folder, self.preprocessing = records, folder, preprocessing
         self.images = ImageSource(images)
-        self.tokenizer = load_tokenizer(folder.model)
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
         if name not in TEMPLATES:
             raise ValueError(f"template {name!r}; expected auto or one of {', '.join(TEMPLATES)}")
-        self.template = TEMPLATES[name]
-        self.pixels = (
-            PixelMaker(folder.vision_tower or folder.model, preprocessing.pad) if folder.image_tokens else None
-        )
+        self.template, self.processor, self.pixels = TEMPLATES[name], None, None
+        if folder.kind == "image-text":
+            if name != "chat":
+                raise ValueError(
+                    f"template {name!r}: {folder.model} has a processor of its own; expected chat (or auto), "
+                    "the template that the processor brings"
+                )
+            self.processor = ProcessorSamples(folder.model, folder.image_token_id, trust_remote_code)
+            self.tokenizer = self.processor.tokenizer
+        else:
+            self.tokenizer = load_tokenizer(folder.model, trust_remote_code)
+        if folder.kind == "llava":
+            self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad)
+        self.text_limit = preprocessing.text_limit(self.tokenizer.model_max_length)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -58,11 +75,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return {"row": row, "failed": failure.status}
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
-        """Tokens of each row as the model will see them; 0 for one that fails."""
+        """Tokens of each row as the model will see them; 0 for one that fails.
+
+        Images are not opened, but for models whose own processor decides how many tokens an image is.
+        """
         found = []
         for row in rows:
             try:
-                found.append(len(self.tokens(self.record(row))[0]))
+                if self.processor is None:
+                    found.append(len(self.tokens(self.record(row))[0]))
+                else:
+                    found.append(len(self.sample(row)["input_ids"]))
             except FailedRowError:
                 found.append(0)
         return found
@@ -80,38 +103,48 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns:
             raise FailedRowError(Status.BAD_RECORD, "no conversations")
-        return record  # type: ignore[no-any-return]
+        return record
+
+    def turns(self, record: Mapping[str, Any]) -> list[Turn]:
+        """The record's turns, image marks in front where the preset says so.
+
+        Raises:
+            FailedRowError: a turn is not `{"from": "human" or "gpt", "value": text}`.
+        """
+        try:
+            turns = [Turn(HUMAN[turn["from"]], turn["value"]) for turn in record["conversations"]]
+        except (KeyError, TypeError):
+            raise FailedRowError(Status.BAD_RECORD, "a turn without `from` (human or gpt) and `value`") from None
+        if not all(isinstance(turn.text, str) for turn in turns):
+            raise FailedRowError(Status.BAD_RECORD, "a turn whose `value` is not a text")
+        names = names_of(record.get("image"))
+        if names and self.preprocessing.reorder:
+            return [Turn(turn.human, put_image_first(turn.text, several=len(names) > 1)) for turn in turns]
+        return turns
 
     def tokens(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """Ids and labels, images expanded to one position per feature, cut as LLaVA cuts: before and after."""
-        image = bool(names_of(record.get("image")))
+        image, limit = bool(names_of(record.get("image"))), self.preprocessing.max_length
         try:
-            turns = [Turn(HUMAN[turn["from"]], turn["value"]) for turn in record["conversations"]]
-            if image and self.preprocessing.reorder:
-                turns = [Turn(turn.human, put_image_first(turn.text)) for turn in turns]
-            ids, labels = self.template(self.tokenizer, turns, image, self.preprocessing.max_length)
+            ids, labels = self.template(self.tokenizer, self.turns(record), image, self.text_limit)
         except TemplateError as error:
             raise FailedRowError(Status.BAD_RECORD, str(error)) from None
-        except (KeyError, TypeError, AttributeError):
-            raise FailedRowError(Status.BAD_RECORD, "a turn without `from` (human or gpt) and `value`") from None
-        limit = self.preprocessing.max_length
         return self.expand(ids[:limit], labels[:limit])
 
     def expand(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        token_id, count, limit = self.folder.image_token_id, self.folder.image_tokens, self.preprocessing.max_length
+        if token_id != IMAGE_PLACE and token_id in ids:
+            raise FailedRowError(Status.BAD_RECORD, "the text holds the model's image token, and the record no image")
         if IMAGE_PLACE not in ids:
             return ids, labels
-        if self.folder.image_token_id is None:
+        if token_id is None:
             raise FailedRowError(Status.BAD_RECORD, "the record has an image and the model takes none")
-        count, limit = self.folder.image_tokens, self.preprocessing.max_length
         wide: list[int] = []
         marked: list[int] = []
         for token, label in zip(ids, labels, strict=True):
-            if token == IMAGE_PLACE:
-                wide += [self.folder.image_token_id] * count
-                marked += [IGNORE_INDEX] * count
-            else:
-                wide.append(token)
-                marked.append(label)
+            image = token == IMAGE_PLACE
+            wide += [token_id] * count if image else [token]
+            marked += [IGNORE_INDEX] * count if image else [label]
         return wide[:limit], marked[:limit]
 
     def sample(self, row: int) -> dict[str, Any]:
@@ -121,13 +154,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             FailedRowError: see `Status`.
         """
         record = self.record(row)
-        ids, labels = self.tokens(record)
-        if all(label == IGNORE_INDEX for label in labels[1:]):
+        sample = self.llava_sample(record) if self.processor is None else self.processor_sample(record)
+        if not bool((sample["labels"][1:] != IGNORE_INDEX).any()):
             raise FailedRowError(Status.NO_SUPERVISED_TOKEN, "no supervised token")
-        sample: dict[str, Any] = {"row": row, "input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        return {"row": row, **sample}
+
+    def llava_sample(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        ids, labels = self.tokens(record)
+        sample: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
         names = names_of(record.get("image"))
         if names and self.pixels is not None:
-            positions = ids.count(self.folder.image_token_id)  # type: ignore[arg-type]
+            positions = ids.count(cast(int, self.folder.image_token_id))
             needed = -(-positions // self.folder.image_tokens)  # images that the maximal length cuts away are not
             if needed > len(names):
                 raise FailedRowError(Status.BAD_RECORD, f"{needed} image marks for {len(names)} images")
@@ -135,6 +172,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             if needed:
                 sample["pixel_values"] = self.pixels(opened[:needed])
         return sample
+
+    def processor_sample(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        assert self.processor is not None
+        turns = self.turns(record)
+        images = [self.images.open(name) for name in names_of(record.get("image"))]
+        try:
+            return self.processor(turns, images, self.preprocessing.max_length)
+        except TemplateError as error:
+            raise FailedRowError(Status.BAD_RECORD, str(error)) from None
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `icons.batch` describes it; `pixel_values [images, 3, H, W]` in the order of rows and marks."""
@@ -156,7 +202,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "failed_row": torch.tensor([sample["row"] for sample in failed], dtype=torch.int64),
             "failed_status": torch.tensor([int(sample["failed"]) for sample in failed], dtype=torch.uint8),
         }
-        pixels = [sample["pixel_values"] for sample in good if "pixel_values" in sample]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
+        for name in {name: None for sample in good for name in sample if name not in (*OWN_FIELDS, "input_ids")}:
+            parts = [sample[name] for sample in good if name in sample]
+            if parts[0].dim() > 1:
+                batch[name] = join(parts)
+            else:  # one value per token
+                batch[name] = ids.new_zeros(ids.shape, dtype=parts[0].dtype)
+                for place, sample in enumerate(good):
+                    if name in sample:
+                        batch[name][place, : len(sample[name])] = sample[name]
         return batch

@@ -1,6 +1,7 @@
 """Images of a data file: found in a folder or an archive, decoded to RGB, squared, turned into pixel values."""
 
 import io
+import json
 import tarfile
 import warnings
 import zipfile
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPImageProcessorPil
+from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
 from icons.batch import Status
 
@@ -202,12 +203,15 @@ class PixelMaker:
     """CLIP's pixel values, equal to the original's bit for bit: by pillow, also where torchvision is installed.
 
     Args:
-        folder: where the image processor's settings are.
+        folder: where `preprocessor_config.json` is; one of another kind than CLIP's is followed as transformers does.
         pad: squares images first, with the processor's mean colour, so that its centre crop loses nothing.
     """
 
     def __init__(self, folder: Path, pad: bool) -> None:
-        self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        settings = json.loads((folder / "preprocessor_config.json").read_text())
+        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIP"
+        loader = CLIPImageProcessorPil if kind.startswith(("CLIP", "Llava")) else AutoImageProcessor
+        self.processor = loader.from_pretrained(folder)
         self.pad = pad
         self.colour = tuple(int(value * 255) for value in self.processor.image_mean)
 

@@ -35,6 +35,10 @@ class Preprocessing:
     def pad(self) -> bool:
         return self.preset == "llava-train"
 
+    def text_limit(self, tokenizer_max_length: int) -> int:
+        """Tokens at which the template cuts text: `max_length`; in "icons-release" the tokenizer's own, as there."""
+        return self.max_length if self.preset == "llava-train" else max(self.max_length, tokenizer_max_length)
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

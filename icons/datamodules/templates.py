@@ -4,6 +4,7 @@ Ids hold IMAGE_PLACE once for each image; the dataset expands it. Labels are the
 answer, -100 elsewhere. Source: LLaVA's `llava/train/train.py` and `llava/conversation.py`; xtuner's `llama3_chat`.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,13 +34,18 @@ class TemplateError(ValueError):
     """A conversation that the template has no form for; its row fails."""
 
 
-def put_image_first(text: str) -> str:
+def put_image_first(text: str, several: bool = False) -> str:
     """LLaVA's `preprocess_multimodal`: all marks of a turn become one, on a line of its own in front.
+
+    Args:
+        text: the turn.
+        several: keep as many marks as there are, for a record with more than one image.
 
     >>> put_image_first("What is it? <image>")
     '<image>\\nWhat is it?'
     """
-    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip() if IMAGE in text else text
+    marks = f"{IMAGE}\n" * (text.count(IMAGE) if several else min(1, text.count(IMAGE)))
+    return (marks + text.replace(IMAGE, "").strip()).strip() if marks else text
 
 
 def token_ids(tokenizer: Any, text: str, image: bool) -> list[int]:
@@ -190,24 +196,60 @@ def llama_3(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int)
 
 
 def chat(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
-    """Any tokenizer's own chat template; what each assistant turn adds after the generation prompt is supervised."""
-    messages = [{"role": "user" if turn.human else "assistant", "content": turn.text} for turn in alternating(turns)]
-    prefixes = [("", False)]
-    for place, message in enumerate(messages):
-        if message["role"] == "assistant":
-            asked = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
-            answered = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
-            prefixes += [(asked, False), (answered, True)]
+    """Any tokenizer's own chat template; what an assistant turn adds to the generation prompt is supervised.
+
+    That is the answer and its end token, not white space after it. The text is tokenised as a whole, as
+    `apply_chat_template` does, where the tokenizer tells which characters a token came from; else in pieces.
+    """
+    turns = alternating(turns)
+    whole = prompt(tokenizer, turns)
+    spans = []
+    for place, turn in enumerate(turns):
+        if not turn.human:
+            asked, answered = prompt(tokenizer, turns[:place], ask=True), prompt(tokenizer, turns[: place + 1])
+            if not (answered.startswith(asked) and whole.startswith(answered)):
+                raise TemplateError("the chat template rewrites earlier turns, so answers cannot be told apart")
+            spans.append((len(asked), len(answer_end(asked, answered))))
     ids: list[int] = []
     labels: list[int] = []
-    for (before, _), (after, supervised) in pairwise(prefixes):
-        if not after.startswith(before):
-            raise TemplateError("the tokenizer's chat template rewrites earlier turns, so answers cannot be told apart")
-        for place, part in enumerate(after[len(before) :].split(IMAGE) if image else [after[len(before) :]]):
-            found = [IMAGE_PLACE] * (place > 0) + encode(tokenizer, part)
-            labels += found if supervised else [IGNORE_INDEX] * len(found)
-            ids += found
-    return Tokens(ids, [IGNORE_INDEX if label == IMAGE_PLACE else label for label in labels])
+    for text, begin in pieces(whole, [] if tokenizer.is_fast else [place for span in spans for place in span], image):
+        if text == IMAGE and image:
+            ids.append(IMAGE_PLACE)
+            labels.append(IGNORE_INDEX)
+        elif tokenizer.is_fast:
+            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+            ids += found.input_ids
+            for token, (first, last) in zip(found.input_ids, found.offset_mapping, strict=True):
+                answers = any(first + begin < end and last + begin > start for start, end in spans)
+                labels.append(token if answers else IGNORE_INDEX)
+        else:
+            tokens = encode(tokenizer, text)
+            ids += tokens
+            labels += tokens if any(start <= begin < end for start, end in spans) else [IGNORE_INDEX] * len(tokens)
+    return Tokens(ids, labels)
+
+
+def prompt(tokenizer: Any, turns: Sequence[Turn], ask: bool = False) -> str:
+    messages = [{"role": "user" if turn.human else "assistant", "content": turn.text} for turn in turns]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    return text
+
+
+def answer_end(asked: str, answered: str) -> str:
+    """`answered` without white space that the template puts after the answer's end token."""
+    return asked + answered[len(asked) :].rstrip()
+
+
+def pieces(text: str, cuts: Sequence[int], image: bool) -> list[tuple[str, int]]:
+    """Parts of a text and where they begin: cut at the given places and, if `image`, around each mark.
+
+    >>> pieces("<image>ab", [8], image=True)
+    [('<image>', 0), ('a', 7), ('b', 8)]
+    """
+    places = {0, len(text), *cuts}
+    if image:
+        places |= {place for found in re.finditer(IMAGE, text) for place in found.span()}
+    return [(text[begin:end], begin) for begin, end in pairwise(sorted(places))]
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
