@@ -11,7 +11,7 @@ from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.extractor import GradientExtractor
 from icons.modules.writer import GradientWriter
 from icons.projection import PROJECTORS
-from icons.store import GradientStore
+from icons.store import GradientStore, ScoreStore
 
 console = Console()
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -137,7 +137,7 @@ def gradients(
     return summary(GradientStore.open(out), strict) if runner.is_global_zero else 0
 
 
-def summary(store: GradientStore, strict: bool) -> int:
+def summary(store: GradientStore | ScoreStore, strict: bool) -> int:
     """Prints how many rows are done, failed (with their reasons) and missing; the exit status that follows from it."""
     failed = {status.name.lower(): len(rows) for status, rows in store.failed().items()}
     console.print(repr(store), markup=False, highlight=False)

@@ -1,0 +1,127 @@
+"""Does influence predict? The linear datamodelling score, its interval, and how scores sort out bad records.
+
+Models are trained on random subsets of the data; a score that means something must predict their losses.
+Source: Park et al. 2023 (TRAK, arXiv 2303.14186, section 4: linear datamodeling score).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+def draw_subsets(num_rows: int, num_subsets: int, share: float, seed: int = 0) -> list[Int[np.ndarray, " chosen"]]:
+    """Random subsets of `share` of the rows, each ascending; subset i is the same whatever `num_subsets` is.
+
+    Raises:
+        ValueError: the share leaves no row in, or none out.
+
+    >>> [subset.tolist() for subset in draw_subsets(4, 2, 0.5)]
+    [[0, 2], [0, 3]]
+    """
+    size = round(share * num_rows)
+    if not 0 < size < num_rows:
+        raise ValueError(
+            f"share {share} of {num_rows} rows: gives subsets of {size} rows; expected some in and some out"
+        )
+    return [
+        np.sort(np.random.default_rng([seed, number]).permutation(num_rows)[:size]) for number in range(num_subsets)
+    ]
+
+
+def predicted_gain(
+    influence: Float[np.ndarray, "rows tasks"], subsets: Sequence[Int[np.ndarray, " chosen"]]
+) -> Float[np.ndarray, "subsets tasks"]:
+    """Sum of the scores of each subset's rows, per task; a row without a score (NaN) adds nothing. float64.
+
+    >>> predicted_gain(np.array([[1.0], [2.0], [np.nan]]), [np.array([0, 2]), np.array([0, 1])]).tolist()
+    [[1.0], [3.0]]
+    """
+    filled = np.nan_to_num(influence.astype(np.float64), nan=0.0)
+    return np.stack([filled[subset].sum(axis=0) for subset in subsets])
+
+
+def ranks(values: Float[np.ndarray, "count tasks"]) -> Float[np.ndarray, "count tasks"]:
+    """Ranks from 0 within each column; equal values share the mean of their ranks.
+
+    >>> ranks(np.array([[3.0], [1.0], [3.0]])).ravel().tolist()
+    [1.5, 0.0, 1.5]
+    """
+    found = np.empty(values.shape)
+    for column in range(values.shape[1]):
+        _, inverse, counts = np.unique(values[:, column], return_inverse=True, return_counts=True)
+        last = np.cumsum(counts)
+        found[:, column] = (last - (counts + 1) / 2)[inverse]
+    return found
+
+
+def spearman(
+    left: Float[np.ndarray, "count tasks"], right: Float[np.ndarray, "count tasks"]
+) -> Float[np.ndarray, " tasks"]:
+    """Rank correlation of the columns; 0 where a column is constant.
+
+    >>> spearman(np.array([[1.0], [2.0], [3.0]]), np.array([[10.0], [30.0], [20.0]])).tolist()
+    [0.5]
+    """
+    a, b = (ranks(values) - (len(values) - 1) / 2 for values in (left, right))
+    norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
+    return np.divide((a * b).sum(axis=0), norm, out=np.zeros(a.shape[1]), where=norm > 0)
+
+
+def datamodelling_score(
+    predicted: Float[np.ndarray, "subsets tasks"],
+    losses: Float[np.ndarray, "measured losses"],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Mean over tasks of the rank correlation between predicted gain and minus the loss, with its 95 % interval.
+
+    The interval is the percentile bootstrap over subsets: subsets are drawn with replacement, all tasks together.
+
+    Returns:
+        Estimate, lower end, upper end.
+
+    Raises:
+        ValueError: shapes differ, or there are fewer than 3 subsets.
+    """
+    if predicted.shape != losses.shape or len(losses) < 3:
+        raise ValueError(
+            f"datamodelling score: predictions {predicted.shape}, losses {losses.shape}; expected the same shape, and "
+            "at least 3 subsets"
+        )
+    generator = np.random.default_rng(seed)
+    estimate = spearman(predicted, -losses).mean()
+    drawn = generator.integers(0, len(losses), (resamples, len(losses)))
+    means = [spearman(predicted[again], -losses[again]).mean() for again in drawn]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(estimate), float(low), float(high)
+
+
+def separation(score: Float[np.ndarray, " rows"], bad: Bool[np.ndarray, " rows"]) -> float:
+    """Probability that a bad record scores below a good one (area under the curve; ties count half); 0.5 is chance.
+
+    Rows without a score are left out; NaN if no bad or no good record is left.
+
+    >>> separation(np.array([1.0, 2.0, 3.0]), np.array([True, False, False]))
+    1.0
+    """
+    known = np.isfinite(score)
+    score, bad = score[known], bad[known]
+    if bad.all() or not bad.any():
+        return float("nan")
+    rank = ranks(score[:, None])[:, 0]
+    num_bad, num_good = bad.sum(), (~bad).sum()
+    below = rank[bad].sum() - num_bad * (num_bad - 1) / 2
+    return float(1 - below / (num_bad * num_good))
+
+
+def share_in_lowest(score: Float[np.ndarray, " rows"], bad: Bool[np.ndarray, " rows"], share: float = 0.2) -> float:
+    """How many of the lowest `share` of all scored rows are bad (ties by row); by chance, as many as there are overall.
+
+    >>> share_in_lowest(np.array([1.0, 2.0, 3.0, 4.0, 5.0]), np.array([True, False, False, False, True]))
+    1.0
+    """
+    known = np.flatnonzero(np.isfinite(score))
+    lowest = known[np.argsort(score[known], kind="stable")][: max(1, round(share * len(known)))]
+    return float(bad[lowest].mean())
