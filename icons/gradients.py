@@ -3,8 +3,9 @@
 Planned on paper for LLaVA-7B, LoRA r = 128 (P = 320 M), batch 8, not measured. Held per GPU in float32: signs of the
 count sketch 1.3 GB; with `adam` two moments 2.6 GB, with `diagonal` one multiplier 1.3 GB; the largest block of
 per-sample gradients (128 x 11,008) 45 MB, twice while it is preconditioned; the accumulator [8, 5120] 0.2 MB. Weights
-in bfloat16 13.5 GB. Activations that the backward pass needs are about 1.5 MB per token without gradient checkpointing:
-8 rows of 2,048 tokens take 25 GB and more, within 80 GB; with it 0.26 MB per token and one layer, 7 GB, within 48 GB.
+in bfloat16 13.5 GB. Activations that the backward pass needs are near 6 MB per token without gradient checkpointing:
+8 rows of 1,024 tokens take 50 GB, within 80 GB; 8 full rows of 2,048 do not fit (`--max-tokens 8192`, or gradient
+checkpointing). With checkpointing they are 0.26 MB per token and one layer: 8 full rows take 7 GB, within 48 GB.
 
 The floor is the pass through the frozen weights, 4 x 6.7 G operations per token: 16,384 tokens are 0.44 PFLOP, 2.8 s
 at 160 TFLOP/s. Blocks are written and read five times, 8 x P x 4 bytes each: 51 GB, 26 ms at 2 TB/s, under 1 %.
