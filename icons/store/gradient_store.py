@@ -13,6 +13,7 @@ A unit's chunks are written in the order rows, scalars, `status`, each chunk ato
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,9 +123,11 @@ class GradientStore(RowStore):
         try:
             store = cls.open(path, mode="r+")
         except FileNotFoundError:
-            return cls.create(
-                path, num_rows=num_rows, dim=dim, dtype=dtype, chunk_rows=chunk_rows, manifest=manifest, codec=codec
-            )
+            with suppress(FileExistsError):  # another run was faster
+                cls.create(
+                    path, num_rows=num_rows, dim=dim, dtype=dtype, chunk_rows=chunk_rows, manifest=manifest, codec=codec
+                )
+            store = cls.open(path, mode="r+")
         store.check_resumable({**(manifest or {}), "dtype": dtype}, num_rows, dim, chunk_rows)
         return store
 

@@ -1,6 +1,7 @@
 """A gradient store holds what was written, in a form that any Zarr reader opens, and refuses what does not belong."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,27 @@ def test_creation_that_was_cut_short_is_finished_or_refused(tmp_path: Path) -> N
         GradientStore.open_or_create(tmp_path / "s", num_rows=10, dim=7, chunk_rows=4)
     store = GradientStore.open_or_create(tmp_path / "s", num_rows=10, dim=6, chunk_rows=4, manifest=MANIFEST)
     assert store.missing() == []
+
+
+def test_runs_that_create_a_store_at_once_get_the_same_one_or_the_error(tmp_path: Path) -> None:
+    manifests = [MANIFEST, MANIFEST, MANIFEST | {"model": {"fingerprint": "m2"}}] * 4
+    ready, opened, errors = threading.Barrier(len(manifests)), [], []
+
+    def start(manifest: dict[str, Any]) -> None:
+        ready.wait()
+        try:
+            opened.append(resume(tmp_path / "s", manifest, chunk_rows=4))
+        except ValueError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=start, args=(manifest,)) for manifest in manifests]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) + len(errors) == 12 and len(opened) in (4, 8)
+    assert len({store.manifest["model"]["fingerprint"] for store in opened}) == 1
+    assert all("model.fingerprint: the store" in error for error in errors)
 
 
 def resume(path: Path, manifest: dict[str, Any] | None = None, **options: Any) -> GradientStore:
