@@ -18,6 +18,9 @@ LAYERS = [
     {"batch", "partition"},
     {
         "gradients",
+        "capture",
+        "positions",
+        "representation",
         "preconditioner",
         "projection",
         "influence",
@@ -31,8 +34,9 @@ LAYERS = [
         "border",
         "duplicates",
         "overlap",
+        "datamodel",
     },
-    {"store", "optimizer_state", "model_folder", "deepspeed_state", "parameter_names"},
+    {"store", "optimizer_state", "model_folder", "selection", "deepspeed_state", "parameter_names"},
     {"datamodules", "modules"},
     {"report", "cli", "commands"},
 ]
