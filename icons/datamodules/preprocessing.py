@@ -1,7 +1,7 @@
 """Preprocessing: the one setting that warm-up, gradients and fine-tune share, so that they cannot differ unnoticed."""
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 PRESETS = ("llava-train", "icons-release")
 
@@ -19,7 +19,7 @@ class Preprocessing:
 
     template: str = "auto"
     max_length: int = 2048
-    preset: Literal["llava-train", "icons-release"] = "llava-train"
+    preset: str = "llava-train"
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

@@ -71,6 +71,7 @@ class Rounds:
         begin: tokens before the first round.
         own: tokens of the question, tokenised on its own, that do not count (BOS and the separator's last space).
         correction: tokens to add to every later round, from the tokenizer's `legacy`.
+        close: what ends a round and is not in its text, supervised with the answer.
     """
 
     prompt: Callable[[Sequence[Turn]], str]
@@ -79,6 +80,7 @@ class Rounds:
     begin: int
     own: int
     correction: Callable[[bool | None], int]
+    close: str = ""
 
     def __call__(self, tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
         text = self.prompt(alternating(turns))
@@ -86,6 +88,7 @@ class Rounds:
         ids = ids if image else ids[:max_length]
         labels, total = list(ids), sum(token != tokenizer.pad_token_id for token in ids)
         shift, place = self.correction(getattr(tokenizer, "legacy", None)), self.begin
+        closing = len(token_ids(tokenizer, self.close, False)) if self.close else 0
         labels[:place] = [IGNORE_INDEX] * place
         for number, part in enumerate(self.rounds(text)):
             question, found, rest = part.partition(self.answer)
@@ -96,7 +99,7 @@ class Rounds:
             masked = range(place, min(place + asked, len(labels)))
             for position in masked:
                 labels[position] = IGNORE_INDEX
-            place += len(token_ids(tokenizer, part, image)) + later
+            place += len(token_ids(tokenizer, part, image)) + later + closing
         labels[place:] = [IGNORE_INDEX] * len(labels[place:])
         if place < max_length and place != total:  # the original's "tokenization mismatch": the sample teaches nothing
             labels = [IGNORE_INDEX] * len(labels)
@@ -260,7 +263,11 @@ Template = Callable[[Any, Sequence[Turn], bool, int], Tokens]
 TEMPLATES: dict[str, Template] = {
     "v1": Rounds(v1_prompt, by_eos, " ASSISTANT: ", 1, 2, lambda legacy: -1 if legacy is False else 0),
     "llama_2": Rounds(llama_2_prompt, by_eos, "[/INST] ", 1, 2, lambda legacy: 0),
-    "mpt": Rounds(mpt_prompt, mpt_rounds, "<|im_end|><|im_start|>assistant\n", 0, 1, lambda legacy: int(bool(legacy))),
+    # as LLaVA-MPT was trained (v1.1); later versions of the original leave each round's end out of the count, so that
+    # every sample is a "mismatch" and none is supervised
+    "mpt": Rounds(
+        mpt_prompt, mpt_rounds, "<|im_end|><|im_start|>assistant\n", 0, 0, lambda legacy: 0, close="<|im_end|>"
+    ),
     "plain": plain,
     "llama_3": llama_3,
     "chat": chat,

@@ -47,5 +47,5 @@ def text_folder(tmp_path: Path) -> Path:
     """A text model's folder, as far as data are concerned."""
     folder = tmp_path / "text-model"
     byte_tokenizer().save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300, "hidden_size": 8}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300, "hidden_size": 32}))
     return folder

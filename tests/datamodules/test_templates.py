@@ -1,4 +1,4 @@
-"""Templates: ids and labels are the original's, row by row; where it was not run, its own loop is restated."""
+"""Templates: ids and labels are the original's, row by row, for all conversations that it was run on."""
 
 import json
 from collections.abc import Sequence
@@ -64,40 +64,19 @@ def supervised(tokenizer: Any, ids: Sequence[int], labels: Sequence[int]) -> str
 DIALOGUE = [Turn(True, "<image>\nWhat?"), Turn(False, "A dog."), Turn(True, "Sure?"), Turn(False, "Yes")]
 
 
-def test_mpt_is_the_originals_loop(tokenizer: PreTrainedTokenizerFast) -> None:
-    """`preprocess_mpt` of llava/train/train.py, restated with its own counting."""
+def test_mpt_supervises_answer_and_end(tokenizer: PreTrainedTokenizerFast) -> None:
     ids, labels = TEMPLATES["mpt"](tokenizer, DIALOGUE, True, 2048)
-    system = (
-        "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
-        "The assistant gives helpful and honest answers."
-    )
-    text = system + "<|im_end|>"
-    for turn in DIALOGUE:
-        text += f"<|im_start|>{'user' if turn.human else 'assistant'}\n{turn.text}<|im_end|>"
+    system = "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
+    system += "The assistant gives helpful and honest answers.<|im_end|>"
+    assert supervised(tokenizer, ids, labels) == "A dog.<|im_end|>Yes<|im_end|>"
+    assert tokenizer.decode(ids[: ids.index(IMAGE_PLACE)]) == system + "<|im_start|>user\n"
+    assert labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
-    def encode(part: str) -> list[int]:
-        chunks = [tokenizer(chunk).input_ids for chunk in part.split("<image>")]
-        return [token for place, chunk in enumerate(chunks) for token in [IMAGE_PLACE] * (place > 0) + chunk]
 
-    expected = encode(text)
-    target = list(expected)
-    parts, sep = text.split("<|im_end|>"), "<|im_end|><|im_start|>assistant\n"
-    rounds = ["<|im_end|>".join(parts[:3])]
-    rounds += ["<|im_end|>".join(parts[place : place + 2]) for place in range(3, len(parts), 2)]
-    place = 0
-    for part in rounds:
-        if part == "":
-            break
-        question, found, _ = part.partition(sep)
-        if not found:
-            break
-        asked = len(encode(question + sep)) - 1
-        target[place : place + asked] = [IGNORE_INDEX] * asked
-        place += len(encode(part))
-    target[place:] = [IGNORE_INDEX] * len(target[place:])
-    assert ids == expected
-    # the original's counts leave out each round's <|im_end|>, so they only hold where they end at the text's length
-    assert labels == (target if place == len(expected) else [IGNORE_INDEX] * len(expected))
+def test_a_count_that_does_not_add_up_supervises_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    """LLaVA's "tokenization mismatch": here an <|im_end|> inside an answer."""
+    turns = [Turn(True, "a"), Turn(False, "b<|im_end|>c")]
+    assert set(TEMPLATES["mpt"](tokenizer, turns, False, 2048).labels) == {IGNORE_INDEX}
 
 
 def test_llama_3_supervises_answer_and_eot(tokenizer: PreTrainedTokenizerFast) -> None:
