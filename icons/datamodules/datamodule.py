@@ -18,7 +18,24 @@ from icons.partition import Partition, UnitPlan
 
 
 class ConversationDataModule(LightningDataModule):
-    """Batches of conversations with images, from LLaVA JSON or JSONL."""
+    """Batches of conversations with images, from LLaVA JSON or JSONL.
+
+    Args:
+        data: the data file.
+        images: image folder or archive.
+        model_folder: the model that the batches are for.
+        preprocessing: template, length and image handling; the same for every stage.
+        batch_size: most rows per batch.
+        max_tokens: in predict, most tokens per batch, padding included; None: no limit.
+        num_workers: processes that read and decode; 0: none beside this one.
+        rows: the rows to train on; None: all.
+        tasks: validation sets by name: data file and images.
+        held_out: rows kept for validation.
+        seed: of the order of training.
+        trust_remote_code: whether tokenizer and processor may be code of the model's folder.
+
+    `plan` is what `predict_dataloader` goes through; GradientWriter sets it. Without one it is every row, as one unit.
+    """
 
     def __init__(
         self,
@@ -34,17 +51,20 @@ class ConversationDataModule(LightningDataModule):
         tasks: Mapping[str, tuple[Path, Path | None]] | None = None,
         held_out: Sequence[int] | None = None,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.data, self.folder = Path(data), model_folder
         self.preprocessing = preprocessing or Preprocessing()
         self.batch_size, self.max_tokens, self.num_workers = batch_size, max_tokens, num_workers
         self.rows, self.tasks, self.held_out, self.seed = rows, dict(tasks or {}), held_out, seed
+        self.trust_remote_code = trust_remote_code
         self.dataset = self.make_dataset(data, images)
         self.plan: UnitPlan | None = None
 
     def make_dataset(self, data: Path, images: Path | None) -> ConversationDataset:
-        return ConversationDataset(RecordIndex.open(Path(data)), images, self.folder, self.preprocessing)
+        records = RecordIndex.open(Path(data))
+        return ConversationDataset(records, images, self.folder, self.preprocessing, self.trust_remote_code)
 
     def train_dataloader(self) -> TrainingLoader:
         """Every chosen row once an epoch, shared out to the ranks; remembers its place for a resumed fit."""

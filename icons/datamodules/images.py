@@ -203,15 +203,13 @@ class PixelMaker:
     """CLIP's pixel values, equal to the original's bit for bit: by pillow, also where torchvision is installed.
 
     Args:
-        folder: where `preprocessor_config.json` is; one of another kind than CLIP's is followed as transformers does.
+        folder: where the image processor's settings are; one of another kind than CLIP's is used as it is.
         pad: squares images first, with the processor's mean colour, so that its centre crop loses nothing.
     """
 
     def __init__(self, folder: Path, pad: bool) -> None:
-        settings = json.loads((folder / "preprocessor_config.json").read_text())
-        kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIP"
-        loader = CLIPImageProcessorPil if kind.startswith(("CLIP", "Llava")) else AutoImageProcessor
-        self.processor = loader.from_pretrained(folder)
+        clip = processor_kind(folder).startswith(("CLIP", "Llava"))
+        self.processor = (CLIPImageProcessorPil if clip else AutoImageProcessor).from_pretrained(folder)
         self.pad = pad
         self.colour = tuple(int(value * 255) for value in self.processor.image_mean)
 
@@ -219,6 +217,20 @@ class PixelMaker:
         ready = [square(image, self.colour) if self.pad else image for image in images]
         pixels: Tensor = self.processor(ready, return_tensors="pt")["pixel_values"]
         return pixels
+
+
+def processor_kind(folder: Path) -> str:
+    """The class that a folder's image processor settings name.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (folder / name).is_file():
+            settings = json.loads((folder / name).read_text())
+            settings = settings if part is None else settings.get(part, {})
+            return str(settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIP")
+    raise FileNotFoundError(f"{folder}: no preprocessor_config.json there; expected the image processor's settings")
 
 
 def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:

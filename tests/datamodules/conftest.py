@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlavaNextImageProcessorPil, LlavaNextProcessor, PreTrainedTokenizerFast
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -48,4 +48,29 @@ def text_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "text-model"
     byte_tokenizer().save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 300, "hidden_size": 32}))
+    return folder
+
+
+@pytest.fixture
+def image_text_folder(tmp_path: Path) -> Path:
+    """An image-text model's folder, as far as data are concerned: LLaVA-NeXT, whose images vary in tokens."""
+    folder = tmp_path / "image-text-model"
+    tokenizer = byte_tokenizer(image=True)
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 28},
+        crop_size={"height": 28, "width": 28},
+        image_grid_pinpoints=[[28, 56], [56, 28], [56, 56]],
+    )
+    LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHATML,
+        image_token="<image>",
+    ).save_pretrained(folder)
+    token = tokenizer.convert_tokens_to_ids("<image>")
+    config = {"model_type": "llava_next", "vision_config": {}, "text_config": {}, "image_token_index": token}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

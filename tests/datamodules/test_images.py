@@ -1,6 +1,7 @@
 """Images: whatever lies in a folder or archive is decoded rightly, or fails its row with the reason."""
 
 import io
+import json
 import pickle
 import tarfile
 import zipfile
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 from icons.batch import Status
-from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, decode, names_of, square
+from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, decode, names_of, processor_kind, square
 
 CLIP = Path(__file__).parents[1] / "data" / "original_llava" / "clip"
 
@@ -214,3 +215,22 @@ def test_pixels_without_padding_are_cut_from_the_centre() -> None:
     cut = PixelMaker(CLIP, pad=False)([Image.fromarray(wide)])
     assert torch.equal(cut, PixelMaker(CLIP, pad=False)([noise(56)]))
     assert not torch.allclose(cut, PixelMaker(CLIP, pad=True)([Image.fromarray(wide)]))
+
+
+def test_another_image_processor_than_clips_is_used_as_it_is(tmp_path: Path) -> None:
+    settings = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "image_mean": [0.5] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    assert processor_kind(tmp_path) == "ViTImageProcessor"
+
+
+def test_settings_of_a_whole_processor_serve_as_well(tmp_path: Path) -> None:
+    inner = json.loads((CLIP / "preprocessor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": inner}))
+    assert processor_kind(tmp_path).startswith("CLIP")
+    assert torch.equal(PixelMaker(tmp_path, pad=True)([RED]), PixelMaker(CLIP, pad=True)([RED]))
+
+
+def test_a_folder_without_image_settings_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config\.json there"):
+        PixelMaker(tmp_path, pad=True)
