@@ -17,8 +17,10 @@ from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.modules.extractor import adapter_fingerprint, base_fingerprint
 from icons.modules.scorer import InfluenceScorer, ScoredTasks, ScoreWriter, TaskVector, TaskVectorizer
+from icons.modules.writer import GradientWriter
 from icons.partition import Partition, UnitPlan, assign
-from icons.store import ScoreStore
+from icons.projection import PROJECTORS
+from icons.store import ScoreStore, fitting_chunk_rows
 from icons.store.manifest import check_compatible
 
 console = Console()
@@ -32,6 +34,11 @@ def score(
     out: Path,
     images: Path | None = None,
     task_vectors: Path | None = None,
+    keep_gradients: Path | None = None,
+    projector: Literal["count_sketch", "rademacher", "gaussian"] = "count_sketch",
+    dim: int = 5120,
+    seed: int = 0,
+    dtype: Literal["float16", "float32", "int8"] = "float16",
     weights: list[float] | None = None,
     group: list[str] | None = None,
     reduce: Literal["max", "mean"] = "max",
@@ -65,6 +72,11 @@ def score(
         out: the score store.
         images: image folder of the training rows.
         task_vectors: folder where task vectors are kept and found again; default: OUT with `.tasks` behind.
+        keep_gradients: also write the projected gradients to this store, from the same pass (one checkpoint only).
+        projector: kind of random projection, for --keep-gradients.
+        dim: numbers per row (K), for --keep-gradients.
+        seed: of the projection, for --keep-gradients.
+        dtype: of the stored rows, for --keep-gradients.
         weights: of the checkpoints, once for each (LESS: their learning rates); default: the mean.
         group: NAME=TASK1,TASK2,... is one task made of several, as MME of its subtasks; again for each group.
         reduce: a group's influence is its tasks' highest (as the original does for MME), or their mean.
@@ -99,6 +111,10 @@ def score(
             f"--checkpoint: got {len(checkpoint)}, with {len(parts)} --weights and {len(states)} --optimizer-state; "
             "expected one of each for every checkpoint"
         )
+    if keep_gradients is not None and len(checkpoint) > 1:
+        raise ValueError(
+            f"--keep-gradients {keep_gradients}: got {len(checkpoint)} checkpoints; expected one: run it for each alone"
+        )
     files = {name: task_file(value) for name, value in parse(task, "--task").items()}
     groups = {name: members.split(",") for name, members in parse(group or [], "--group").items()}
     single = len(checkpoint) == 1
@@ -130,13 +146,21 @@ def score(
             runner, model, files, kept if single else kept / str(place), normalize == "exact", loading
         )
         tasks = ScoredTasks(vectors, groups, reduce, getattr(torch, vector_dtype), offload)
-        scorer = InfluenceScorer(model, tasks, source.preconditioner(preconditioner, model), unit=normalize == "exact")
-        writer = ScoreWriter(
-            outs[place], chunk_rows=chunk_rows, shard=shard, retry_failed=retry_failed, manifest={"target": target}
+        scorer = InfluenceScorer(
+            model,
+            tasks,
+            source.preconditioner(preconditioner, model),
+            unit=normalize == "exact",
+            projector=None if keep_gradients is None else PROJECTORS[projector](dim, seed=seed),
         )
-        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
-        runner.callbacks.append(writer)  # type: ignore[attr-defined]
         datamodule = ConversationDataModule(data, images, **loading)
+        writing: dict[str, Any] = {"chunk_rows": chunk_rows, "shard": shard, "retry_failed": retry_failed}
+        writing["manifest"] = {"target": target}
+        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+        if keep_gradients is not None:
+            writing["chunk_rows"] = chunk_rows or fitting_chunk_rows(len(datamodule.dataset), dim, dtype)
+            runner.callbacks.append(GradientWriter(keep_gradients, dtype=dtype, **writing))  # type: ignore[attr-defined]
+        runner.callbacks.append(ScoreWriter(outs[place], **writing))  # type: ignore[attr-defined]
         runner.predict(scorer, datamodule=datamodule, return_predictions=False)
     if not runner.is_global_zero:
         return 0

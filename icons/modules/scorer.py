@@ -16,8 +16,9 @@ from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
 from icons.modules.extractor import GradientExtractor
 from icons.modules.writer import GradientWriter
+from icons.partition import Claim, UnitPlan
 from icons.preconditioner import Preconditioner
-from icons.projection import Identity
+from icons.projection import Identity, Projector
 from icons.store import ScoreStore
 from icons.store.manifest import check_compatible
 
@@ -156,16 +157,22 @@ class InfluenceScorer(GradientExtractor):
         tasks: task vectors, made with the same model.
         preconditioner: for the training rows, as in `GradientExtractor`.
         unit: divide by each row's norm (cosine similarity); False: the inner product.
+        projector: also give the projected gradients, from the same backward pass, for a `GradientWriter`.
 
     Memory: S x P numbers beside the model. For LLaVA-1.5-7B at r = 128 (P = 320 M) 10 tasks take 12.8 GB in float32
     and 6.4 GB in bfloat16, 22 tasks 28.1 and 14.1 GB; `offload` keeps them in the CPU's memory.
     """
 
     def __init__(
-        self, model: nn.Module, tasks: ScoredTasks, preconditioner: Preconditioner | None = None, unit: bool = True
+        self,
+        model: nn.Module,
+        tasks: ScoredTasks,
+        preconditioner: Preconditioner | None = None,
+        unit: bool = True,
+        projector: Projector | None = None,
     ) -> None:
-        super().__init__(model, Identity(), preconditioner)
-        self.tasks, self.unit = tasks, unit
+        super().__init__(model, projector or Identity(), preconditioner)
+        self.tasks, self.unit, self.keep = tasks, unit, projector
         self.matrix: TaskMatrix | None = None
 
     def on_predict_start(self) -> None:
@@ -174,9 +181,10 @@ class InfluenceScorer(GradientExtractor):
         self.matrix = TaskMatrix(self.model, vectors, self.tasks.dtype, self.tasks.offload)
 
     def compute(self, batch: Batch) -> dict[str, Tensor]:
-        """`influence [B, S]` float32, `stderr [B, S]` zeros (nothing is estimated), `norm`, `loss`, `tokens`."""
+        """`influence [B, S]` float32, `stderr [B, S]` zeros (nothing is estimated), `norm`, `loss`, `tokens`; with a
+        projector also `gradient [B, K]`."""
         assert self.matrix is not None
-        products, norm, found = scored_gradients(self.model, batch, self.matrix, self.preconditioner)
+        products, norm, found = scored_gradients(self.model, batch, self.matrix, self.preconditioner, self.keep)
         assert found is not None
         influence = self.tasks.reduced(products / norm[:, None] if self.unit else products)
         return {
@@ -185,11 +193,13 @@ class InfluenceScorer(GradientExtractor):
             "norm": norm,
             "loss": found.loss,
             "tokens": found.tokens.int(),
+            **({} if self.keep is None else {"gradient": found.gradient}),
         }
 
     def describe(self) -> dict[str, Any]:
         described = super().describe()
-        del described["projector"]
+        if self.keep is None:
+            del described["projector"]
         tasks = {name: {"num_rows": task.num_rows, **task.manifest} for name, task in self.tasks.vectors.items()}
         groups = {name: list(members) for name, members in self.tasks.groups.items()}
         columns = self.tasks.columns
@@ -203,11 +213,41 @@ class InfluenceScorer(GradientExtractor):
         }
 
 
+def either(first: UnitPlan, second: UnitPlan) -> Claim:
+    """A unit is computed if one of two stores takes it."""
+
+    def claim(unit: int, patient: bool = False) -> bool:
+        asked = [plan.claim is None or plan.claim(unit, patient) for plan in (first, second)]
+        return any(asked)
+
+    return claim
+
+
 class ScoreWriter(GradientWriter):
     """Stores what an `InfluenceScorer` predicts, unit by unit, as `GradientWriter` stores gradients: the same units,
-    ranks, shards, leases and resume."""
+    ranks, shards, leases and resume. Behind a `GradientWriter` among the callbacks, the two fill their stores from one
+    pass: a unit is computed if it is missing in either."""
 
     STORE = ScoreStore
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """As `GradientWriter.setup`.
+
+        Raises:
+            ValueError: the two stores have other units.
+        """
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        first: UnitPlan | None = getattr(datamodule, "plan", None)
+        super().setup(trainer, pl_module, stage)
+        if first is None:
+            return
+        own = self.plan
+        if first.partition != own.partition:
+            raise ValueError(
+                f"score store {self.path}: has units of {own.partition.chunk_rows} rows, the gradient store beside it "
+                f"{first.partition.chunk_rows}; expected the same: give both a new place, or the same --chunk-rows"
+            )
+        datamodule.plan = UnitPlan(own.partition, sorted({*first.units, *own.units}), either(first, own))
 
     def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> ScoreStore:
         """The score store at `path`.

@@ -13,7 +13,7 @@ from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.gradients import per_sample_gradients
 from icons.modules.scorer import ScoredTasks, TaskVector, TaskVectorizer
-from icons.store import ScoreStore
+from icons.store import GradientStore, ScoreStore
 
 DATA = Path(__file__).parent.parent / "data" / "original_llava"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -110,6 +110,31 @@ def test_groups_and_several_checkpoints(warmup: Path, tmp_path: Path) -> None:
     assert score(warmup, tmp_path / "sum.zarr", *both_tasks(), "--group", "ab=a,b", *more) == 0
     total = ScoreStore.open(tmp_path / "sum.zarr")
     np.testing.assert_allclose(total.influence[:], 3 * single.influence[:], rtol=1e-5)
+
+
+def test_gradients_are_kept_from_the_same_pass(warmup: Path, tmp_path: Path) -> None:
+    more = ["--keep-gradients", tmp_path / "kept.zarr", "--dim", 64, "--dtype", "float32"]
+    assert score(warmup, tmp_path / "alone.zarr", *both_tasks()) == 0
+    assert score(warmup, tmp_path / "half.zarr", *both_tasks(), *more, "--shard", "1/2") == 1
+    shutil.rmtree(tmp_path / "half.zarr")  # the gradient store is one unit ahead of the scores
+    assert score(warmup, tmp_path / "half.zarr", *both_tasks(), *more) == 0
+    words = ["--checkpoint", warmup, "--data", DATA / "data.json", "--images", DATA, "--chunk-rows", 2, "--dim", 64]
+    assert cli.main(["gradients", *map(str, [*words, "--dtype", "float32", "--out", tmp_path / "own.zarr"])]) == 0
+    kept, own = GradientStore.open(tmp_path / "kept.zarr"), GradientStore.open(tmp_path / "own.zarr")
+    np.testing.assert_allclose(kept.gradients[:], own.gradients[:], rtol=1e-4, atol=1e-4)
+    scores = (ScoreStore.open(tmp_path / f"{name}.zarr").influence[:] for name in ("alone", "half"))
+    np.testing.assert_allclose(*scores, rtol=1e-5)
+
+
+def test_stores_of_other_units_do_not_go_together(
+    warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--chunk-rows", 3) == 0
+    assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--keep-gradients", tmp_path / "kept.zarr") == 1
+    assert "units of 3 rows, the gradient store beside it 2" in capsys.readouterr().err
+    words = ["--checkpoint", warmup, "--keep-gradients", tmp_path / "kept.zarr"]
+    assert score(warmup, tmp_path / "a.zarr", *both_tasks(), *words) == 1
+    assert "got 2 checkpoints; expected one" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_one_line(warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
