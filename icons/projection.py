@@ -6,7 +6,7 @@ dtype, batch size and block size. Training and validation rows are comparable be
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -235,4 +235,4 @@ class Several:
         return {"kind": self.kind, "dim": self.dim, "seed": self.seed, "parts": parts}
 
 
-PROJECTORS: dict[str, type[Seeded]] = {kind.kind: kind for kind in (CountSketch, Rademacher, Gaussian)}
+PROJECTORS: dict[str, Callable[..., Projector]] = {kind.kind: kind for kind in (CountSketch, Rademacher, Gaussian)}

@@ -105,7 +105,7 @@ def score(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
     parts = list(weights or [1 / len(checkpoint)] * len(checkpoint))
-    states = optimizer_state or [None] * len(checkpoint)
+    states: list[Path | None] = [*optimizer_state] if optimizer_state else [None] * len(checkpoint)
     if len(parts) != len(checkpoint) or len(states) != len(checkpoint):
         raise ValueError(
             f"--checkpoint: got {len(checkpoint)}, with {len(parts)} --weights and {len(states)} --optimizer-state; "
@@ -138,7 +138,11 @@ def score(
             quantize=quantize,
             gradient_checkpointing=gradient_checkpointing,
         )
-        loading = {"model_folder": source.folder, "preprocessing": source.preprocessing, "batch_size": batch_size}
+        loading: dict[str, Any] = {
+            "model_folder": source.folder,
+            "preprocessing": source.preprocessing,
+            "batch_size": batch_size,
+        }
         loading |= {"max_tokens": max_tokens, "num_workers": num_workers}
         kept = task_vectors or out.with_name(out.name + ".tasks")
         runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
