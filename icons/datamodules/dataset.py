@@ -98,7 +98,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """
         try:
             record = self.records[row]
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             raise FailedRowError(Status.BAD_RECORD, f"not valid JSON: {error}") from None
         turns = record.get("conversations") if isinstance(record, dict) else None
         if not isinstance(turns, list) or not turns:
@@ -115,7 +115,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             turns = [Turn(HUMAN[turn["from"]], turn["value"]) for turn in record["conversations"]]
         except (KeyError, TypeError):
             raise FailedRowError(Status.BAD_RECORD, "a turn without `from` (human or gpt) and `value`") from None
-        if not all(isinstance(turn.text, str) for turn in turns):
+        if not all(isinstance(turn.text, str) and is_unicode(turn.text) for turn in turns):
             raise FailedRowError(Status.BAD_RECORD, "a turn whose `value` is not a text")
         names = names_of(record.get("image"))
         if names and self.preprocessing.reorder:
@@ -212,3 +212,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     if name in sample:
                         batch[name][place, : len(sample[name])] = sample[name]
         return batch
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: half a surrogate pair, which JSON can hold, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

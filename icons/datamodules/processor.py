@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 
 from icons.batch import IGNORE_INDEX, Status
 from icons.datamodules.images import FailedRowError
-from icons.datamodules.templates import IMAGE, TemplateError, Turn, alternating, answer_end
+from icons.datamodules.templates import IMAGE, TemplateError, Turn, alternating, answer_end, rendered
 
 
 class ProcessorSamples:
@@ -77,8 +77,7 @@ class ProcessorSamples:
 
     def prompt(self, turns: Sequence[Turn], ask: bool = False) -> str:
         messages = [{"role": "user" if turn.human else "assistant", "content": content(turn.text)} for turn in turns]
-        text: str = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        return text
+        return rendered(self.processor, messages, ask)
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         given: Mapping[str, Any] = self.processor(

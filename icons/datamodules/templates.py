@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+import jinja2
+
 from icons.batch import IGNORE_INDEX
 
 IMAGE = "<image>"
@@ -50,9 +52,10 @@ def put_image_first(text: str, several: bool = False) -> str:
 
 def token_ids(tokenizer: Any, text: str, image: bool) -> list[int]:
     """Ids of a text, with BOS; if `image`, the parts between marks are tokenised apart, as LLaVA does."""
+    text_ids = getattr(tokenizer, "text_ids", None) or (lambda part: list(tokenizer(part).input_ids))
     if not image:
-        return list(tokenizer(text).input_ids)
-    parts = [tokenizer(part).input_ids for part in text.split(IMAGE)]
+        return text_ids(text)
+    parts = [text_ids(part) for part in text.split(IMAGE)]
     begins = bool(parts[0]) and parts[0][0] == tokenizer.bos_token_id
     ids = list(parts[0])
     for part in parts[1:]:
@@ -234,7 +237,19 @@ def chat(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) ->
 
 def prompt(tokenizer: Any, turns: Sequence[Turn], ask: bool = False) -> str:
     messages = [{"role": "user" if turn.human else "assistant", "content": turn.text} for turn in turns]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    return rendered(tokenizer, messages, ask)
+
+
+def rendered(tokenizer: Any, messages: Sequence[dict[str, Any]], ask: bool) -> str:
+    """Messages by the chat template of a tokenizer or processor.
+
+    Raises:
+        TemplateError: the template refuses these messages.
+    """
+    try:
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except jinja2.TemplateError as error:
+        raise TemplateError(f"the chat template refuses the turns: {error}") from None
     return text
 
 

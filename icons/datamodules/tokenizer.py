@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, exact where transformers' own conversion of SentencePiece models is not."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,20 @@ class SentencePieceTokenizer(SentencePieceBackend):
         if len(pieces) > 1 and pieces[0] == WORD and pieces[1] in self.all_special_tokens:
             return pieces[1:]
         return pieces
+
+    def text_ids(self, text: str) -> list[int]:
+        """`self(text).input_ids`, by a shorter way where the text holds no special token."""
+        if not text or any(token in text for token in self.added_tokens_encoder):
+            return list(self(text).input_ids)
+        if self.legacy:
+            ids = self.sp_model.encode(text)
+        else:
+            ids = self.sp_model.encode(self.unk_token + WORD + text.replace(WORD, " "))[self.unk_pieces :]
+        return self.build_inputs_with_special_tokens(ids)
+
+    @cached_property
+    def unk_pieces(self) -> int:
+        return len(self.sp_model.encode(self.unk_token))
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

@@ -105,6 +105,8 @@ BAD: dict[str, Any] = {
     "turns that are no objects": ({"conversations": ["a", "b"]}, Status.BAD_RECORD),
     "unknown speaker": ({"conversations": [{"from": "system", "value": "a"}]}, Status.BAD_RECORD),
     "a value that is no text": ({"conversations": [{"from": "human", "value": 3}]}, Status.BAD_RECORD),
+    "half a surrogate pair": (record("\ud83d"), Status.BAD_RECORD),
+    "nested too deeply": ("[" * 100_000 + "]" * 100_000, Status.BAD_RECORD),
     "two questions": ({"conversations": [{"from": "human", "value": "a"}] * 2}, Status.BAD_RECORD),
     "image name that is no text": (record(image=3), Status.BAD_RECORD),
     "marks in two turns, one image": (

@@ -209,6 +209,25 @@ def test_an_image_is_padded_to_the_middle_of_a_square() -> None:
     assert (padded[:, [0, 1, 5, 6, 7]] == [1, 2, 3]).all()
 
 
+@pytest.mark.parametrize("size", [(56, 56), (57, 100), (101, 60), (640, 480), (20, 33), (56, 3000)])
+@pytest.mark.parametrize("pad", [True, False])
+def test_pixels_are_the_processors_bit_for_bit(size: tuple[int, int], pad: bool) -> None:
+    content = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(content)
+    maker = PixelMaker(CLIP, pad)
+    assert maker.table is not None
+    oracle = maker.processor(square(image, maker.colour) if pad else image, return_tensors="pt")["pixel_values"]
+    assert torch.equal(maker([image]), oracle)
+
+
+def test_an_unusual_processor_is_asked_itself(tmp_path: Path) -> None:
+    settings = json.loads((CLIP / "preprocessor_config.json").read_text()) | {"do_center_crop": False}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    maker = PixelMaker(tmp_path, pad=False)
+    assert maker.table is None
+    assert maker([noise(60), noise(60)]).shape == (2, 3, 56, 56)
+
+
 def test_pixels_without_padding_are_cut_from_the_centre() -> None:
     wide = np.zeros((56, 112, 3), dtype=np.uint8)
     wide[:, 28:84] = np.asarray(noise(56))

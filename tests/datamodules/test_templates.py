@@ -144,6 +144,12 @@ def test_chat_by_pieces_supervises_the_same() -> None:
     assert ids.count(IMAGE_PLACE) == 1
 
 
+def test_turns_that_the_chat_template_refuses_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ raise_exception('no such turns') }}"
+    with pytest.raises(TemplateError, match="the chat template refuses the turns: no such turns"):
+        TEMPLATES["chat"](tokenizer, DIALOGUE, False, 2048)
+
+
 def test_chat_refuses_a_template_that_rewrites_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     with pytest.raises(TemplateError, match="rewrites earlier turns"):

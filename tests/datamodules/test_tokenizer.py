@@ -43,6 +43,14 @@ def test_after_a_special_token_only_the_old_way_starts_a_new_word(tmp_path: Path
     assert old.convert_ids_to_tokens(old("a</s>b").input_ids)[3].startswith("▁")
 
 
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("text", [*TEXTS, "a</s>b", "<unk>", "<s> x", " ", "▁ ▁a", "ASSISTANT: Yes", " <", "unk>"])
+def test_the_short_way_to_ids_gives_the_same(text: str, legacy: bool, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(folder_with(tmp_path, legacy=legacy))
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert tokenizer.text_ids(text) == tokenizer(text).input_ids
+
+
 def test_without_a_pad_token_it_is_unk_as_in_llava(tmp_path: Path) -> None:
     assert load_tokenizer(folder_with(tmp_path, pad_token=None)).pad_token_id == 0
 
