@@ -219,22 +219,26 @@ class PixelMaker:
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "images 3 height width"]:
         ready = [square(image, self.colour) if self.pad else image for image in images]
         if self.table is not None:
-            return torch.stack([self.looked_up(image, self.table) for image in ready])
+            side = self.processor.size["shortest_edge"]
+            values = np.empty((len(ready), 3, side, side), dtype=np.float32)
+            for image, into in zip(ready, values, strict=True):
+                self.look_up(image, self.table, into)
+            return torch.from_numpy(values)
         pixels: Tensor = self.processor(ready, return_tensors="pt")["pixel_values"]
         return pixels
 
-    def looked_up(self, image: Image.Image, table: np.ndarray) -> Float[Tensor, "3 height width"]:
+    def look_up(
+        self, image: Image.Image, table: Float[np.ndarray, "3 256"], into: Float[np.ndarray, "3 height width"]
+    ) -> None:
         """What the processor makes of an image, each byte's value taken from a table instead of computed."""
-        side, short = self.processor.size["shortest_edge"], min(image.size)
+        side, short = into.shape[-1], min(image.size)
         width, height = (side if length == short else int(side * length / short) for length in image.size)
         if (width, height) != image.size:
             image = image.resize((width, height), self.processor.resample)
         left, top = (width - side) // 2, (height - side) // 2
         content = np.asarray(image.crop((left, top, left + side, top + side)))
-        pixels = np.empty((3, side, side), dtype=np.float32)
         for channel in range(3):
-            np.take(table[channel], content[:, :, channel], out=pixels[channel], mode="clip")
-        return torch.from_numpy(pixels)
+            np.take(table[channel], content[:, :, channel], out=into[channel], mode="clip")
 
 
 def is_usual(processor: Any) -> bool:

@@ -89,7 +89,7 @@ class Rounds:
         text = self.prompt(alternating(turns))
         ids = token_ids(tokenizer, text, image)
         ids = ids if image else ids[:max_length]
-        labels, total = list(ids), sum(token != tokenizer.pad_token_id for token in ids)
+        labels, total = list(ids), len(ids) - ids.count(tokenizer.pad_token_id)
         shift, place = self.correction(getattr(tokenizer, "legacy", None)), self.begin
         closing = len(token_ids(tokenizer, self.close, False)) if self.close else 0
         labels[:place] = [IGNORE_INDEX] * place
@@ -99,9 +99,8 @@ class Rounds:
                 break
             later = shift if number else 0
             asked = len(token_ids(tokenizer, question + self.answer, image)) - self.own + later
-            masked = range(place, min(place + asked, len(labels)))
-            for position in masked:
-                labels[position] = IGNORE_INDEX
+            end = min(place + asked, len(labels))
+            labels[place:end] = [IGNORE_INDEX] * (end - place)
             place += len(token_ids(tokenizer, part, image)) + later + closing
         labels[place:] = [IGNORE_INDEX] * len(labels[place:])
         if place < max_length and place != total:  # the original's "tokenization mismatch": the sample teaches nothing

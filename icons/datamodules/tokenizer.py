@@ -1,6 +1,7 @@
 """The tokenizer of a model folder, exact where transformers' own conversion of SentencePiece models is not."""
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,18 +29,32 @@ class SentencePieceTokenizer(SentencePieceBackend):
         return pieces
 
     def text_ids(self, text: str) -> list[int]:
-        """`self(text).input_ids`, by a shorter way where the text holds no special token."""
-        if not text or any(token in text for token in self.added_tokens_encoder):
-            return list(self(text).input_ids)
-        if self.legacy:
-            ids = self.sp_model.encode(text)
-        else:
-            ids = self.sp_model.encode(self.unk_token + WORD + text.replace(WORD, " "))[self.unk_pieces :]
+        """`self(text).input_ids`, without the detour by pieces."""
+        encode, added = self.sp_model.encode, self.added_tokens_encoder
+        parts = self.added_pattern.split(text if self.legacy or not text else WORD + text.replace(WORD, " "))
+        ids: list[int] = []
+        for place, part in enumerate(parts):
+            if place % 2:
+                ids.append(added[part])
+            elif part and not self.legacy and part.startswith((WORD, " ")):
+                found = encode(self.unk_token + part)[self.unk_pieces :]
+                ids += [] if place == 0 and len(parts) > 1 and found == [self.word_id] else found
+            elif part:
+                ids += encode(part)
         return self.build_inputs_with_special_tokens(ids)
 
     @cached_property
     def unk_pieces(self) -> int:
         return len(self.sp_model.encode(self.unk_token))
+
+    @cached_property
+    def word_id(self) -> int:
+        return int(self.sp_model.piece_to_id(WORD))
+
+    @cached_property
+    def added_pattern(self) -> re.Pattern[str]:
+        tokens = sorted(self.added_tokens_encoder, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, tokens))})")
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

@@ -44,7 +44,23 @@ def test_after_a_special_token_only_the_old_way_starts_a_new_word(tmp_path: Path
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-@pytest.mark.parametrize("text", [*TEXTS, "a</s>b", "<unk>", "<s> x", " ", "▁ ▁a", "ASSISTANT: Yes", " <", "unk>"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *TEXTS,
+        "a</s>b",
+        "<unk>",
+        "<s> x",
+        " ",
+        "a </s> b</s></s>",
+        "</s>",
+        " </s>a",
+        "▁ ▁a",
+        "ASSISTANT: Yes",
+        " <",
+        "unk>",
+    ],
+)
 def test_the_short_way_to_ids_gives_the_same(text: str, legacy: bool, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(folder_with(tmp_path, legacy=legacy))
     assert isinstance(tokenizer, SentencePieceTokenizer)
