@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil
 
 from icons.datamodules.records import RecordIndex
-from icons.datamodules.templates import CHAT, TEMPLATES, Turn, token_ids
+from icons.datamodules.templates import CHAT, IMAGE_PLACE, TEMPLATES, Turn
 from icons.datamodules.tokenizer import load_tokenizer
 
 IGNORE = -100
@@ -95,12 +95,21 @@ def index_figures(folder: Path, size: float) -> dict[str, tuple[str, str]]:
     return found
 
 
+def slow_ids(tokenizer: Any, text: str) -> list[int]:
+    """LLaVA's `tokenizer_image_token`: the tokenizer itself, called for each part."""
+    parts = [tokenizer(part).input_ids for part in text.split("<image>")]
+    ids = list(parts[0])
+    for part in parts[1:]:
+        ids += [IMAGE_PLACE, *part[1:]]
+    return ids
+
+
 def reference_v1(tokenizer: Any, conversation: list[dict[str, str]]) -> tuple[list[int], list[int]]:
     """LLaVA's `preprocess_v1` in its own steps, on lists."""
     text = CHAT + " "
     for turn in conversation:
         text += f"USER: {turn['value']} " if turn["from"] == "human" else f"ASSISTANT: {turn['value']}</s>"
-    ids = token_ids(tokenizer, text, True)
+    ids = slow_ids(tokenizer, text)
     labels, place = list(ids), 1
     labels[:1] = [IGNORE]
     for number, part in enumerate(text.split("</s>")):
@@ -108,8 +117,8 @@ def reference_v1(tokenizer: Any, conversation: list[dict[str, str]]) -> tuple[li
         if len(pieces) != 2:
             break
         asked, whole = (
-            len(token_ids(tokenizer, pieces[0] + " ASSISTANT: ", True)) - 2,
-            len(token_ids(tokenizer, part, True)),
+            len(slow_ids(tokenizer, pieces[0] + " ASSISTANT: ")) - 2,
+            len(slow_ids(tokenizer, part)),
         )
         asked, whole = (asked - 1, whole - 1) if number and not tokenizer.legacy else (asked, whole)
         labels[place : place + asked] = [IGNORE] * asked
