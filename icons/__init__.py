@@ -57,7 +57,7 @@ HOME = {
     "projected_gradients": "icons.gradients",
     "select": "icons.consensus",
 }
-__all__ = [*HOME, "influence"]  # noqa: PLE0604
+__all__ = [*HOME, "influence"]
 
 
 def __getattr__(name: str) -> Any:

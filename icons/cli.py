@@ -13,6 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import jsonargparse
@@ -92,12 +93,13 @@ def parse(
         usage=" ".join([f"icons {name}", *(word.upper() for word in positional), "[options]"]),
         formatter_class=DashFormatter,
     )
-    parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    parser.add_argument("--config", action="config", help="YAML file with any of these options, or a recipe's name")
     hints = get_type_hints(command)
     for parameter in positional:
         optional = inspect.signature(command).parameters[parameter].default is not inspect.Parameter.empty
-        parser.add_argument(parameter, type=hints[parameter], **({"nargs": "?"} if optional else {}))
+        parser.add_argument(parameter, type=hints[parameter], nargs="?" if optional else None)
     parser.add_function_arguments(command, as_positional=False, skip={*positional, "trainer"})
+    words = shipped_recipes(words)
     words = gather_lists(words, [key for key, hint in hints.items() if accepts(hint, list)])
     words = dashes_to_underscores(spell_flags(words, [key for key, hint in hints.items() if accepts(hint, bool)]))
     if "trainer" not in hints:
@@ -113,6 +115,16 @@ def parse(
 
 def without_config(config: jsonargparse.Namespace) -> dict[str, Any]:
     return {key: value for key, value in vars(config).items() if key not in ("config", "trainer")}
+
+
+def shipped_recipes(words: Sequence[str]) -> list[str]:
+    """`--config NAME` is a recipe of the package (`icons/configs/NAME.yaml`) unless there is a file of that name."""
+    found = list(words)
+    for place, word in enumerate(found[1:], start=1):
+        recipe = Path(__file__).parent / "configs" / f"{word}.yaml"
+        if found[place - 1] == "--config" and not Path(word).exists() and recipe.is_file():
+            found[place] = str(recipe)
+    return found
 
 
 def accepts(hint: Any, kind: type) -> bool:

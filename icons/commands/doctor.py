@@ -20,7 +20,10 @@ from icons.gradients import per_sample_gradients, projected_gradients
 from icons.projection import CountSketch
 from icons.store import GradientStore
 
-PACKAGES = "torch lightning transformers peft torchmetrics numpy zarr numcodecs jsonargparse safetensors".split()
+PACKAGES = (
+    "torch", "lightning", "transformers", "peft", "torchmetrics", "numpy", "zarr", "numcodecs", "jsonargparse",
+    "safetensors",
+)  # fmt: skip
 OPTIONAL = {
     "flash-attn": "flash",
     "bitsandbytes": "quantize",
@@ -125,10 +128,11 @@ def check_store() -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "self-test.zarr"
         store = GradientStore.create(path, num_rows=4, dim=6, dtype="float32", chunk_rows=2, manifest={"format": 1})
-        scalars = {"norm": np.ones(2, np.float32), "loss": np.ones(2, np.float32)}
-        counts = {"tokens": np.ones(2, np.int32), "status": np.ones(2, np.uint8)}
+        one = np.ones(2, np.float32)
+        scalars: dict[str, np.ndarray] = {"norm": one, "loss": one, "tokens": one.astype(np.int32)}
+        scalars["status"] = one.astype(np.uint8)
         for unit in range(2):
-            store.write_unit(unit, {"gradient": rows[2 * unit : 2 * unit + 2], **scalars, **counts})
+            store.write_unit(unit, {"gradient": rows[2 * unit : 2 * unit + 2], **scalars})
         found = GradientStore.open(path).rows(slice(0, 4))
     return None if np.array_equal(found, rows) else f"got {found.tolist()}, expected {rows.tolist()}"
 

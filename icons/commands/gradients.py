@@ -6,10 +6,13 @@ from typing import Any, Literal
 from lightning import Trainer
 from rich.console import Console
 
+from icons.commands.fit import quiet
+from icons.commands.plan import plan_gradients_run
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.extractor import GradientExtractor
 from icons.modules.writer import GradientWriter
+from icons.partition import assign, parse_shard
 from icons.projection import PROJECTORS
 from icons.store import GradientStore, ScoreStore
 
@@ -108,7 +111,6 @@ def gradients(
             raise ValueError(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
-    runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
     datamodule = ConversationDataModule(
         data,
         images,
@@ -118,6 +120,15 @@ def gradients(
         max_tokens=max_tokens,
         num_workers=num_workers,
     )
+    if dry_run:
+        plan = plan_gradients_run(
+            source.folder, source.adapter, datamodule.dataset, target=target, dim=dim, store_dtype=dtype,
+            preconditioner=preconditioner, batch_size=batch_size, max_tokens=max_tokens, model_dtype=model_dtype,
+            attention=attention, quantize=quantize, gradient_checkpointing=gradient_checkpointing,
+            chunk_rows=chunk_rows, shard=shard, trainer=trainer, settings={"data": data, "out": out, "dim": dim},
+        )  # fmt: skip
+        plan.show(console)
+        return 0
     network = source.load(
         target=target,
         dtype=model_dtype,
@@ -130,17 +141,30 @@ def gradients(
         network, PROJECTORS[projector](dim, seed=seed), source.preconditioner(preconditioner, network)
     )
     writer = GradientWriter(
-        out, dtype=dtype, chunk_rows=chunk_rows, codec=codec, shard=shard, retry_failed=retry_failed
+        out,
+        dtype=dtype,
+        chunk_rows=chunk_rows,
+        codec=codec,
+        shard=shard,
+        retry_failed=retry_failed,
+        manifest={"target": target, "warnings": [source.warning] if source.warning else []},
     )
-    runner.callbacks.append(writer)  # type: ignore[attr-defined]
-    runner.predict(extractor, datamodule=datamodule, return_predictions=False)
-    return summary(GradientStore.open(out), strict) if runner.is_global_zero else 0
+    with quiet():
+        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+        runner.callbacks.append(writer)  # type: ignore[attr-defined]
+        runner.predict(extractor, datamodule=datamodule, return_predictions=False)
+    return summary(GradientStore.open(out), strict, shard) if runner.is_global_zero else 0
 
 
-def summary(store: GradientStore | ScoreStore, strict: bool) -> int:
-    """Prints how many rows are done, failed (with their reasons) and missing; the exit status that follows from it."""
+def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:
+    """Prints how many rows are done, failed (with their reasons) and missing; the exit status that follows from it.
+
+    With a shard, what other shards have still to do is not missing.
+    """
     failed = {status.name.lower(): len(rows) for status, rows in store.failed().items()}
     console.print(repr(store), markup=False, highlight=False)
     for reason, count in failed.items():
         console.print(f"[yellow]failed[/] {count:,} rows: {reason}")
-    return int(bool(store.missing()) or (strict and bool(failed)))
+    index, count = (0, 1) if shard is None else parse_shard(shard)
+    missing = set(assign(range(store.partition.num_units), count, index)) & set(store.missing())
+    return int(bool(missing) or (strict and bool(failed)))

@@ -169,7 +169,7 @@ def score(
     if not runner.is_global_zero:
         return 0
     stores = [ScoreStore.open(path) for path in outs]
-    return summary(stores[0] if single else weighted_sum(stores, parts, out), strict)
+    return summary(stores[0] if single else weighted_sum(stores, parts, out), strict, shard)
 
 
 def task_file(value: str) -> tuple[Path, Path | None]:

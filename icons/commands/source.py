@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from icons.datamodules.preprocessing import Preprocessing
 from icons.model_folder import ModelFolder
 from icons.modules.checkpoint import open_warmup
-from icons.modules.model import load_model
+from icons.modules.model import Attention, Dtype, Quantize, Target, load_model
 from icons.modules.warmup import hardly_moved
 from icons.optimizer_state import load_adam_state
 from icons.preconditioner import Preconditioner, Sign
@@ -65,15 +65,23 @@ class ModelSource:
         for name, value in asked.items():
             if getattr(trained, name) != value:
                 raise ValueError(
-                    f"--{name.replace('_', '-')} {value}: the warm-up in {checkpoint} used {getattr(trained, name)!r}, and "
-                    "gradients of differently prepared text do not compare; leave the option out"
+                    f"--{name.replace('_', '-')} {value}: the warm-up in {checkpoint} used {getattr(trained, name)!r}, "
+                    "and gradients of differently prepared text do not compare; leave the option out"
                 )
         losses = warmup.manifest.get("losses") or {}
         warning = hardly_moved(losses.get("before") or {}, losses.get("after") or {})
         return cls(warmup.model_folder, warmup.adapter, trained, optimizer_state or checkpoint, warning)
 
-    def load(self, *, target: str, dtype: str, attention: str, quantize: str | None, **options: Any) -> nn.Module:
-        """The model with its adapter, on the CPU, in eval mode; `target` decides which parameters are differentiated."""
+    def load(
+        self,
+        *,
+        target: Target,
+        dtype: Dtype,
+        attention: Attention,
+        quantize: Quantize | None,
+        **options: Any,
+    ) -> nn.Module:
+        """The model with its adapter, on the CPU, in eval mode; `target` says which parameters are differentiated."""
         return load_model(
             self.folder,
             adapter=self.adapter,
@@ -84,7 +92,9 @@ class ModelSource:
             **options,
         )
 
-    def preconditioner(self, form: str, model: nn.Module) -> Preconditioner | None:
+    def preconditioner(
+        self, form: Literal["adam", "diagonal", "sign", "none"], model: nn.Module
+    ) -> Preconditioner | None:
         """Adam's state for the forms that need one.
 
         Raises:
