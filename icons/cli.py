@@ -119,7 +119,7 @@ def without_config(config: jsonargparse.Namespace) -> dict[str, Any]:
 
 def shipped_recipes(words: Sequence[str]) -> list[str]:
     """`--config NAME` is a recipe of the package (`icons/configs/NAME.yaml`) unless there is a file of that name."""
-    found = list(words)
+    found = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for place, word in enumerate(found[1:], start=1):
         recipe = Path(__file__).parent / "configs" / f"{word}.yaml"
         if found[place - 1] == "--config" and not Path(word).exists() and recipe.is_file():

@@ -93,3 +93,12 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert all(f"  {name} " in text for name in cli.COMMANDS)
     assert cli.main(["--version"]) == 0
+
+
+def test_a_recipe_of_the_package_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = str(Path(cli.__file__).parent / "configs" / "warmup.yaml")
+    assert cli.shipped_recipes(["--config", "warmup", "--out", "warmup"]) == ["--config", recipe, "--out", "warmup"]
+    assert cli.shipped_recipes(["--config=warmup"]) == ["--config", recipe]
+    (tmp_path / "warmup").write_text("")  # a file of that name comes first
+    assert cli.shipped_recipes(["--config", "warmup"]) == ["--config", "warmup"]

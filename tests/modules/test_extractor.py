@@ -79,7 +79,7 @@ def test_fingerprints_follow_the_weights_and_nothing_else() -> None:
     assert (base_fingerprint(one), adapter_fingerprint(one)) == (base_fingerprint(two), adapter_fingerprint(two))
     before = base_fingerprint(two), adapter_fingerprint(two)
     next(p for p in two.parameters() if p.requires_grad).data.view(-1)[0] += 1
-    assert (base_fingerprint(two), adapter_fingerprint(two)[:0]) == (before[0], "")
+    assert base_fingerprint(two) == before[0]
     assert adapter_fingerprint(two) != before[1]
     next(p for p in two.parameters() if not p.requires_grad).data += 1
     assert base_fingerprint(two) != before[0]
