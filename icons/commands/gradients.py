@@ -106,11 +106,7 @@ def gradients(
     )
     if source.warning:
         console.print(f"[yellow]warning:[/] {source.warning}")
-    for flag, value in FIXED.items():
-        if (trainer or {}).get(flag, value) != value:
-            raise ValueError(
-                f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
-            )
+    flags = predict_flags(trainer)
     datamodule = ConversationDataModule(
         data,
         images,
@@ -150,10 +146,24 @@ def gradients(
         manifest={"target": target, "warnings": [source.warning] if source.warning else []},
     )
     with quiet():
-        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+        runner = Trainer(**flags)
         runner.callbacks.append(writer)  # type: ignore[attr-defined]
         runner.predict(extractor, datamodule=datamodule, return_predictions=False)
     return summary(GradientStore.open(out), strict, shard) if runner.is_global_zero else 0
+
+
+def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
+    """The Trainer's flags: ours, then the user's, who may not change those that gradients depend on.
+
+    Raises:
+        ValueError: such a flag is given with another value.
+    """
+    for flag, value in FIXED.items():
+        if (trainer or {}).get(flag, value) != value:
+            raise ValueError(
+                f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
+            )
+    return TRAINER | (trainer or {}) | FIXED
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:

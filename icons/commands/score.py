@@ -10,7 +10,7 @@ from lightning import Trainer
 from rich.console import Console
 from torch import nn
 
-from icons.commands.gradients import FIXED, TRAINER, summary
+from icons.commands.gradients import predict_flags, summary
 from icons.commands.influence import parse
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
@@ -99,11 +99,7 @@ def score(
         strict: exit with 1 when a row failed.
         trainer: flags of Lightning's Trainer.
     """
-    for flag, value in FIXED.items():
-        if (trainer or {}).get(flag, value) != value:
-            raise ValueError(
-                f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
-            )
+    flags = predict_flags(trainer)
     parts = list(weights or [1 / len(checkpoint)] * len(checkpoint))
     states: list[Path | None] = [*optimizer_state] if optimizer_state else [None] * len(checkpoint)
     if len(parts) != len(checkpoint) or len(states) != len(checkpoint):
@@ -145,7 +141,7 @@ def score(
         }
         loading |= {"max_tokens": max_tokens, "num_workers": num_workers}
         kept = task_vectors or out.with_name(out.name + ".tasks")
-        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+        runner = Trainer(**flags)
         vectors = find_vectors(
             runner, model, files, kept if single else kept / str(place), normalize == "exact", loading
         )
@@ -160,7 +156,7 @@ def score(
         datamodule = ConversationDataModule(data, images, **loading)
         writing: dict[str, Any] = {"chunk_rows": chunk_rows, "shard": shard, "retry_failed": retry_failed}
         writing["manifest"] = {"target": target}
-        runner = Trainer(**TRAINER | (trainer or {}) | FIXED)
+        runner = Trainer(**flags)
         if keep_gradients is not None:
             writing["chunk_rows"] = chunk_rows or fitting_chunk_rows(len(datamodule.dataset), dim, dtype)
             runner.callbacks.append(GradientWriter(keep_gradients, dtype=dtype, **writing))  # type: ignore[attr-defined]
