@@ -1,18 +1,17 @@
 """One batched backward pass that hands out each parameter's per-sample gradients, block by block.
 
-Forward hooks on the linear layers that hold trainable weights remember the input `x [B, L, I]`; when the backward pass
-brings the output's gradient `g [B, L, O]`, the per-sample gradient `g^T x [B, O, I]` goes to the receiver and is freed.
-The weights themselves are frozen meanwhile: no batch-summed weight gradient is computed, and no `.grad` is left.
+Taps on the linear layers that hold trainable weights remember the input `x [B, L, I]`; when the backward pass brings
+the output's gradient `g [B, L, O]`, the per-sample gradient `g^T x [B, O, I]` goes to the receiver and is freed. The
+weights themselves are frozen meanwhile: no batch-summed weight gradient is computed, and no `.grad` is left.
 
 What hooks cannot serve (norms, embeddings, convolutions, DoRA, a layer whose input is not laid out as the batch is) is
 differentiated by one backward pass per sample over the same graph: exact, slower, and announced once per model.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,13 +19,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch, model_inputs
+from icons.dropout import refuse_dropout
 from icons.positions import SupervisedPositions
+from icons.tap import NarrowInputs, Tap
+from icons.weight_edges import weight_edges
 
 Receiver = Callable[[str, Tensor], None]  # parameter name, its per-sample gradients [B, *shape] in float32
 
-KNOWN: WeakKeyDictionary[nn.Module, tuple[set[str], set[str]]] = (
-    WeakKeyDictionary()
-)  # per model: slow names, seen names
+
+@dataclass
+class Knowledge:
+    """What the first passes over a model have shown."""
+
+    slow: set[str] = field(default_factory=set)  # parameters that hooks cannot serve
+    seen: set[str] = field(default_factory=set)  # parameters found in their own layers' calls and nowhere else
+    narrow: dict[str, bool] = field(default_factory=dict)  # see NarrowInputs
+    surveyed: bool = False
+
+
+KNOWN: WeakKeyDictionary[nn.Module, Knowledge] = WeakKeyDictionary()
 
 
 class SlowerPathWarning(UserWarning):
@@ -39,21 +50,6 @@ class NotServedError(Exception):
     def __init__(self, names: set[str], reason: str) -> None:
         super().__init__(reason)
         self.names, self.reason = names, reason
-
-
-class Tap(torch.autograd.Function):
-    """The identity; its backward pass shows the saved input and the output's gradient to `see`."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)  # not a closure: so that checkpointing can drop and recompute it
-        ctx.see = see
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ctx.see(ctx.saved_tensors[0], gradients[0])
-        return gradients[0], None, None
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,29 +94,21 @@ def per_sample_blocks(model: nn.Module, batch: Batch, receive: Receiver) -> Floa
         for name, parameter in parameters.items():
             receive(name, torch.zeros(0, *parameter.shape, device=device))
         return torch.zeros(0, device=device)
-    slow, _ = KNOWN.setdefault(model, (set(), set()))
+    known = KNOWN.setdefault(model, Knowledge())
     while True:
-        sweep = Sweep(model, batch, parameters, receive)
         try:
             with torch.enable_grad():
-                return sweep.run()
+                if not known.surveyed:
+                    Sweep(model, batch, parameters, receive).survey()
+                    known.surveyed = True
+                return Sweep(model, batch, parameters, receive).run()
         except NotServedError as found:
-            slow |= found.names
+            known.slow |= found.names
             warnings.warn(
                 f"{len(found.names)} trainable parameters ({min(found.names)}, ...) take one backward pass per sample: "
                 f"{found.reason}",
                 SlowerPathWarning,
                 stacklevel=3,
-            )
-
-
-def refuse_dropout(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
-        if module.training and isinstance(rate, float) and rate > 0:
-            raise ValueError(
-                f"per-sample gradients: {name} drops out at random (rate {rate}), so a row would depend on chance; "
-                "expected eval mode: call model.eval()"
             )
 
 
@@ -130,22 +118,35 @@ class Sweep:
     def __init__(self, model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], receive: Receiver) -> None:
         self.model, self.batch, self.parameters, self.receive = model, batch, parameters, receive
         self.shape = batch["labels"].shape  # [B, L]
-        self.slow, self.seen = KNOWN[model]
+        known = KNOWN[model]
+        self.slow, self.seen = known.slow, known.seen
         self.name_of = {id(parameter): name for name, parameter in parameters.items()}
         self.uses = dict.fromkeys(parameters, 0)  # calls in the forward pass that still owe their gradient
         self.partial: dict[str, Tensor] = {}
         self.sent: set[str] = set()
         self.forward_pass = True
         self.tapping = True
+        self.tapped = [module for module in model.modules() if isinstance(module, nn.Linear) and self.names(module)]
+        self.inputs = NarrowInputs(model, self.tapped, known.narrow)
+        self.positions = SupervisedPositions(model, batch["labels"])  # asked before the weights are frozen
+
+    def survey(self) -> None:
+        """A forward pass for its graph alone: where each weight is used. Keeps no activation: while weights require a
+        gradient, they would be more than those of any pass afterwards."""
+        self.find_unservable()
+        self.inputs.checking = True
+        with self.hooks(), self.frozen(), torch.autograd.graph.saved_tensors_hooks(nothing, nothing):
+            self.find_other_uses(self.forward())
+
+    def forward(self) -> Tensor:
+        with self.positions.narrowed():
+            logits = self.model(**{"use_cache": False} | model_inputs(self.batch)).logits
+        return self.positions.losses(logits)
 
     def run(self) -> Tensor:
         self.find_unservable()
-        positions = SupervisedPositions(self.model, self.batch["labels"])  # before the weights are frozen
         with self.hooks(), self.frozen():
-            with positions.narrowed():
-                logits = self.model(**{"use_cache": False} | model_inputs(self.batch)).logits
-            losses = positions.losses(logits)
-            del logits  # for the graph to hold alone: the largest tensor of the pass
+            losses = self.forward()
             self.forward_pass = False
             self.find_other_uses(losses)
             if self.slow:
@@ -196,11 +197,7 @@ class Sweep:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = [
-            module.register_forward_hook(self.tap)
-            for module in self.model.modules()
-            if isinstance(module, nn.Linear) and self.names(module)
-        ]
+        handles = self.inputs.hooks() + [module.register_forward_hook(self.tap) for module in self.tapped]
         if any(getattr(module, "gradient_checkpointing", False) and module.training for module in self.model.modules()):
             # reentrant checkpointing differentiates nothing unless an input requires a gradient
             embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
@@ -225,6 +222,7 @@ class Sweep:
                 )
             for _, name in names:
                 self.uses[name] += 1
+        kept = self.inputs.of(module, x)
         if not torch.is_grad_enabled():
             return output
         if not output.requires_grad:
@@ -233,7 +231,7 @@ class Sweep:
         def see(x: Tensor, gradient: Tensor) -> None:
             self.arrive(names, x, gradient)
 
-        return Tap.apply(output, x, see)  # type: ignore[no-untyped-call]
+        return Tap.apply(output, kept, see)  # type: ignore[no-untyped-call]
 
     def arrive(self, names: list[tuple[str, str]], x: Tensor, gradient: Tensor) -> None:
         if not self.tapping:
@@ -286,23 +284,8 @@ class Sweep:
                 self.send(name, torch.zeros(len(self.batch["labels"]), *parameter.shape, device=parameter.device))
 
 
-def weight_edges(losses: Tensor) -> Counter[int] | None:
-    """How often the graph of `losses` reads each leaf, by the leaf's id; None if parts of the graph are hidden."""
-    found: Counter[int] = Counter()
-    waiting = [losses.grad_fn] if losses.grad_fn is not None else []
-    known = set(waiting)
-    while waiting:
-        node = waiting.pop()
-        if node.name() == "CheckpointFunctionBackward":
-            return None
-        for follower, _ in node.next_functions:
-            leaf = getattr(follower, "variable", None)
-            if leaf is not None:
-                found[id(leaf)] += 1
-            elif follower is not None and follower not in known:
-                known.add(follower)
-                waiting.append(follower)
-    return found
+def nothing(_: object) -> Tensor:
+    return torch.empty(0)
 
 
 def widen(value: Tensor) -> Tensor:

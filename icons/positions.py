@@ -1,4 +1,4 @@
-"""The positions whose logits count: the output layer sees only those where some row of the batch predicts a token.
+"""The positions whose logits count: the output layer sees only those that predict a supervised token.
 
 In visual instruction data most positions are image or question, whose logits nobody reads; the output layer is a third
 of a small model, and its logits are the largest tensor of any.
@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from icons.batch import IGNORE_INDEX, sample_losses
+from icons.batch import IGNORE_INDEX
+from icons.token_loss import token_losses
 
 
 class SupervisedPositions:
@@ -29,14 +29,12 @@ class SupervisedPositions:
     def __init__(self, model: nn.Module, labels: Int[Tensor, "batch length"]) -> None:
         self.labels = labels
         self.head = output_layer(model)
-        predicting = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero()[:, 0]
-        # the last position predicts nothing; it stands at the end, as in every batch
-        self.kept = torch.cat([predicting, predicting.new_tensor([labels.shape[1] - 1])])
+        self.sample, self.position = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
-        """Inside, the output layer gets `[B, kept, width]` in place of `[B, L, width]`."""
-        if self.head is None or len(self.kept) >= self.labels.shape[1]:
+        """Inside, the output layer gets `[1, supervised, width]` in place of `[B, L, width]`."""
+        if self.head is None or len(self.sample) == 0:
             yield
             return
         handle = self.head.register_forward_pre_hook(self.narrow)
@@ -49,25 +47,29 @@ class SupervisedPositions:
         hidden = args[0] if args else None
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != self.labels.shape:
             return None
-        return (hidden.index_select(1, self.kept.to(hidden.device)), *args[1:])
+        place = (self.sample * hidden.shape[1] + self.position).to(hidden.device)
+        return (hidden.flatten(0, 1).index_select(0, place)[None], *args[1:])
 
-    def losses(self, logits: Float[Tensor, "batch positions vocab"]) -> Float[Tensor, " batch"]:
-        """The samples' losses from narrowed or whole logits.
+    def losses(self, logits: Float[Tensor, "rows positions vocab"]) -> Float[Tensor, " batch"]:
+        """The samples' losses from narrowed or whole logits, as `icons.batch.sample_losses` has them.
 
         Raises:
             ValueError: the logits have another number of positions.
         """
         if logits.shape[:2] == self.labels.shape:
-            return sample_losses(logits, self.labels)
-        if logits.shape[:2] != (len(self.labels), len(self.kept)) or self.head is None:
+            rows = logits[self.sample, self.position]
+        elif logits.shape[:2] == (1, len(self.sample)) and self.head is not None:
+            rows = logits[0]
+        else:
             raise ValueError(
                 f"per-sample gradients: the model's logits have shape {tuple(logits.shape)} for labels of shape "
                 f"{tuple(self.labels.shape)}; expected one position per label: expand image positions in input_ids"
             )
-        # sample_losses shifts: the label of kept position k is looked for at k + 1
-        following = self.labels[:, self.kept[:-1] + 1]
-        first = following.new_full((len(following), 1), IGNORE_INDEX)
-        return sample_losses(logits, torch.cat([first, following], dim=1))
+        following = self.labels[:, 1:].to(rows.device)
+        loss = token_losses(rows, following[self.sample, self.position])
+        # every position is written once, so that the sum is deterministic on CUDA too (index_add is not)
+        per_position = loss.new_zeros(following.shape).index_put((self.sample, self.position), loss)
+        return per_position.sum(dim=1) / (following != IGNORE_INDEX).sum(dim=1).clamp(min=1)
 
 
 def output_layer(model: nn.Module, trained: bool = False) -> nn.Module | None:

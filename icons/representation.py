@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch, model_inputs
-from icons.capture import refuse_dropout
+from icons.dropout import refuse_dropout
 from icons.positions import SupervisedPositions, output_layer
 
 

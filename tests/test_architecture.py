@@ -19,7 +19,11 @@ LAYERS = [
     {
         "gradients",
         "capture",
+        "tap",
+        "dropout",
+        "weight_edges",
         "positions",
+        "token_loss",
         "representation",
         "preconditioner",
         "projection",

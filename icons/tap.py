@@ -1,0 +1,72 @@
+"""The tap: shows a layer's input and its output's gradient, and keeps no more of the input than it must."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Tap(torch.autograd.Function):
+    """The identity; its backward pass shows the saved input and the output's gradient to `see`."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)  # not a closure: so that checkpointing can drop and recompute it
+        ctx.see = see
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.see(ctx.saved_tensors[0], gradients[0])
+        return gradients[0], None, None
+
+
+class NarrowInputs:
+    """Inputs as they were before an adapter widened them to its own dtype.
+
+    PEFT casts a bfloat16 layer's input to the float32 of its adapter, once for q, k, v each, gate and up: kept for the
+    backward pass, these copies would be more than a third of all activations. The layer's own input, which the copies
+    share, has the same values in half the bytes. That they are the same is checked, for each layer, in the first pass.
+
+    Args:
+        model: whose layers are tapped.
+        tapped: the linear layers.
+        equal: by name, whether a layer was found to get nothing but its owner's input; learnt while `checking`.
+    """
+
+    def __init__(self, model: nn.Module, tapped: list[nn.Linear], equal: dict[str, bool]) -> None:
+        self.equal, self.checking = equal, False
+        self.given: tuple[nn.Module, Tensor] | None = None  # one alone: no tensor lives longer for it
+        modules = dict(model.named_modules())
+        wanted = set(tapped)
+        self.name = {module: name for name, module in modules.items() if module in wanted}
+        self.owner = {module: enclosing(modules, name) for module, name in self.name.items()}
+
+    def hooks(self) -> list[Any]:
+        """Registers what remembers the owners' inputs; the handles."""
+        return [owner.register_forward_pre_hook(self.remember) for owner in set(self.owner.values())]
+
+    def remember(self, owner: nn.Module, args: tuple[Any, ...]) -> None:
+        self.given = (owner, args[0]) if args and isinstance(args[0], Tensor) else None
+
+    def of(self, module: nn.Linear, x: Tensor) -> Tensor:
+        """What to keep of `module`'s input: `x`, or the narrower tensor of the same values."""
+        if self.given is None or self.given[0] is not self.owner[module]:
+            return x
+        narrow, name = self.given[1], self.name[module]
+        if narrow.shape != x.shape or not narrow.is_floating_point() or narrow.element_size() >= x.element_size():
+            return x
+        if self.checking:
+            same = torch.allclose(narrow.to(x.dtype), x, rtol=0, atol=0, equal_nan=True)
+            self.equal[name] = same and self.equal.get(name, True)
+        return narrow if self.equal.get(name, False) else x
+
+
+def enclosing(modules: dict[str, nn.Module], name: str) -> nn.Module:
+    """The nearest module around `name` that is called itself: not a list or dict of modules."""
+    while name:
+        name = name.rpartition(".")[0]
+        if not isinstance(modules[name], nn.ModuleDict | nn.ModuleList):
+            return modules[name]
+    return modules[""]
