@@ -277,8 +277,8 @@ Template = Callable[[Any, Sequence[Turn], bool, int], Tokens]
 TEMPLATES: dict[str, Template] = {
     "v1": Rounds(v1_prompt, by_eos, " ASSISTANT: ", 1, 2, lambda legacy: -1 if legacy is False else 0),
     "llama_2": Rounds(llama_2_prompt, by_eos, "[/INST] ", 1, 2, lambda legacy: 0),
-    # as LLaVA-MPT was trained (v1.1); later versions of the original leave each round's end out of the count, so that
-    # every sample is a "mismatch" and none is supervised
+    # as LLaVA-MPT was trained (llava/train/train.py up to v1.1.3); from v1.2 on the original leaves each round's end
+    # out of its count, so that every sample is a "mismatch" and none is supervised
     "mpt": Rounds(
         mpt_prompt, mpt_rounds, "<|im_end|><|im_start|>assistant\n", 0, 0, lambda legacy: 0, close="<|im_end|>"
     ),

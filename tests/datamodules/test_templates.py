@@ -15,6 +15,7 @@ from icons.datamodules.tokenizer import SentencePieceTokenizer
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN: dict[str, Any] = json.loads((DATA / "golden_llava_masks_tinysp.json").read_text())
 NAMES = {"v1": "v1", "llava_llama_2": "llama_2", "plain": "plain"}
+MPT: dict[str, Any] = json.loads((DATA / "golden_llava_mpt_masks_bytes.json").read_text())
 ROWS = [(run, case) for run, found in GOLDEN.items() for case in found["cases"]]
 
 
@@ -71,6 +72,25 @@ def test_mpt_supervises_answer_and_end(tokenizer: PreTrainedTokenizerFast) -> No
     assert supervised(tokenizer, ids, labels) == "A dog.<|im_end|>Yes<|im_end|>"
     assert tokenizer.decode(ids[: ids.index(IMAGE_PLACE)]) == system + "<|im_start|>user\n"
     assert labels[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("case", MPT)
+def test_golden_row_of_mpt(case: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """What `preprocess_mpt` of LLaVA v1.1.3 (of its first version for rows without an image) gives for this tokenizer.
+
+    Later versions supervise no token of any of these conversations.
+    """
+    row = GOLDEN["tinysp|v1|reorder=True|max2048"]["cases"][case]
+    turns = turns_of(row["conversations"], reorder=row["has_image"])
+    ids, labels = TEMPLATES["mpt"](tokenizer, turns, row["has_image"], 2048)
+    assert len(ids) == MPT[case]["num_ids"]
+    assert [place for place, token in enumerate(ids) if token == IMAGE_PLACE] == (
+        [MPT[case]["image_place"]] if row["has_image"] else []
+    )
+    expected = [IGNORE_INDEX] * len(ids)
+    for begin, end in MPT[case]["supervised"]:
+        expected[begin:end] = ids[begin:end]
+    assert labels == expected
 
 
 def test_a_count_that_does_not_add_up_supervises_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
