@@ -5,11 +5,11 @@ DeepSpeed keeps trained parameters and their moments as flat vectors, cut over t
 - ZeRO-1 and 2: the parameters of a group lie one after the other in one vector, which is cut into equal parts, one per
   rank, after padding its end.
 - ZeRO-3: each parameter is cut over the ranks by itself, each part padded to `ceil(numel / ranks)`; a rank's parts lie
-  one after the other, and are cut again into sub-groups.
+  one after the other, a vector per sub-group (some of a group's parameters; all of them by default).
 
-Names and shapes are in the model states' `param_shapes`, one table per group that is not empty. (`param_slice_mappings`
-is not used: with round-robin gradients it names the wrong slices.) Source: deepspeed/runtime/zero/stage_1_and_2.py,
-stage3.py and utils/zero_to_fp32.py.
+Names and shapes are in the model states' `param_shapes`, in the order of the vectors: one table per group that is not
+empty, in ZeRO-3 per sub-group. (`param_slice_mappings` is not used: with round-robin gradients it names the wrong
+slices.) Source: deepspeed/runtime/zero/stage_1_and_2.py, stage3.py, bf16_optimizer.py and utils/zero_to_fp32.py.
 """
 
 import math
@@ -82,6 +82,8 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
             '"zero_optimization": {"elastic_checkpoint": false}'
         )
     members = [group["params"] for group in inner[0]["param_groups"] if group["params"]]
+    if stage == 3 and len(groups) == sum(map(len, members)):  # stage 3 names parameters by sub-group
+        members = [[part] for group in members for part in group]
     if len(members) != len(groups):
         raise ValueError(f"{folder}: has {len(members)} optimizer groups and names for {len(groups)}; expected as many")
     settings = {(tuple(group["betas"]), group["eps"]) for group in inner[0]["param_groups"] if "betas" in group}
