@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -138,6 +140,20 @@ def read_config(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder / 'config.json'}: not valid JSON ({error}); download the folder again") from None
+
+
+@contextmanager
+def own_code(folder: Path) -> Iterator[None]:
+    """Around what transformers loads: code of a folder's own that is not to be run is refused in one line."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder}: needs code that comes with it, which is run only when asked for; read it, then give "
+            "--trust-remote-code"
+        ) from None
 
 
 def says_llava(config: dict[str, Any]) -> dict[str, Any] | None:

@@ -115,13 +115,15 @@ def gradients(
         batch_size=batch_size,
         max_tokens=max_tokens,
         num_workers=num_workers,
+        trust_remote_code=trust_remote_code,
     )
     if dry_run:
         plan = plan_gradients_run(
             source.folder, source.adapter, datamodule.dataset, target=target, dim=dim, store_dtype=dtype,
             preconditioner=preconditioner, batch_size=batch_size, max_tokens=max_tokens, model_dtype=model_dtype,
             attention=attention, quantize=quantize, gradient_checkpointing=gradient_checkpointing,
-            chunk_rows=chunk_rows, shard=shard, trainer=trainer, settings={"data": data, "out": out, "dim": dim},
+            trust_remote_code=trust_remote_code, chunk_rows=chunk_rows, shard=shard, trainer=trainer,
+            settings={"data": data, "out": out, "dim": dim},
         )  # fmt: skip
         plan.show(console)
         return 0

@@ -139,6 +139,7 @@ def plan_gradients_run(
     attention: str,
     quantize: str | None,
     gradient_checkpointing: bool,
+    trust_remote_code: bool,
     chunk_rows: int | None,
     shard: str | None,
     trainer: Mapping[str, Any] | None,
@@ -153,7 +154,8 @@ def plan_gradients_run(
         settings: what to show as resolved settings.
     """
     lora = None if adapter is None else lora_settings(adapter)
-    size_of_model = ModelSize.of(empty_model(folder, lora=lora, target=target), folder.image_tokens)
+    empty = empty_model(folder, lora=lora, target=target, trust_remote_code=trust_remote_code)
+    size_of_model = ModelSize.of(empty, folder.image_tokens)
     num_rows = len(dataset)
     dtype = (
         ("bfloat16" if torch.cuda.is_available() else "float32") if model_dtype in ("auto", "stored") else model_dtype

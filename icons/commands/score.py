@@ -55,6 +55,7 @@ def score(
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
     quantize: Literal["4bit", "8bit"] | None = None,
     gradient_checkpointing: bool = False,
+    trust_remote_code: bool = False,
     num_workers: int = 0,
     shard: str | None = None,
     retry_failed: bool = False,
@@ -93,6 +94,7 @@ def score(
         attention: attention kernel; flash_attention_2 needs the extra `flash`.
         quantize: base weights in 4 or 8 bits; needs the extra `quantize`.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        trust_remote_code: run code that comes with the model folder.
         num_workers: processes that read and decode ahead.
         shard: I/N: only this share of the units, without any communication (array jobs); I counts from 0.
         retry_failed: also compute the rows that failed before.
@@ -133,13 +135,14 @@ def score(
             attention=attention,
             quantize=quantize,
             gradient_checkpointing=gradient_checkpointing,
+            trust_remote_code=trust_remote_code,
         )
         loading: dict[str, Any] = {
             "model_folder": source.folder,
             "preprocessing": source.preprocessing,
             "batch_size": batch_size,
         }
-        loading |= {"max_tokens": max_tokens, "num_workers": num_workers}
+        loading |= {"max_tokens": max_tokens, "num_workers": num_workers, "trust_remote_code": trust_remote_code}
         kept = task_vectors or out.with_name(out.name + ".tasks")
         runner = Trainer(**flags)
         vectors = find_vectors(

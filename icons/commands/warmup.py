@@ -132,6 +132,7 @@ def warmup(
         num_workers=num_workers,
         tasks=tasks,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
     num_rows = len(datamodule.dataset)
     rows, held = draw(num_rows, fraction, min_rows, 0.0 if tasks else held_out, seed)
@@ -149,7 +150,8 @@ def warmup(
     if len(rows) > math.ceil(fraction * num_rows):
         say(f"[yellow]{fraction:.1%} of {num_rows:,} rows is little to learn from: taking {share}[/] (--min-rows)")
     if dry_run:
-        size = ModelSize.of(empty_model(folder, lora=lora, target=target), folder.image_tokens)
+        empty = empty_model(folder, lora=lora, target=target, trust_remote_code=trust_remote_code)
+        size = ModelSize.of(empty, folder.image_tokens)
         lengths = datamodule.dataset.lengths(evenly(rows))
         load = Workload(lengths, batch_size, None, computed_in, quantize, attention, gradient_checkpointing)
         work = {"num_rows": len(rows), "ranks": ranks, "accumulate": accumulate, "epochs": epochs}

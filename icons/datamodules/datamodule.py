@@ -60,6 +60,7 @@ class ConversationDataModule(LightningDataModule):
         self.rows, self.tasks, self.held_out, self.seed = rows, dict(tasks or {}), held_out, seed
         self.trust_remote_code = trust_remote_code
         self.dataset = self.make_dataset(data, images)
+        self.preprocessing = self.dataset.preprocessing  # with the template that "auto" has become
         self.plan: UnitPlan | None = None
 
     def make_dataset(self, data: Path, images: Path | None) -> ConversationDataset:

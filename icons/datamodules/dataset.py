@@ -1,6 +1,7 @@
 """ConversationDataset: a record -> tokens, labels and pixels; a batch of them -> tensors."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         records: the data file.
         images: image folder or archive.
         folder: the model that the samples are for: its tokenizer, and how many positions an image takes.
-        preprocessing: template, length and image handling.
+        preprocessing: template, length and image handling; the attribute of this name has the template that "auto" is.
         trust_remote_code: whether tokenizer and processor may be code of the model's folder.
 
     Raises:
@@ -45,9 +46,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         preprocessing: Preprocessing,
         trust_remote_code: bool = False,
     ) -> None:
-        self.records, self.folder, self.preprocessing = records, folder, preprocessing
-        self.images = ImageSource(images)
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
+        self.records, self.folder, self.preprocessing = records, folder, replace(preprocessing, template=name)
+        self.images = ImageSource(images)
         if name not in TEMPLATES:
             raise ValueError(f"template {name!r}; expected auto or one of {', '.join(TEMPLATES)}")
         self.template, self.processor, self.pixels = TEMPLATES[name], None, None

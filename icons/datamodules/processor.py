@@ -1,5 +1,6 @@
 """Samples for any Hugging Face image-text model: its own processor writes the prompt and expands the images."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from icons.batch import IGNORE_INDEX, Status
 from icons.datamodules.images import FailedRowError
 from icons.datamodules.templates import IMAGE, TemplateError, Turn, alternating, answer_end, rendered
+from icons.model_folder import own_code
 
 
 class ProcessorSamples:
@@ -28,7 +31,7 @@ class ProcessorSamples:
     """
 
     def __init__(self, folder: Path, image_token_id: int | None, trust_remote_code: bool = False) -> None:
-        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        self.processor = load_processor(folder, trust_remote_code)
         self.tokenizer = self.processor.tokenizer
         self.image_token_id = image_token_id
 
@@ -111,6 +114,49 @@ class ProcessorSamples:
     def plain(self, text: str) -> list[int]:
         """Ids of a text whose images are not expanded."""
         return list(self.tokenizer(text, add_special_tokens=not self.begins(text)).input_ids)
+
+
+def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The folder's processor. One that reads videos too is loaded without that part where torchvision is missing.
+
+    Raises:
+        ValueError: it needs a package that is not installed, or code of the folder's own.
+
+    Warns:
+        UserWarning: the part for videos is left out.
+    """
+    try:
+        with own_code(folder):
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        if "torchvision" in reason.lower():
+            try:
+                return images_only(folder, trust_remote_code)
+            except (ImportError, TypeError, KeyError):
+                pass
+        raise ValueError(f"{folder}: its processor needs a package that is not installed ({reason})") from None
+
+
+def images_only(folder: Path, trust_remote_code: bool) -> Any:
+    """A processor without its part for videos, which transformers has for torchvision alone."""
+    kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))]
+    processor = type(kind.__name__, (ImagesOnly, kind), {}).from_pretrained(folder)  # type: ignore[attr-defined]
+    warnings.warn(
+        f"{folder}: {kind.__name__} works without its part for videos, and on images with pillow: torchvision is not "
+        "installed; install it, or leave it out, for all stages alike: its pixel values differ a little",
+        UserWarning,
+        stacklevel=2,
+    )
+    return processor
+
+
+class ImagesOnly:
+    """Put before a processor's class: its parts are those of the class, but for videos."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return [name for name in super().get_attributes() if name != "video_processor"]  # type: ignore[misc]
 
 
 def content(text: str) -> list[dict[str, str]]:

@@ -9,6 +9,8 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
+from icons.model_folder import own_code
+
 WORD = "▁"
 
 
@@ -69,11 +71,13 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 
     Raises:
         FileNotFoundError: the folder holds no tokenizer.
+        ValueError: the tokenizer is code of the folder's own, which is not trusted.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{folder}: no tokenizer there; expected tokenizer.model or tokenizer.json")
     if not (folder / "tokenizer.model").is_file() or is_other(folder):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        with own_code(folder):
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     settings = read_settings(folder)
     tokens = {name: content(settings.get(name, default)) for name, default in SPECIAL.items()}
     make: Any = SentencePieceTokenizer

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-NO_IMAGE = ("", "None", "none", "nan")  # Cambrian's rule
+from icons.datamodules.images import FailedRowError, names_of
 
 
 class TrainingSampler(Sampler[list[int]]):
@@ -123,9 +123,9 @@ def modality_and_length(records: Any, rows: Sequence[int]) -> tuple[list[bool], 
     for row in rows:
         try:
             record = records[row]
-            with_image.append("image" in record and str(record["image"]) not in NO_IMAGE)
+            with_image.append(bool(names_of(record.get("image"))))
             words.append(sum(len(turn["value"].split()) for turn in record["conversations"]))
-        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except (FailedRowError, msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
             with_image[len(words) :] = [False]
             words.append(0)
     return with_image, words

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from icons.model_folder import ModelFolder, read_config
+from icons.model_folder import ModelFolder, own_code, read_config
 from icons.modules.llava import assemble
 from icons.modules.lora import merge_into, non_lora_tensors
 from icons.modules.tensor_files import find_tensors, read_tensors
@@ -34,7 +34,7 @@ SHOWN = 3
 
 
 def load_huggingface(folder: ModelFolder, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
-    with quiet():
+    with quiet(), own_code(folder.model):
         return pretrained(AUTO[folder.kind], folder.model, dtype=dtype, **options)
 
 

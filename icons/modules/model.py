@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from icons.model_folder import ModelFolder
+from icons.model_folder import ModelFolder, own_code
 from icons.modules.base_model import AUTO, PROJECTOR, language_config, load_huggingface, load_original
 from icons.modules.llava import Llava, assemble
 from icons.modules.lora import NON_LORA, LoraSettings, adapter_file, add_lora, load_adapter, non_lora_tensors
@@ -71,13 +71,13 @@ def load_model(
         raise ValueError("load_model: got both an adapter and settings for a fresh one; give one of them")
     check_attention(attention)
     options: dict[str, Any] = {"attn_implementation": attention, "quantization_config": quantization(quantize, dtype)}
-    options |= {"trust_remote_code": True} if trust_remote_code else {}
     if adapter is not None:
         refuse_merged(folder.model, adapter)
     if folder.layout == "original":
         model = load_original(folder, adapter, torch_dtype(dtype), options)
     else:
-        model = load_huggingface(folder, torch_dtype(dtype), options)
+        # said in so many words: by default transformers asks, and waits, where there is a terminal
+        model = load_huggingface(folder, torch_dtype(dtype), options | {"trust_remote_code": trust_remote_code})
     return prepare(model, folder, adapter, lora, target, gradient_checkpointing)
 
 
@@ -97,8 +97,9 @@ def empty_model(
                 LlamaForCausalLM(language_config(folder)), tower, folder.select_layer, folder.select_feature
             )
         else:
-            remote = {"trust_remote_code": True} if trust_remote_code else {}
-            config = AutoConfig.from_pretrained(folder.model, **remote)
+            remote = {"trust_remote_code": trust_remote_code}
+            with own_code(folder.model):
+                config = AutoConfig.from_pretrained(folder.model, **remote)
             llava = folder.kind == "llava"
             model = LlavaForConditionalGeneration(config) if llava else AUTO[folder.kind].from_config(config, **remote)
         return prepare(model, folder, None, lora, target, gradient_checkpointing=False)

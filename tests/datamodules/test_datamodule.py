@@ -75,7 +75,7 @@ def test_validation_has_one_loader_per_task_and_one_for_the_held_out(data: Path,
 def test_the_manifests_part_names_data_and_preprocessing(data: Path, text_folder: Path) -> None:
     described = module(data, text_folder, preprocessing=Preprocessing(max_length=99)).describe()
     assert described["data"]["num_rows"] == ROWS
-    assert described["preprocessing"] == {"template": "auto", "max_length": 99, "preset": "llava-train"}
+    assert described["preprocessing"] == {"template": "chat", "max_length": 99, "preset": "llava-train"}, "not auto"
     before = described["data"]["fingerprint"]
     data.write_text(data.read_text().replace("answer 3", "answer 4"))
     assert module(data, text_folder).describe()["data"]["fingerprint"] != before
