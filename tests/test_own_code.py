@@ -75,7 +75,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="another reason"), own_code(tmp_path):
         raise ValueError("another reason")
     with (
-        pytest.raises(ValueError, match="needs code that comes with it.* give --trust-remote-code"),
+        pytest.raises(ValueError, match=r"needs code that comes with it.* give --trust-remote-code"),
         own_code(tmp_path),
     ):
         raise ValueError("Please pass the argument `trust_remote_code=True`")

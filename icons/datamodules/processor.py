@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,13 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         with own_code(folder):
             return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         reason = " ".join(str(error).split())
         if "torchvision" in reason.lower():
-            try:
+            with suppress(ImportError, ValueError, TypeError, KeyError):
                 return images_only(folder, trust_remote_code)
-            except (ImportError, TypeError, KeyError):
-                pass
+        elif isinstance(error, ValueError):
+            raise
         raise ValueError(f"{folder}: its processor needs a package that is not installed ({reason})") from None
 
 
