@@ -122,7 +122,7 @@ def shipped_recipes(words: Sequence[str]) -> list[str]:
     found = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     for place, word in enumerate(found[1:], start=1):
         recipe = Path(__file__).parent / "configs" / f"{word}.yaml"
-        if found[place - 1] == "--config" and not Path(word).exists() and recipe.is_file():
+        if found[place - 1] == "--config" and not Path(word).is_file() and recipe.is_file():
             found[place] = str(recipe)
     return found
 

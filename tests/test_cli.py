@@ -102,3 +102,12 @@ def test_a_recipe_of_the_package_is_found_by_name(tmp_path: Path, monkeypatch: p
     assert cli.shipped_recipes(["--config=warmup"]) == ["--config", recipe]
     (tmp_path / "warmup").write_text("")  # a file of that name comes first
     assert cli.shipped_recipes(["--config", "warmup"]) == ["--config", "warmup"]
+
+
+def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`icons warmup --config warmup --out warmup`, run again, has a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "warmup").mkdir()
+    assert cli.shipped_recipes(["--config", "warmup"])[1].endswith("configs/warmup.yaml")
+    (tmp_path / "select").write_text("fraction: 0.3\n")
+    assert cli.shipped_recipes(["--config", "select"])[1] == "select"

@@ -118,7 +118,7 @@ def test_gradients(workplace: Path, recipe: str, model: str) -> None:
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 128, "target_modules": ["q_proj", "v_proj"]}))
     same = ("target", "dim", "preconditioner", "batch_size", "max_tokens", "model_dtype", "attention", "quantize",
-            "gradient_checkpointing", "chunk_rows", "shard", "trainer")  # fmt: skip
+            "gradient_checkpointing", "trust_remote_code", "chunk_rows", "shard", "trainer")  # fmt: skip
     plan = plan_gradients_run(
         ModelFolder.open(**parts),
         adapter,
