@@ -1,13 +1,12 @@
 """Measures the store against plain files, in one run: `python scripts/bench_store.py` (2 GB of disk and of memory).
 
 Prints a table: measured, the figure to reach, the machine. `--rows 4096 --resume-rows 20000 --scaling-rows 64` is a
-quick look.
+quick look; `--gradients demo/train.zarr` (the store that `icons demo` makes) adds what compression does to real rows.
 """
 
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -16,19 +15,32 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import zarr
 from lightning import LightningDataModule, LightningModule, Trainer
 from rich.console import Console
 from rich.table import Table
+from torch.nn.functional import cosine_similarity
+from zarr.registry import get_codec_class
+from zarr.storage import MemoryStore
 
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.modules.writer import GradientWriter
+from icons.projection import CountSketch
 from icons.store import GradientStore
+from icons.store.encoding import FIELDS, encode_rows
 from icons.store.unit_writer import UnitWriter
 
 DIM, BATCH_ROWS, REPEATS = 5120, 64, 5
+CHUNK_ROWS = 1024  # the default for 65,536 rows; for fewer it would be smaller, and so would be the memory
+CODECS: list[dict[str, Any]] = [
+    {"name": "blosc", "configuration": {"cname": "lz4", "clevel": 5, "shuffle": "shuffle", "typesize": 2}},
+    {"name": "blosc", "configuration": {"cname": "zstd", "clevel": 5, "shuffle": "bitshuffle", "typesize": 2}},
+    {"name": "zstd", "configuration": {"level": 3}},
+]
 
 
 def main() -> None:
@@ -36,6 +48,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=65536)
     parser.add_argument("--resume-rows", type=int, default=1_000_000)
     parser.add_argument("--scaling-rows", type=int, default=2048)
+    parser.add_argument("--gradients", help="a float16 gradient store, to be compressed")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: a temporary folder here")
     parser.add_argument("--measure", choices=["memory", "ranks"], help=argparse.SUPPRESS)
     parser.add_argument("--devices", type=int, default=1, help=argparse.SUPPRESS)
@@ -57,14 +70,21 @@ def report(given: argparse.Namespace, folder: Path) -> None:
     write, read = against_plain_files(folder, given.rows)
     table.add_row("writing through the writer / tofile with fsync", f"{write:.2f}", "<= 1.5")
     table.add_row("reading in units / fromfile", f"{read:.2f}", "<= 1.5")
-    one, two = (rows_per_second(folder, given.scaling_rows, devices) for devices in (1, 2))
+    one, two, apart = scaling(folder, given.scaling_rows)
     table.add_row(f"two ranks / one rank ({two:.0f} / {one:.0f} rows a second)", f"{two / one:.2f}", ">= 1.85")
+    table.add_row("two unrelated runs side by side / one: what this machine has to give", f"{apart / one:.2f}", "")
     table.add_row(f"resume of a finished store, {given.resume_rows:,} rows", f"{resume(folder, given):.2f} s", "<= 3 s")
-    small, large = (peak_megabytes(folder, rows) for rows in (given.rows // 2, given.rows))
-    table.add_row("memory of the writer, half the rows and all", f"{small:.0f}, {large:.0f} MB", "the same")
-    console = Console(width=110)
-    console.print(table)
-    machine = f"{platform.node()}, {platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}"
+    memory = ", ".join(f"{peak_megabytes(folder, rows):.0f}" for rows in (given.rows // 2, given.rows))
+    table.add_row("memory of the writer, half the rows and all", f"{memory} MB", "the same")
+    table.add_row("int8: error added to a cosine / the projection's own", f"{int8_error():.3f}", "< 1")
+    for codec in CODECS if given.gradients else []:
+        ratio, packed, unpacked = compression(GradientStore.open(given.gradients), codec)
+        name = f"{codec['name']} {codec['configuration'].get('cname', '')}".strip()
+        table.add_row(f"{name}: bytes left, MB/s in, MB/s out", f"{ratio:.2f}, {packed:.0f}, {unpacked:.0f}", "")
+    (console := Console(width=110)).print(table)
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    busy = " ".join(f"{load:.1f}" for load in os.getloadavg())
+    machine = f"{model.partition(': ')[2]}, {os.cpu_count()} cores, load {busy}, {time.strftime('%Y-%m-%d')}"
     console.print(f"{machine}: best of {REPEATS}")
 
 
@@ -74,9 +94,10 @@ def against_plain_files(folder: Path, rows: int) -> tuple[float, float]:
     whole = np.concatenate([batch.astype(np.float16)] * (rows // BATCH_ROWS))
     times: dict[str, list[float]] = {"write plain": [], "write": [], "read plain": [], "read": []}
     for _ in range(REPEATS):
-        for name in ("plain", "store"):
-            remove(folder / name)
+        # each is removed just before it is written again, so that both find the page cache in the same state
+        remove(folder / "plain")
         times["write plain"].append(seconds(lambda: write_plain(folder / "plain", whole)))
+        remove(folder / "store")
         times["write"].append(seconds(lambda: write_store(folder / "store", rows, batch)))
         store = GradientStore.open(folder / "store")
         times["read plain"].append(seconds(lambda: np.fromfile(folder / "plain", np.float16)))
@@ -96,7 +117,7 @@ def write_plain(path: Path, whole: np.ndarray) -> None:
 
 def write_store(path: Path, rows: int, batch: np.ndarray) -> None:
     """All rows through the writer, in batches as `Trainer.predict` brings them."""
-    writer = UnitWriter(GradientStore.create(path, num_rows=rows, dim=DIM))
+    writer = UnitWriter(GradientStore.create(path, num_rows=rows, dim=DIM, chunk_rows=CHUNK_ROWS))
     ones = np.ones(BATCH_ROWS, np.float32)
     results = {"gradient": batch, "norm": ones, "loss": ones, "tokens": ones, "status": ones}
     for start in range(0, rows, BATCH_ROWS):
@@ -132,7 +153,7 @@ def resume(folder: Path, given: argparse.Namespace) -> float:
 
 def peak_megabytes(folder: Path, rows: int) -> float:
     remove(folder / "memory")
-    return float(in_child("memory", folder / "memory", rows))
+    return float(ended(start_child("memory", folder / "memory", rows)))
 
 
 def print_memory(path: Path, rows: int) -> None:
@@ -151,16 +172,26 @@ def resident(field: str) -> int:
     return int(line.split()[1])
 
 
-def rows_per_second(folder: Path, rows: int, devices: int) -> float:
-    """Of a computation that keeps one thread busy, from the first batch to the last stored unit, on all ranks."""
-    remove(folder / "ranks")
-    in_child("ranks", folder / "ranks", rows, devices)
-    times = [json.loads(file.read_text()) for file in folder.glob("ranks.rank*.json")]
-    assert len(times) >= devices
-    spans = times[:devices]
-    for file in folder.glob("ranks.rank*.json"):
-        file.unlink()
-    return rows / (max(end for _, end in spans) - min(start for start, _ in spans))
+def scaling(folder: Path, rows: int) -> tuple[float, float, float]:
+    """Rows per second: of one rank, of two, and of two runs that know nothing of each other; best of three in turn."""
+    found = [[rows_per_second(folder, rows, *layout) for layout in ((1, 1), (2, 1), (1, 2))] for _ in range(3)]
+    print({"one, two, apart": [[round(speed) for speed in speeds] for speeds in found]}, file=sys.stderr)
+    one, two, apart = (max(speeds) for speeds in zip(*found, strict=True))
+    return one, two, apart
+
+
+def rows_per_second(folder: Path, rows: int, devices: int, runs: int) -> float:
+    """Of a computation that keeps one thread busy, from the first batch to the last stored unit, of all runs."""
+    paths = [folder / f"ranks{run}" for run in range(runs)]
+    for path in paths:
+        remove(path)
+    for child in [start_child("ranks", path, rows // runs, devices) for path in paths]:
+        ended(child)
+    speed = 0.0
+    for path in paths:
+        spans = [json.loads(path.with_name(f"{path.name}.rank{rank}.json").read_text()) for rank in range(devices)]
+        speed += rows / runs / (max(end for _, end in spans) - min(start for start, _ in spans))
+    return speed
 
 
 class Rows(LightningDataModule):
@@ -202,29 +233,59 @@ class Busy(LightningModule):
 def predict(path: Path, rows: int, devices: int) -> None:
     torch.set_num_threads(1)
     writer = GradientWriter(path, dim=DIM, chunk_rows=64, manifest={})
-    flags = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
+    flags: dict[str, Any] = dict.fromkeys(
+        ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+    )
     flags |= {"accelerator": "cpu", "devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
     trainer = Trainer(callbacks=[writer], inference_mode=False, use_distributed_sampler=False, **flags)
     trainer.predict(Busy(path), datamodule=Rows(rows), return_predictions=False)
 
 
-def in_child(measure: str, path: Path, rows: int, devices: int = 1) -> str:
+def int8_error() -> float:
+    """Standard deviation of what int8 adds to cosines, over that of what the projection to 5,120 numbers adds."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(2, 256, 20 * DIM, generator=generator)
+    right += 0.3 * left
+    sketch, rows, restored = CountSketch(DIM, seed=0), [], []
+    for block in (left, right):
+        rows.append(sketch.start(len(block), {"w": block[0].shape}, torch.device("cpu")))
+        sketch.add(rows[-1], "w", block)
+        stored = encode_rows({"gradient": rows[-1].numpy(), **dict.fromkeys(FIELDS[1:], np.ones(len(block)))}, "int8")
+        restored.append(torch.from_numpy(stored["gradients"] * stored["scale"][:, None]))
+    projected = cosine_similarity(rows[0], rows[1])
+    added = cosine_similarity(restored[0], restored[1]) - projected
+    return float(added.std() / (projected - cosine_similarity(left, right)).std())
+
+
+def compression(store: GradientStore, codec: dict[str, Any]) -> tuple[float, float, float]:
+    """Bytes that a codec leaves of a store's rows, as a share, and MB/s of packing and unpacking, in memory."""
+    rows = np.asarray(store.gradients[: min(store.num_rows, 4096)])
+    memory: dict[str, Any] = {}
+    chunks, packer = (min(CHUNK_ROWS, len(rows)), store.dim), get_codec_class(codec["name"]).from_dict(codec)
+    options: Any = {"shape": rows.shape, "chunks": chunks, "dtype": rows.dtype, "compressors": [packer]}
+    array = zarr.create_array(MemoryStore(memory), **options)
+    packed = min(seconds(partial(array.__setitem__, slice(None), rows)) for _ in range(3))
+    unpacked = min(seconds(partial(array.__getitem__, slice(None))) for _ in range(3))
+    left = sum(len(chunk) for key, chunk in memory.items() if "/" in key) / rows.nbytes
+    return left, rows.nbytes / packed / 1e6, rows.nbytes / unpacked / 1e6
+
+
+def start_child(measure: str, path: Path, rows: int, devices: int = 1) -> "subprocess.Popen[str]":
     command = [sys.executable, __file__, "--measure", measure, "--folder", path, "--rows", rows, "--devices", devices]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], env=environment, check=True, capture_output=True, text=True)
-    return done.stdout.strip().rpartition("\n")[2]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*map(str, command)], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def ended(child: "subprocess.Popen[str]") -> str:
+    output, errors = child.communicate()
+    if child.returncode:
+        sys.exit(errors)
+    return output.strip().rpartition("\n")[2]
 
 
 def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def seconds(work: Callable[[], object]) -> float:

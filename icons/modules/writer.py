@@ -65,7 +65,7 @@ class GradientWriter(BasePredictionWriter):
         manifest: Mapping[str, Any] | None = None,
         shard: str | None = None,
         retry_failed: bool = False,
-        queue_units: int = 4,
+        queue_units: int = 2,
         lease_timeout_s: float = 90.0,
     ) -> None:
         super().__init__("batch")

@@ -28,7 +28,9 @@ from icons.store.score_store import ScoreStore
 from icons.store.storage import Storage
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
-RESUME_FIELDS = ("data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype")
+RESUME_FIELDS = (
+    "collect", "data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype",
+)  # fmt: skip
 # where a file lies may change between a run and its resume; what is in it may not
 NOT_COMPARED = {"path", "images", "name"}
 
@@ -48,6 +50,7 @@ class GradientStore(RowStore):
 
     Attributes:
         gradients, norm, loss, tokens, status: the zarr arrays; `scale` too with int8, otherwise None.
+        dtype: of the rows, as numpy names it.
         manifest: what the rows were made from.
         partition: rows -> write units.
     """
@@ -59,6 +62,7 @@ class GradientStore(RowStore):
         super().__init__(storage, group)
         self.gradients, self.norm = self.arrays["gradients"], self.arrays["norm"]
         self.loss, self.tokens, self.scale = self.arrays["loss"], self.arrays["tokens"], self.arrays.get("scale")
+        self.dtype = str(self.gradients.dtype)
 
     def encode(self, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Results (`FIELDS`) as this store's arrays."""
@@ -153,10 +157,6 @@ class GradientStore(RowStore):
     @property
     def dim(self) -> int:
         return int(self.gradients.shape[1])
-
-    @property
-    def dtype(self) -> str:
-        return str(self.gradients.dtype)
 
     def rows(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
         """Gradients of the given rows, `[n, K]` float32; int8 is scaled back. Rows not written or failed are zeros.

@@ -25,6 +25,7 @@ from zarr.storage import LocalStore
 
 T = TypeVar("T")
 PARTIAL = ".partial"
+FLUSHES = 16  # at once
 VOLATILE = "status/lease/"  # who computes what is worth nothing after a loss of power
 
 
@@ -55,12 +56,12 @@ class Storage:
     def __init__(self, path: str | Path, mode: str = "r") -> None:
         self.path, self.mode = str(path), mode
         self.zarr_store: Store = open_url(self.path, mode) if is_url(path) else open_folder(Path(path), mode)
-
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.zarr_store, LocalStore)
+        # a folder is asked directly: zarr would ask it in another thread, which takes ten times as long
+        self.folder = self.zarr_store if isinstance(self.zarr_store, DurableLocalStore) else None
 
     def get(self, key: str) -> bytes | None:
+        if self.folder:
+            return self.folder.read(key)
         found = run(self.zarr_store.get(key, default_buffer_prototype()))
         return None if found is None else found.to_bytes()
 
@@ -69,20 +70,22 @@ class Storage:
 
     def put_parts(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
         """`put` of a value that lies in several pieces of memory."""
-        if isinstance(self.zarr_store, DurableLocalStore):
-            self.zarr_store.set_parts(key, parts)
+        if self.folder:
+            self.folder.set_parts(key, parts)
         else:
             self.put(key, b"".join(parts))
 
     def put_new(self, key: str, value: bytes) -> bool:
         """Writes `key` unless it exists, atomically; whether it was written. `value` must differ from any other's."""
-        if isinstance(self.zarr_store, DurableLocalStore):
-            return self.zarr_store.create_sync(key, value)
+        if self.folder:
+            return self.folder.create_sync(key, value)
         run(self.zarr_store.set_if_not_exists(key, as_buffer(value)))
         return self.get(key) == value
 
     def delete(self, key: str) -> None:
-        run(self.zarr_store.delete(key))
+        if self.folder:
+            return self.folder.delete_sync(key)
+        return run(self.zarr_store.delete(key))
 
     def flush(self) -> None:
         """Waits until everything that was written so far would survive a loss of power.
@@ -90,17 +93,17 @@ class Storage:
         Raises:
             OSError: the disk says that it has not kept what it took.
         """
-        if isinstance(self.zarr_store, DurableLocalStore):
-            self.zarr_store.flush()
+        if self.folder:
+            self.folder.flush()
 
     def flush_deleted(self, keys: Sequence[str]) -> None:
         """Waits until the deletion of `keys` would survive a loss of power."""
-        if isinstance(self.zarr_store, DurableLocalStore):
-            for folder in {(self.zarr_store.root / key).parent for key in keys}:
-                flush_path(folder)
+        if self.folder:
+            for parent in {(self.folder.root / key).parent for key in keys}:
+                flush_path(parent)
 
     def exists(self, key: str) -> bool:
-        return run(self.zarr_store.exists(key))
+        return (self.folder.root / key).is_file() if self.folder else run(self.zarr_store.exists(key))
 
     def size(self, key: str) -> int:
         return run(self.zarr_store.getsize(key))
@@ -150,6 +153,7 @@ class DurableLocalStore(LocalStore):
     def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
         self.unflushed: list[Path] = []
+        self.pool = ThreadPoolExecutor(FLUSHES, "icons-flush")
         self.flushing = threading.Lock()  # who comes second waits for the first, who may be flushing the second's files
 
     def flush(self) -> None:
@@ -157,20 +161,35 @@ class DurableLocalStore(LocalStore):
             paths = list(self.unflushed)
             if paths:
                 try:
-                    flush_paths(paths)
+                    self.flush_paths(paths)
                 except FileNotFoundError as error:
                     raise_if_vanished(self.root, error)
                     raise
             for path in paths:  # not after an error: nobody is told that these files are safe
                 self.forget(path)
 
+    def flush_paths(self, paths: list[Path]) -> None:
+        """`fsync` of files and of the folders that name them, side by side."""
+        folders = {folder for path in paths for folder in (path.parent, path.parent.parent)}
+        list(self.pool.map(flush_path, [*paths, *folders]))
+
     def forget(self, path: Path) -> None:
         with suppress(ValueError):
             self.unflushed.remove(path)
 
-    async def delete(self, key: str) -> None:
+    def read(self, key: str) -> bytes | None:
+        try:
+            return (self.root / key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def delete_sync(self, key: str) -> None:
+        self._check_writable()
         self.forget(self.root / key)
-        await super().delete(key)
+        (self.root / key).unlink(missing_ok=True)
+
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self.delete_sync, key)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         self.set_parts(key, [value.as_buffer_like()])
@@ -195,13 +214,6 @@ class DurableLocalStore(LocalStore):
     def remember(self, key: str, path: Path) -> None:
         if not key.startswith(VOLATILE):
             self.unflushed.append(path)
-
-
-def flush_paths(paths: list[Path]) -> None:
-    """`fsync` of files and of the folders that name them, side by side."""
-    folders = {folder for path in paths for folder in (path.parent, path.parent.parent)}
-    with ThreadPoolExecutor(min(16, len(paths) + len(folders))) as pool:
-        list(pool.map(flush_path, [*paths, *folders]))
 
 
 def flush_path(path: Path) -> None:

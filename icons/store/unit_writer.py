@@ -10,7 +10,8 @@ from icons.store import GradientStore, ScoreStore
 from icons.store.lease import Leases
 
 Columns = dict[str, np.ndarray]
-GROUP_UNITS = 4  # units that are made durable together: beyond it, waiting for the disk is no longer what costs
+WRITERS = 2  # so that one encodes and writes while the other waits for the disk
+GROUP_UNITS = 2  # units that are made durable together; with more, memory costs more than waiting for the disk
 
 
 class OpenUnit:
@@ -33,8 +34,8 @@ class OpenUnit:
 class UnitWriter:
     """Stores units while the next ones are computed.
 
-    Memory: `queue_units` finished units that wait, at most 8 that are being written, and those being collected (one,
-    where batches come unit after unit), whatever the number of rows.
+    Memory: `queue_units` finished units that wait, at most `WRITERS * GROUP_UNITS` that are being written, and those
+    being collected (one, where batches come unit after unit), whatever the number of rows.
 
     Args:
         store: opened for writing.
@@ -49,7 +50,7 @@ class UnitWriter:
         store: GradientStore | ScoreStore,
         *,
         again: Iterable[int] = (),
-        queue_units: int = 4,
+        queue_units: int = 2,
         lease_timeout_s: float = 90.0,
         on_unit: Callable[[int], None] | None = None,
     ) -> None:
@@ -60,8 +61,7 @@ class UnitWriter:
         self.spare: list[Columns] = []
         self.error: BaseException | None = None
         self.waiting: queue.Queue[tuple[int, Columns] | None] = queue.Queue(queue_units)
-        # two, so that one encodes and writes while the other waits for the disk
-        self.threads = [threading.Thread(target=self.work, name="icons-writer", daemon=True) for _ in range(2)]
+        self.threads = [threading.Thread(target=self.work, name="icons-writer", daemon=True) for _ in range(WRITERS)]
         for thread in self.threads:
             thread.start()
 
@@ -111,8 +111,8 @@ class UnitWriter:
             opened, here = self.open_units.get(unit), units == unit
             if opened is None:
                 opened = self.open_units[unit] = OpenUnit(len(rows), self.memory_for(len(rows)))
-            encoded = self.store.encode({name: values[name][here] for name in self.store.FIELDS})
-            if opened.add(row[here] - rows.start, encoded):
+            mine = values if here.all() else {name: values[name][here] for name in self.store.FIELDS}
+            if opened.add(row[here] - rows.start, self.store.encode(mine)):
                 self.pass_on(unit, self.open_units.pop(unit).columns)
 
     def memory_for(self, num_rows: int) -> Columns:

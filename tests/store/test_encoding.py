@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from icons.batch import Status
-from icons.store.encoding import encode, encode_rows
+from icons.store.encoding import TORCH_SERIAL, encode, encode_rows
 
 
 def results(gradient: np.ndarray, status: int = 1) -> dict[str, np.ndarray]:
@@ -20,10 +20,13 @@ def results(gradient: np.ndarray, status: int = 1) -> dict[str, np.ndarray]:
 
 def test_float16_is_rounded_as_numpy_rounds() -> None:
     scale = np.logspace(-9, 4, 64, dtype=np.float32)[:, None]
-    gradient = np.random.default_rng(0).standard_normal((64, 33)).astype(np.float32) * scale
+    gradient = np.random.default_rng(0).standard_normal((64, 1111)).astype(np.float32) * scale
+    assert gradient.size > 2 * TORCH_SERIAL, "in several pieces"
     stored, none = encode(gradient, "float16")
     assert none is None
     np.testing.assert_array_equal(stored.view(np.uint16), gradient.astype(np.float16).view(np.uint16))
+    backwards = gradient[::-1, ::-1]
+    np.testing.assert_array_equal(encode(backwards, "float16")[0], backwards.astype(np.float16))
 
 
 def test_int8_error_is_at_most_half_a_step_and_zero_rows_stay_zero() -> None:

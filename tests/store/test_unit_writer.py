@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from icons.store import GradientStore
-from icons.store.unit_writer import UnitWriter
+from icons.store.unit_writer import GROUP_UNITS, WRITERS, UnitWriter
 from icons.store.verify import verify
 
 DRIVER = Path(__file__).parent / "kill_driver.py"
@@ -163,7 +163,7 @@ def test_collecting_waits_for_the_disk_so_that_memory_is_bounded(
     thread = threading.Thread(target=compute)
     thread.start()
     time.sleep(0.6)
-    assert len(passed) <= 2 + 2 * 4 + 1
+    assert len(passed) <= 2 + WRITERS * GROUP_UNITS + 1
     disk.set()
     thread.join()
     assert len(passed) == 100
