@@ -5,13 +5,17 @@ from pathlib import Path
 
 from icons.datamodules.tasks.benchmark import Benchmark, Example, locate, read_json, short_answer
 
+SINGLE_WORD = "Answer the question with a single word."
+
 
 def read_chartqa(source: Path, split: str) -> Iterator[Example]:
+    """LLaVA does not evaluate on it; the request is lmms-eval's, as all of these benchmarks' is."""
     images = locate(source, f"{split}/png")
     for part in ("human", "augmented"):
         for number, one in enumerate(read_json(images.parent / f"{split}_{part}.json")):
             name = one["imgname"]
-            yield Example(f"{part}_{number}", images / name, name, short_answer(one["query"]), str(one["label"]))
+            prompt = f"{one['query']}\n{SINGLE_WORD}"
+            yield Example(f"{part}_{number}", images / name, name, prompt, str(one["label"]))
 
 
 def read_docvqa(source: Path, split: str) -> Iterator[Example]:
@@ -39,11 +43,11 @@ DOCUMENTS = (
         "chartqa",
         "ChartQA: questions about charts",
         (
-            ("ChartQA Dataset/val/val_human.json", "https://huggingface.co/datasets/ahmed-masry/ChartQA (the zip)"),
+            ("ChartQA Dataset/val/val_human.json", "https://github.com/vis-nlp/ChartQA (the folder of this name)"),
             ("ChartQA Dataset/val/val_augmented.json", "the same"),
             ("ChartQA Dataset/val/png/", "the same"),
         ),
-        "question, short-answer line -> the label",
+        "question, single-word line -> the label",
         ("val", "train", "test"),
         ("test",),
         read_chartqa,

@@ -4,6 +4,7 @@ import base64
 import csv
 from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 from icons.datamodules.tasks.benchmark import (
@@ -17,12 +18,18 @@ from icons.datamodules.tasks.benchmark import (
 )
 
 CHINESE_OPTION_LETTER = "请直接回答选项字母。"
+EMPTY = {"", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan"}
+EMPTY |= {"none", "null"}
+"""What pandas, with which LLaVA reads MMBench's tables, takes for an empty field."""
 LONGEST_FIELD = 1 << 27
 """Characters of an MMBench field: an encoded image is far above the csv module's own limit."""
 
 
 def read_scienceqa(source: Path, split: str) -> Iterator[Example]:
-    """LLaVA's form CQM-A (context, question, options in one line) and then its option-letter line."""
+    """LLaVA's form CQM-A (context, question, options in one line) and then its option-letter line.
+
+    Source: LLaVA's scripts/convert_sqa_to_llava_base_prompt.py, llava/eval/model_vqa_science.py.
+    """
     problems = read_json(locate(source, "problems.json"))
     images = locate(source, f"images/{split}", split)
     for number in read_json(locate(source, "pid_splits.json"))[split]:
@@ -30,19 +37,21 @@ def read_scienceqa(source: Path, split: str) -> Iterator[Example]:
         if not one["image"]:
             continue
         options = " ".join(f"({letter(i)}) {choice}" for i, choice in enumerate(one["choices"]))
-        prompt = f"Context: {one['hint'].strip() or 'N/A'}\nQuestion: {one['question']}\nOptions: {options}"
+        prompt = f"Context: {one['hint'].strip() or 'N/A'}\nQuestion: {one['question']}\nOptions: {options}\n"
+        prompt = prompt.replace("  ", " ").strip()
         name = f"{number}/{one['image']}"
         yield Example(number, images / name, name, f"{prompt}\n{OPTION_LETTER}", letter(one["answer"]))
 
 
 def read_mmbench(source: Path, split: str, *, files: tuple[str, ...], instruction: str) -> Iterator[Example]:
+    """Options end at the first empty one. Source: LLaVA's llava/eval/model_vqa_mmbench.py."""
     csv.field_size_limit(max(LONGEST_FIELD, csv.field_size_limit()))
     with locate(source, *files).open(encoding="utf-8", newline="") as table:
         rows = {row["index"]: row for row in csv.DictReader(table, delimiter="\t")}
     for index, row in rows.items():
         if is_empty(row.get("answer")):
             continue
-        options = [row[name] for name in "ABCD" if not is_empty(row.get(name))]
+        options = list(takewhile(lambda option: not is_empty(option), (row.get(name, "") for name in "ABCD")))
         question = row["question"] if is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
         # a question that shares its image names the row that holds it (from version 1.1 on)
         encoded = rows[row["image"]]["image"] if row["image"] in rows else row["image"]
@@ -51,7 +60,7 @@ def read_mmbench(source: Path, split: str, *, files: tuple[str, ...], instructio
 
 
 def is_empty(field: str | None) -> bool:
-    return (field or "").strip().lower() in ("", "nan", "none")
+    return (field or "").strip().lower() in EMPTY
 
 
 def read_ai2d(source: Path, split: str) -> Iterator[Example]:

@@ -86,7 +86,7 @@ def scienceqa(folder: Path) -> None:
     problems = {
         "1": {"question": "Which?", "choices": ["west", "east"], "answer": 1, "hint": "", "image": "image.png"},
         "2": {"question": "Why?", "choices": ["a", "b"], "answer": 0, "hint": "Text alone.", "image": None},
-        "3": {"question": "Where?", "choices": ["x", "y", "z"], "answer": 2, "hint": "A map.", "image": "image.png"},
+        "3": {"question": "Where?  ", "choices": ["x", "y", "z"], "answer": 2, "hint": "A map.", "image": "image.png"},
     }
     write(folder / "problems.json", problems)
     write(folder / "pid_splits.json", {"train": [], "val": ["1", "2", "3"], "test": []})

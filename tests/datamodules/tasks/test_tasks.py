@@ -77,7 +77,7 @@ def test_textvqa_tells_the_text_that_was_read(layout: Layout, tmp_path: Path) ->
 def test_scienceqa_takes_questions_with_an_image_in_the_form_cqm(layout: Layout, tmp_path: Path) -> None:
     assert turns(layout("scienceqa"), "scienceqa", tmp_path) == [
         (f"<image>\nContext: N/A\nQuestion: Which?\nOptions: (A) west (B) east{LETTER}", "B"),
-        (f"<image>\nContext: A map.\nQuestion: Where?\nOptions: (A) x (B) y (C) z{LETTER}", "C"),
+        (f"<image>\nContext: A map.\nQuestion: Where? \nOptions: (A) x (B) y (C) z{LETTER}", "C"),
     ]
 
 
@@ -87,6 +87,13 @@ def test_mmbench_puts_the_hint_first_and_leaves_empty_options_out(layout: Layout
         (f"<image>\nHow many?\nA. 1\nB. 2\nC. 3\nD. 4{LETTER}", "D"),
         (f"<image>\nHow many?\nA. 2\nB. 3\nC. 4\nD. 1{LETTER}", "C"),
     ]
+
+
+def test_mmbench_ends_the_options_at_what_pandas_calls_empty(layout: Layout, tmp_path: Path) -> None:
+    folder = layout("mmbench")
+    table = folder / "mmbench_dev_20230712.tsv"
+    table.write_text(table.read_text().replace("cat\tdog\t\tnan\t", "cat\tdog\tN/A\tbird\t"))
+    assert turns(folder, "mmbench", tmp_path)[0][0].endswith(f"\nA. cat\nB. dog{LETTER}")
 
 
 def test_mmbench_in_chinese_asks_for_the_letter_in_chinese(layout: Layout, tmp_path: Path) -> None:
@@ -158,8 +165,8 @@ def test_documents_take_the_first_accepted_answer(layout: Layout, tmp_path: Path
     assert turns(layout("docvqa"), "docvqa", tmp_path) == [(f"<image>\nWhat day?{SHORT}", "May 1")]
     assert turns(layout("infovqa"), "infovqa", tmp_path) == [(f"<image>\nWhich network?{SHORT}", "pinterest")]
     assert turns(layout("chartqa"), "chartqa", tmp_path) == [
-        (f"<image>\nHow high?{SHORT}", "0.57"),
-        (f"<image>\nWhich year?{SHORT}", "2014"),
+        ("<image>\nHow high?\nAnswer the question with a single word.", "0.57"),
+        ("<image>\nWhich year?\nAnswer the question with a single word.", "2014"),
     ]
 
 
