@@ -30,6 +30,7 @@ AGREE = (
     "preconditioner",
     "target",
     "preprocessing",
+    "batches",
     "tasks",
     "groups",
     "reduce",

@@ -15,6 +15,7 @@ from lightning import LightningModule, Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from icons.modules.progress import RowProgress
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.unit_writer import UnitWriter
@@ -77,6 +78,7 @@ class GradientWriter(BasePredictionWriter):
         self.store: GradientStore | ScoreStore | None = None
         self.units: list[int] = []
         self.writer: UnitWriter | None = None
+        self.progress: RowProgress | None = None
         self.stop_asked = False
         self.previous_handler: Any = None
 
@@ -102,6 +104,7 @@ class GradientWriter(BasePredictionWriter):
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is not None:
             datamodule.plan = self.plan
+        self.progress = RowProgress(trainer)
 
     @property
     def plan(self) -> UnitPlan:
@@ -137,14 +140,18 @@ class GradientWriter(BasePredictionWriter):
         """The manifest: what the rows are made from."""
         describes = [getattr(part, "describe", dict) for part in (datamodule, pl_module)]
         found = {name: value for describe in describes for name, value in describe().items()}
+        batches = {name: getattr(datamodule, name, None) for name in ("batch_size", "max_tokens")}
         settings = {"shards": self.shard[1], "chunk_rows": self.chunk_rows, "threads": torch.get_num_threads()}
         versions = {name: version(name) for name in VERSIONS}
-        return {**found, "versions": versions, "settings": settings, **self.manifest}
+        return {**found, "batches": batches, "versions": versions, "settings": settings, **self.manifest}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning's own handler broadcasts the signal to all ranks, which hangs unless all of them have got it
         if threading.current_thread() is threading.main_thread():
             self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop(trainer))
+        assert self.progress is not None
+        plan: UnitPlan = getattr(getattr(trainer, "datamodule", None), "plan", None) or self.plan
+        self.progress.start(sum(len(plan.partition.unit_rows(unit)) for unit in plan.units))
 
     def ask_to_stop(self, trainer: Trainer) -> None:
         """SIGTERM: the first one lets the current unit be finished, the second ends the process now."""
@@ -169,9 +176,10 @@ class GradientWriter(BasePredictionWriter):
         dataloader_idx: int = 0,
     ) -> None:
         """Takes the rows of a batch."""
-        assert self.writer is not None
+        assert self.writer is not None and self.progress is not None
         row = outputs["row"].cpu().numpy()
         self.writer.collect(row, {name: as_numpy(outputs[name]) for name in self.STORE.FIELDS})
+        self.progress.advance(len(row))
         self.stop_between_units(trainer)
 
     def stop_between_units(self, trainer: Trainer) -> None:
@@ -195,17 +203,20 @@ class GradientWriter(BasePredictionWriter):
             ValueError: a unit is incomplete, or another run holds it.
         """
         assert self.writer is not None
-        self.restore_handler()
+        self.restore()
         self.writer.finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stores what was finished, and gives the rest back."""
-        self.restore_handler()
+        self.restore()
         if self.writer is not None:
             with suppress(Exception):  # a second error would hide the one that is under way
                 self.writer.close()
 
-    def restore_handler(self) -> None:
+    def restore(self) -> None:
+        """Gives back what was the Trainer's: its bar, and the process's signal handler."""
+        if self.progress is not None:
+            self.progress.stop()
         if self.previous_handler is not None:
             signal.signal(signal.SIGTERM, self.previous_handler)
             self.previous_handler = None

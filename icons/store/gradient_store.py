@@ -29,8 +29,9 @@ from icons.store.storage import Storage
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
 RESUME_FIELDS = (
-    "collect", "data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype",
-)  # fmt: skip
+    *("collect", "data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype"),
+    "batches",  # who stands beside a row in its batch changes the row's last bits
+)
 # where a file lies may change between a run and its resume; what is in it may not
 NOT_COMPARED = {"path", "images", "name"}
 
@@ -92,7 +93,7 @@ class GradientStore(RowStore):
             codec: compressor for the rows. Default none: gradients are noise to a compressor (see the README).
 
         Raises:
-            ValueError: an unknown dtype or codec, or no rows.
+            ValueError: an unknown dtype or codec, no rows, or files there that are not a store's.
             FileExistsError: a store is there.
         """
         if dtype not in DTYPES:

@@ -6,6 +6,10 @@ do. An owner on this machine is dead when its process is gone. For one elsewhere
 differ: its lease holds a counter that it raises every few seconds, and an owner whose counter has stood still for
 `timeout_s` of *our* clock counts as dead.
 
+Several machines have not been at hand: the tests play them in one process, with other machines' names in the leases,
+and with an object store on the loopback address. On a shared folder leases rely on what its file system promises for a
+hard link that fails if its name exists (NFS and Lustre do).
+
 Should an owner that was given up come back (a machine that had frozen), nothing is lost: it notices before it writes,
 and both would write the same bytes, each file atomically.
 """

@@ -17,7 +17,7 @@ from zarr.storage import MemoryStore
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store.manifest import plain
-from icons.store.storage import Storage
+from icons.store.storage import PARTIAL, Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
 FORMAT = 1
@@ -92,6 +92,11 @@ class RowStore:
         storage = Storage(path, "w")
         if storage.exists("zarr.json"):
             raise FileExistsError(f"store {path}: exists already; expected a new place, or open it to go on")
+        if foreign := storage.first(lambda key: not is_of_store(key, columns)):
+            raise ValueError(
+                f"store {path}: holds {foreign}, which no such store has; expected a new or empty place, or a store: "
+                "nothing there was touched"
+            )
         names = {"icons_status": READABLE_STATUS}
         made = {"format": FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)}
         whole = {"icons": made, **names, **plain(attributes or {})}
@@ -204,6 +209,11 @@ class RowStore:
         for key in written:
             self.storage.delete(key)
         self.storage.flush_deleted(written)
+
+
+def is_of_store(key: str, columns: Iterable[str]) -> bool:
+    """Whether a file may have been left by a run that was stopped while it created such a store."""
+    return key == "zarr.json" or key.split("/")[0] in columns or key.endswith(PARTIAL)
 
 
 def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:

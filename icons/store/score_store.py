@@ -65,7 +65,7 @@ class ScoreStore(RowStore):
             attributes: further attributes of the group, beside `icons` and `tasks`.
 
         Raises:
-            ValueError: no rows, no tasks, or a task named twice.
+            ValueError: no rows, no tasks, a task named twice, or files there that are not a store's.
             FileExistsError: a store is there.
         """
         tasks = list(tasks)

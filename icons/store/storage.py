@@ -11,7 +11,7 @@ import importlib
 import os
 import threading
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -112,6 +112,10 @@ class Storage:
         """Every key that lies below `prefix`, sorted."""
         return run(collect(self.zarr_store, prefix))
 
+    def first(self, wanted: Callable[[str], bool]) -> str | None:
+        """Some key that is wanted; looks no further than that."""
+        return run(first(self.zarr_store, wanted))
+
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     return sync(work)
@@ -123,6 +127,13 @@ def as_buffer(value: bytes) -> Buffer:
 
 async def collect(store: Store, prefix: str) -> list[str]:
     return sorted([key async for key in store.list_prefix(prefix)])
+
+
+async def first(store: Store, wanted: Callable[[str], bool]) -> str | None:
+    async for key in store.list_prefix(""):
+        if wanted(key):
+            return key
+    return None
 
 
 def open_folder(path: Path, mode: str) -> Store:

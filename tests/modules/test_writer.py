@@ -110,6 +110,18 @@ def test_a_data_file_that_has_changed_is_an_error_before_anything_is_computed(on
         toy.predict(str(one_rank), rows=100, data=toy.ToyData(100, seed=1))
 
 
+def test_other_batches_are_refused_since_they_change_the_last_bits_and_workers_are_free(one_rank: Path) -> None:
+    with pytest.raises(ValueError, match=r"batches.batch_size: the store .* has 4, this run has 3; expected both"):
+        toy.predict(str(one_rank), rows=100, data=toy.ToyData(100, batch_size=3))
+    limited = toy.ToyData(100)
+    limited.max_tokens = 64
+    with pytest.raises(ValueError, match=r"batches.max_tokens: the store .* has None, this run has 64"):
+        toy.predict(str(one_rank), rows=100, data=limited)
+    other = toy.ToyData(100)
+    other.num_workers = 3
+    assert toy.predict(str(one_rank), rows=100, data=other, queue_units=7).units == []
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [

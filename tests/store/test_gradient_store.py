@@ -194,6 +194,27 @@ def test_creation_that_was_cut_short_is_finished_or_refused(tmp_path: Path) -> N
     assert store.missing() == []
 
 
+@pytest.mark.parametrize("what", ["notes.txt", "images/a.png", ".zgroup", "data/c/0"])
+def test_a_folder_of_somebody_else_is_refused_and_not_touched(tmp_path: Path, what: str) -> None:
+    (tmp_path / what).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / what).write_text("mine")
+    for make in (GradientStore.open_or_create, GradientStore.create):
+        with pytest.raises(ValueError, match=rf"holds {what}, which no such store has; expected a new or empty place"):
+            make(tmp_path, num_rows=10, dim=6)
+    with pytest.raises(ValueError, match=f"holds {what}"):
+        ScoreStore.create(tmp_path, num_rows=10, tasks=["a"])
+    assert [file for file in tmp_path.rglob("*") if file.is_file()] == [tmp_path / what]
+    assert (tmp_path / what).read_text() == "mine"
+
+
+def test_a_zarr_group_of_somebody_else_is_refused_and_not_touched(tmp_path: Path) -> None:
+    zarr.create_group(tmp_path / "s", attributes={"mine": 1}).create_array("gradients", shape=(3,), dtype="int8")
+    before = {file: file.read_bytes() for file in (tmp_path / "s").rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="is no icons store; expected a gradient store made by icons"):
+        GradientStore.open_or_create(tmp_path / "s", num_rows=3, dim=1)
+    assert {file: file.read_bytes() for file in (tmp_path / "s").rglob("*") if file.is_file()} == before
+
+
 def test_runs_that_create_a_store_at_once_get_the_same_one_or_the_error(tmp_path: Path) -> None:
     manifests = [MANIFEST, MANIFEST, MANIFEST | {"model": {"fingerprint": "m2"}}] * 4
     ready, opened, errors = threading.Barrier(len(manifests)), [], []
@@ -235,6 +256,10 @@ def test_resume_with_the_same_settings_goes_on_wherever_the_data_lies_now(tmp_pa
         ({"adapter": {"fingerprint": "a2"}}, "adapter.fingerprint: .* 'a1', this run has 'a2'"),
         ({"projector": {"kind": "count_sketch", "dim": 6, "seed": 1}}, "projector.seed: .* has 0, this run has 1"),
         ({"preconditioner": {"form": "none"}}, "preconditioner.form: .* 'adam', this run has 'none'"),
+        (
+            {"batches": {"batch_size": 4, "max_tokens": 9}},
+            "batches: the store .* has None, this run has {'batch_size': 4, 'max_tokens': 9}",
+        ),
     ],
 )
 def test_resume_with_another_manifest_is_one_error_with_both_values(

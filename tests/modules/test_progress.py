@@ -1,0 +1,72 @@
+"""Predict shows rows with their total, in place of Lightning's bar of batches, which has none."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning import Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+
+from icons.modules.progress import RowProgress
+from icons.modules.writer import GradientWriter
+
+spec = importlib.util.spec_from_file_location("toy_predict", Path(__file__).parent / "toy_predict.py")
+assert spec is not None and spec.loader is not None
+toy = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(toy)
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+]
+FLAGS: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+FLAGS |= {"enable_model_summary": False, "inference_mode": False, "use_distributed_sampler": False}
+
+
+def predict(path: Path, bars: list[Any], **options: Any) -> GradientWriter:
+    writer = GradientWriter(str(path), chunk_rows=8, **options)
+    trainer = Trainer(callbacks=[*bars, writer], enable_progress_bar=bool(bars), **FLAGS)
+    trainer.predict(toy.ToyExtractor(), datamodule=toy.ToyData(100), return_predictions=False)
+    return writer
+
+
+def counted(writer: GradientWriter) -> list[tuple[float | None, float]]:
+    assert writer.progress is not None
+    return [(task.total, task.completed) for task in writer.progress.bar.tasks]
+
+
+@pytest.mark.parametrize("kind", [RichProgressBar, TQDMProgressBar])
+def test_the_rows_of_the_units_still_to_do_are_the_total(
+    tmp_path: Path, kind: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bar = kind()
+    assert counted(predict(tmp_path / "s", [bar], shard="0/3")) == [(36.0, 36.0)], "units 0, 3, 6, 9 and 12"
+    assert counted(predict(tmp_path / "s", [kind()])) == [(64.0, 64.0)], "what the shard has left"
+    shown = capsys.readouterr()
+    assert "36/36" in shown.err and "64/64" in shown.err and "Predicting" not in shown.out + shown.err
+    assert bar.is_enabled, "for what the Trainer does next"
+
+
+def test_a_bar_of_the_users_own_is_left_alone_and_none_stays_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Mine(ProgressBar):
+        pass
+
+    predict(tmp_path / "a", [Mine()])
+    predict(tmp_path / "b", [])
+    assert "100/100" not in capsys.readouterr().err
+
+
+def test_a_second_writer_shows_no_second_bar() -> None:
+    bar = TQDMProgressBar()
+    trainer = Trainer(callbacks=[bar], **FLAGS)
+    first, second = RowProgress(trainer), RowProgress(trainer)
+    assert (first.bar.disable, second.bar.disable) == (False, True)
+    second.advance(3)
+    second.stop()
+    assert bar.is_disabled
+    first.stop()
+    first.stop()
+    assert bar.is_enabled
