@@ -1,6 +1,5 @@
 """`icons influence`: gradient stores of training rows and tasks -> a score store, with error bars."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from icons.commands.pairs import parse
 from icons.modules.scoring import Scoring, blocks_of
 from icons.store import ScoreStore
 
@@ -73,26 +73,6 @@ def influence(
     if fabric.is_global_zero:
         report(scores)
     return 0
-
-
-def parse(pairs: Sequence[str], option: str) -> dict[str, str]:
-    """NAME=VALUE options, in order.
-
-    Raises:
-        ValueError: one without a name or a value, or a name given twice.
-
-    >>> parse(["gqa=gqa.zarr"], "--task")
-    {'gqa': 'gqa.zarr'}
-    """
-    found: dict[str, str] = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        if not name or not value:
-            raise ValueError(f"{option} {pair}: expected NAME=VALUE, for example {option} gqa=gqa.zarr")
-        if name in found:
-            raise ValueError(f"{option} {pair}: {name} is given twice; expected different names")
-        found[name] = value
-    return found
 
 
 def report(scores: ScoreStore) -> None:

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from icons.border import Border, border
-from icons.commands.influence import parse
 from icons.commands.listing import ids_of, rows_of, sources_of
+from icons.commands.pairs import parse
 from icons.consensus import Selection
 from icons.consensus import select as select_rows
 from icons.datamodules.records import RecordIndex
