@@ -1,8 +1,8 @@
 """What else can be collected of a sample: its representation, its loss alone, its batch with noise for images.
 
-In the original's options: `reps` (here `representations`), `loss` (`losses`), and the gradient with the image ablated
-(`projected_gradients` of `with_noise_images(batch)`); `grads` is `projected_gradients`, with `adam`, `sgd` and `sign`
-called `adam`, none and `sign` here.
+In the original's options (`info_type`): `reps` (here `representations`), `loss` (`losses`), and `delta`, the gradient
+with the image ablated (`projected_gradients` of `with_noise_images(batch)`); `grads` is `projected_gradients`, whose
+`gradient_type` `adam`, `sgd` and `sign` are `adam`, none and `sign` here.
 """
 
 from typing import Any
@@ -35,33 +35,50 @@ def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
 def representations(model: nn.Module, batch: Batch) -> Float[Tensor, "batch width"]:
     """The last token's hidden state that the output layer reads, float32 (`reps` in LESS and in the original).
 
+    The original takes the first token's, which under causal attention has seen nothing of the sample.
+
     Raises:
         ValueError: dropout is active, or the model does not tell its output layer.
     """
+    return represented(model, batch)[0]
+
+
+def represented(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]]:
+    """The samples' `representations` and `losses`, from one forward pass."""
+    width = width_of(model)
     refuse_dropout(model)
+    if len(batch["labels"]) == 0:
+        device = batch["labels"].device
+        return torch.zeros(0, width, device=device), torch.zeros(0, device=device)
+    seen: list[Tensor] = []
+
+    def remember(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        last = batch["attention_mask"].sum(dim=1) - 1
+        seen.append(args[0][torch.arange(len(last), device=last.device), last])
+
+    head = output_layer(model, trained=True)
+    assert head is not None
+    handle = head.register_forward_pre_hook(remember)  # before the output layer's input is narrowed
+    try:
+        found = losses(model, batch)
+    finally:
+        handle.remove()
+    return seen[0].float(), found
+
+
+def width_of(model: nn.Module) -> int:
+    """Numbers of a representation.
+
+    Raises:
+        ValueError: the model does not tell its output layer.
+    """
     head = output_layer(model, trained=True)
     if head is None:
         raise ValueError(
             f"representations: {type(model).__name__} has no output layer that get_output_embeddings() gives; "
             "expected a causal or image-text model of transformers"
         )
-    if len(batch["labels"]) == 0:
-        return torch.zeros(0, next(head.parameters()).shape[-1], device=batch["labels"].device)
-    seen: list[Tensor] = []
-
-    def remember(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        last = batch["attention_mask"].sum(dim=1) - 1
-        hidden = args[0][torch.arange(len(last), device=last.device), last]
-        seen.append(hidden)
-        return (hidden[:, None], *args[1:])  # no more logits than needed
-
-    handle = head.register_forward_pre_hook(remember)
-    try:
-        with torch.no_grad():
-            model(**{"use_cache": False} | model_inputs(batch))
-    finally:
-        handle.remove()
-    return seen[0].float()
+    return int(next(head.parameters()).shape[-1])
 
 
 def with_noise_images(batch: Batch, seed: int = 0) -> dict[str, Any]:

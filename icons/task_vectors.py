@@ -14,7 +14,7 @@ from icons.uncertainty import mean_squared_cosine
 
 Normalize: TypeAlias = Literal["projected", "exact", "none"]
 NORMALIZE = ("projected", "exact", "none")
-MUST_AGREE = ("projector", "model.fingerprint", "adapter.fingerprint", "target")
+MUST_AGREE = ("collect", "projector", "model.fingerprint", "adapter.fingerprint", "target")
 SAMPLE_ROWS = 256
 """Validation rows, evenly spaced, from which the mean squared cosine between a task's rows is estimated."""
 

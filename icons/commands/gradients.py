@@ -1,5 +1,6 @@
 """`icons gradients`: per-sample gradients of a data file into a gradient store, through `Trainer.predict`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,14 +11,17 @@ from icons.commands.fit import quiet
 from icons.commands.plan import plan_gradients_run
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
-from icons.modules.extractor import GradientExtractor
+from icons.modules.collector import Collect, collector
+from icons.modules.part_writer import PartWriter, part_path
 from icons.modules.writer import GradientWriter
 from icons.partition import assign, parse_shard
-from icons.projection import PROJECTORS
-from icons.store import GradientStore, ScoreStore
+from icons.projection import PROJECTORS, Several
+from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 
 console = Console()
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+# 7B in bfloat16, r = 128: 46 GB of activations beside 20 GB of weights and the like (icons/gradients.py)
+MAX_TOKENS = 8192
 FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 
 
@@ -32,15 +36,16 @@ def gradients(
     adapter: Path | None = None,
     optimizer_state: Path | None = None,
     target: Literal["lora", "trainable"] = "lora",
+    collect: Collect = "gradients",
     projector: Literal["count_sketch", "rademacher", "gaussian"] = "count_sketch",
-    dim: int = 5120,
+    dim: int | list[int] = 5120,
     seed: int = 0,
     preconditioner: Literal["adam", "diagonal", "sign", "none"] = "adam",
     dtype: Literal["float16", "float32", "int8"] = "float16",
     chunk_rows: int | None = None,
     codec: str | None = None,
     batch_size: int = 8,
-    max_tokens: int | None = None,
+    max_tokens: int | None = MAX_TOKENS,
     template: str | None = None,
     max_length: int | None = None,
     preset: Literal["llava-train", "icons-release"] | None = None,
@@ -71,15 +76,21 @@ def gradients(
         adapter: LoRA adapter folder (PEFT's, LLaVA's, or a checkpoint-N of the Hugging Face Trainer).
         optimizer_state: Adam's moments: warm-up folder, Lightning checkpoint, optimizer.pt, or DeepSpeed folder.
         target: differentiate the LoRA parameters, as the paper does, or all that the warm-up trained.
-        projector: kind of random projection.
-        dim: numbers per row (K); the paper's is 5120.
-        seed: of the projection; training and task stores need the same.
-        preconditioner: adam (training data) or none (tasks); the original calls adam / none / sign: adam / sgd / sign.
+        collect: what a row holds: gradients; representations (the last token's hidden state); the loss alone; or
+            image_ablation, gradients with noise in place of the image. In the original, --info_type: grads / reps /
+            loss / delta.
+        projector: kind of random projection of gradients.
+        dim: numbers per row of gradients (K); the paper's is 5120. Given several times: that many stores from one pass,
+            OUT-dim1024, OUT-dim5120. In the original, --gradient_projection_dimension.
+        seed: of the projection (and of the noise of image_ablation); training and task stores need the same.
+        preconditioner: of gradients: adam (training data) or none (tasks); diagonal is Adam's without its first moment.
+            In the original, --gradient_type: adam / sgd / sign are adam / none / sign here.
         dtype: of the stored rows.
         chunk_rows: rows per chunk, the unit of writing and resuming; default: so that a chunk has 2 to 16 MB.
         codec: compression of the rows (for example zstd); default none, since gradients hardly compress.
         batch_size: most rows per batch.
-        max_tokens: most tokens per batch, padding included.
+        max_tokens: most tokens per batch, padding included; null: no limit. With the default a 7B model in bfloat16
+            fits an 80 GB GPU, and with --gradient-checkpointing one of 48 GB.
         template: conversation template; default: as in the warm-up, or the model's own.
         max_length: tokens at which a conversation is cut.
         preset: llava-train prepares data as LLaVA is trained; icons-release as the released ICONS scripts do.
@@ -106,6 +117,11 @@ def gradients(
     )
     if source.warning:
         console.print(f"[yellow]warning:[/] {source.warning}")
+    differentiates = collect in ("gradients", "image_ablation")
+    if not differentiates:
+        console.print(f"{collect}: stored as it is; --projector, --dim and --preconditioner are for gradients")
+    dims = dimensions(dim) if differentiates else [1]
+    outs = [out] if len(dims) == 1 else [part_path(out, size) for size in dims]
     flags = predict_flags(trainer)
     datamodule = ConversationDataModule(
         data,
@@ -119,11 +135,13 @@ def gradients(
     )
     if dry_run:
         plan = plan_gradients_run(
-            source.folder, source.adapter, datamodule.dataset, target=target, dim=dim, store_dtype=dtype,
-            preconditioner=preconditioner, batch_size=batch_size, max_tokens=max_tokens, model_dtype=model_dtype,
-            attention=attention, quantize=quantize, gradient_checkpointing=gradient_checkpointing,
+            source.folder, source.adapter, datamodule.dataset, target=target, collect=collect, dim=dims,
+            projector=projector, store_dtype=dtype, preconditioner=preconditioner, batch_size=batch_size,
+            max_tokens=max_tokens, model_dtype=model_dtype, attention=attention, quantize=quantize,
+            gradient_checkpointing=gradient_checkpointing,
             trust_remote_code=trust_remote_code, chunk_rows=chunk_rows, shard=shard, trainer=trainer,
-            settings={"data": data, "out": out, "dim": dim},
+            settings={"data": data, "out": ", ".join(outs), "collect": collect, "batch_size": batch_size,
+                "max_tokens": max_tokens},
         )  # fmt: skip
         plan.show(console)
         return 0
@@ -135,23 +153,46 @@ def gradients(
         gradient_checkpointing=gradient_checkpointing,
         trust_remote_code=trust_remote_code,
     )
-    extractor = GradientExtractor(
-        network, PROJECTORS[projector](dim, seed=seed), source.preconditioner(preconditioner, network)
+    several = [PROJECTORS[projector](size, seed=seed) for size in dims]
+    extractor = collector(
+        collect,
+        network,
+        several[0] if len(several) == 1 else Several(several),
+        source.preconditioner(preconditioner, network) if differentiates else None,
     )
-    writer = GradientWriter(
-        out,
-        dtype=dtype,
-        chunk_rows=chunk_rows,
-        codec=codec,
-        shard=shard,
-        retry_failed=retry_failed,
-        manifest={"target": target, "warnings": [source.warning] if source.warning else []},
-    )
+    writing: dict[str, Any] = {
+        "dtype": dtype,
+        "chunk_rows": chunk_rows,
+        "codec": codec,
+        "shard": shard,
+        "retry_failed": retry_failed,
+        "manifest": {"target": target, "warnings": [source.warning] if source.warning else []},
+    }
+    if len(dims) == 1:
+        writers = [GradientWriter(out, **writing)]
+    else:  # units of the same rows, as they suit the longest rows
+        writing["chunk_rows"] = chunk_rows or fitting_chunk_rows(len(datamodule.dataset), max(dims), dtype)
+        writers = [PartWriter(path, part, last=part == len(outs) - 1, **writing) for part, path in enumerate(outs)]
     with quiet():
         runner = Trainer(**flags)
-        runner.callbacks.append(writer)  # type: ignore[attr-defined]
+        runner.callbacks.extend(writers)  # type: ignore[attr-defined]
         runner.predict(extractor, datamodule=datamodule, return_predictions=False)
-    return summary(GradientStore.open(out), strict, shard) if runner.is_global_zero else 0
+    return max(summary(GradientStore.open(path), strict, shard) for path in outs) if runner.is_global_zero else 0
+
+
+def dimensions(dim: int | Sequence[int]) -> list[int]:
+    """The dimensions asked for.
+
+    Raises:
+        ValueError: one is given twice.
+
+    >>> dimensions(64), dimensions([64, 32])
+    ([64], [64, 32])
+    """
+    dims = [dim] if isinstance(dim, int) else list(dim)
+    if not dims or len(set(dims)) != len(dims):
+        raise ValueError(f"--dim: got {dims}; expected each dimension once, since each becomes a store of its own")
+    return dims
 
 
 def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,18 +99,25 @@ def plan_gradients(
     dim: int,
     store_dtype: str,
     moments: bool,
+    signs: int = 0,
+    differentiates: bool = True,
     settings: dict[str, Any],
 ) -> Plan:
     """The plan of `icons gradients` over a file of `num_rows` rows.
 
     Ranks own whole units of `chunk_rows` rows. Work as in training; in place of the optimizer there are Adam's moments
-    (`moments`) and one layer's gradient per sample at a time.
+    (`moments`), the signs of `signs` count sketches, and one layer's gradient per sample at a time. What is not
+    differentiated (representations, losses) takes a forward pass alone.
     """
     units = math.ceil(num_rows / chunk_rows)
     per_rank = [min(chunk_rows * count, num_rows) for count in split(math.ceil(units / shards), ranks)]
     memory = weights(model, load)
     memory |= {"moments": 8 * model.trainable} if moments else {}
-    memory |= activations(model, load) | {"gradients of a layer": 4 * load.batch_size * model.trainable // model.layers}
+    memory |= {"signs of the projection": 4 * signs * model.trainable} if signs else {}
+    memory |= activations(model, load if differentiates else replace(load, gradient_checkpointing=True))
+    if differentiates:
+        memory["gradients of a layer"] = 4 * load.batch_size * model.trainable // model.layers
+    operations = row_operations(model, load) / (1 if differentiates else 2)
     speed, said = device_speed(load.dtype)
     scale = 4 if store_dtype == "int8" else 0
     return Plan(
@@ -119,7 +126,7 @@ def plan_gradients(
         steps=math.ceil(max(per_rank) / load.batch_size),
         files={"gradients": int(num_rows * dim * BYTES[store_dtype]), "scalars": num_rows * (ROW_BYTES + scale)},
         memory=memory,
-        seconds=max(per_rank) * row_operations(model, load) / speed,
+        seconds=max(per_rank) * operations / speed,
         speed=said,
     )
 
@@ -130,7 +137,9 @@ def plan_gradients_run(
     dataset: Any,
     *,
     target: Literal["lora", "trainable"],
-    dim: int,
+    collect: str = "gradients",
+    projector: str = "count_sketch",
+    dim: int | Sequence[int],
     store_dtype: Literal["float16", "float32", "int8"],
     preconditioner: str,
     batch_size: int,
@@ -161,16 +170,21 @@ def plan_gradients_run(
         ("bfloat16" if torch.cuda.is_available() else "float32") if model_dtype in ("auto", "stored") else model_dtype
     )
     lengths = dataset.lengths(evenly(range(num_rows)))
+    differentiates = collect in ("gradients", "image_ablation")
+    whole = [size_of_model.hidden if collect == "representations" else 1]
+    dims = whole if not differentiates else [dim] if isinstance(dim, int) else list(dim)
     return plan_gradients(
         size_of_model,
         Workload(lengths, batch_size, max_tokens, dtype, quantize, attention, gradient_checkpointing),
         num_rows=num_rows,
         ranks=ranks_of(trainer),
         shards=1 if shard is None else parse_shard(shard)[1],
-        chunk_rows=chunk_rows or min(fitting_chunk_rows(num_rows, dim, store_dtype), num_rows),
-        dim=dim,
+        chunk_rows=chunk_rows or min(fitting_chunk_rows(num_rows, max(dims), store_dtype), num_rows),
+        dim=sum(dims),
         store_dtype=store_dtype,
-        moments=preconditioner in ("adam", "diagonal"),
+        moments=differentiates and preconditioner in ("adam", "diagonal"),
+        signs=len(dims) if differentiates and projector == "count_sketch" else 0,
+        differentiates=differentiates,
         settings=settings,
     )
 

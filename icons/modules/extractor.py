@@ -13,6 +13,7 @@ from icons.preconditioner import Preconditioner
 from icons.projection import Projector
 
 SAMPLED_VALUES = 1024
+Fields = dict[str, Tensor]  # what is measured of each sample, by name
 
 
 class GradientExtractor(LightningModule):
@@ -57,7 +58,7 @@ class GradientExtractor(LightningModule):
         """
         return self.rows_of(batch, self.compute(self.answerable(batch)))
 
-    def compute(self, batch: Batch) -> dict[str, Tensor]:
+    def compute(self, batch: Batch) -> Fields:
         """What this extractor measures of samples that can be differentiated: the fields but `row` and `status`."""
         found = projected_gradients(self.model, batch, self.projector, self.preconditioner)
         return {"gradient": found.gradient, "norm": found.norm, "loss": found.loss, "tokens": found.tokens.int()}

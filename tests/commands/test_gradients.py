@@ -1,7 +1,10 @@
 """`icons gradients`: broken records fail alone, wrong settings are one line, and nothing that was done is lost."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +92,6 @@ def test_shards_fill_one_store(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--seed", 1], "projector.seed"),
-        (["--dim", 32], "projector.dim"),
         (["--dtype", "float16"], "dtype"),
         (["--preconditioner", "sign"], "preconditioner.form"),
         (["--target", "trainable"], "model.fingerprint"),
@@ -104,6 +106,12 @@ def test_a_store_of_other_settings_is_not_touched(
     assert run(DATA / "data.json", tmp_path / "a.zarr", *words) == 1
     assert message in capsys.readouterr().err
     assert np.array_equal(GradientStore.open(tmp_path / "a.zarr").gradients[:], before)
+
+
+def test_a_store_of_another_dimension_is_not_touched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_with_dim(DATA / "data.json", tmp_path / "a.zarr", 64) == 0
+    assert run_with_dim(DATA / "data.json", tmp_path / "a.zarr", 32) == 1
+    assert "projector.dim" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -146,3 +154,145 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run(DATA / "data.json", tmp_path / "a.zarr", "--dry-run") == 0
     assert "dry run: nothing was written" in capsys.readouterr().out
     assert not (tmp_path / "a.zarr").exists()
+
+
+def stored(path: Path) -> dict[str, np.ndarray]:
+    store = GradientStore.open(path)
+    return {name: store.arrays[name][:] for name in ("gradients", "norm", "loss", "tokens", "status")}
+
+
+def assert_same_store(one: Path, other: Path) -> None:
+    found, expected = stored(one), stored(other)
+    for name, values in expected.items():
+        assert np.array_equal(found[name], values, equal_nan=values.dtype.kind == "f"), name
+
+
+def test_several_dimensions_in_one_pass_are_each_as_if_alone(mixed: Path, tmp_path: Path) -> None:
+    more = ["--preconditioner", "sign"]
+    assert run(mixed, tmp_path / "all.zarr", "--dim", 48, "--dim", 16, *more) == 0
+    for dim in (64, 48, 16):  # PARTS ask for 64
+        assert run_with_dim(mixed, tmp_path / f"{dim}.zarr", dim, *more) == 0
+        assert_same_store(tmp_path / f"all-dim{dim}.zarr", tmp_path / f"{dim}.zarr")
+    assert not (tmp_path / "all.zarr").exists()
+
+
+def run_with_dim(data: Path, out: Path, dim: int, *more: object) -> int:
+    parts = [*PARTS]
+    parts[parts.index("--dim") + 1] = dim
+    words = [*parts, "--data", data, "--images", DATA, "--chunk-rows", 2, "--out", out, "--trainer.accelerator", "cpu"]
+    return cli.main(["gradients", *map(str, [*words, *more])])
+
+
+def test_a_store_begun_alone_is_gone_on_with_beside_others(mixed: Path, tmp_path: Path) -> None:
+    assert run_with_dim(mixed, tmp_path / "a-dim16.zarr", 16, "--shard", "1/2") == 0
+    assert run(mixed, tmp_path / "a.zarr", "--dim", 16, "--shard", "0/2") == 0
+    assert GradientStore.open(tmp_path / "a-dim16.zarr").missing() == []
+    assert GradientStore.open(tmp_path / "a-dim64.zarr").missing() == [1, 3]
+    assert run(mixed, tmp_path / "a.zarr", "--dim", 16) == 0
+    assert run(mixed, tmp_path / "b.zarr", "--dim", 16) == 0
+    for dim in (16, 64):
+        assert_same_store(tmp_path / f"a-dim{dim}.zarr", tmp_path / f"b-dim{dim}.zarr")
+
+
+def test_a_dimension_twice_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(DATA / "data.json", tmp_path / "a.zarr", "--dim", 64) == 1
+    assert "--dim: got [64, 64]; expected each dimension once" in capsys.readouterr().err
+
+
+KINDS = ["gradients", "representations", "loss", "image_ablation"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_keeps_failed_rows_and_is_the_same_in_shards(kind: str, mixed: Path, tmp_path: Path) -> None:
+    assert run(mixed, tmp_path / "whole.zarr", "--collect", kind) == 0
+    for shard in ("1/2", "0/2", "0/1"):
+        assert run(mixed, tmp_path / "parts.zarr", "--collect", kind, "--shard", shard) == 0
+    assert_same_store(tmp_path / "parts.zarr", tmp_path / "whole.zarr")
+    found = stored(tmp_path / "whole.zarr")
+    assert np.flatnonzero(found["status"] == Status.DONE).tolist() == [0, 3, 8]
+    assert run(mixed, tmp_path / "gradients.zarr") == 0
+    plain = stored(tmp_path / "gradients.zarr")
+    assert np.array_equal(found["status"], plain["status"]) and np.array_equal(found["tokens"], plain["tokens"])
+    if kind != "image_ablation":
+        np.testing.assert_allclose(found["loss"], plain["loss"], rtol=1e-6)
+
+
+def test_what_each_kind_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = {}
+    for kind in KINDS:
+        assert run(DATA / "data.json", tmp_path / f"{kind}.zarr", "--collect", kind) == 0
+        rows[kind] = stored(tmp_path / f"{kind}.zarr")
+    said = capsys.readouterr().out
+    assert "representations: stored as it is; --projector, --dim and --preconditioner are for gradients" in " ".join(
+        said.split()
+    )
+    assert rows["loss"]["gradients"].shape == (3, 1)
+    assert np.array_equal(rows["loss"]["gradients"][:, 0], rows["loss"]["loss"])
+    width = json.loads((DATA / "vicuna-tiny" / "config.json").read_text())["hidden_size"]
+    assert rows["representations"]["gradients"].shape == (3, width)
+    np.testing.assert_allclose(
+        np.linalg.norm(rows["representations"]["gradients"], axis=1), rows["representations"]["norm"], rtol=1e-6
+    )
+    with_image = np.array(["image" in record for record in good()])
+    same = [
+        np.array_equal(a, b)
+        for a, b in zip(rows["gradients"]["gradients"], rows["image_ablation"]["gradients"], strict=True)
+    ]
+    assert with_image.any() and not with_image.all()
+    assert np.array_equal(~with_image, same)
+
+
+@pytest.mark.parametrize("other", KINDS[1:])
+def test_a_store_of_another_kind_is_not_touched(other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(DATA / "data.json", tmp_path / "a.zarr") == 0
+    before = stored(tmp_path / "a.zarr")["gradients"]
+    assert run(DATA / "data.json", tmp_path / "a.zarr", "--collect", other) == 1
+    assert f"has None, this run has {other!r}" in capsys.readouterr().err
+    assert np.array_equal(stored(tmp_path / "a.zarr")["gradients"], before)
+    assert run(DATA / "data.json", tmp_path / "b.zarr", "--collect", other) == 0
+    assert run(DATA / "data.json", tmp_path / "b.zarr") == 1
+    assert f"has {other!r}, this run has None" in capsys.readouterr().err
+    words = ["--train", tmp_path / "a.zarr", "--task", f"qa={tmp_path / 'b.zarr'}", "--out", tmp_path / "s.zarr"]
+    assert cli.main(["influence", *map(str, words)]) == 1
+    assert ("collect: the training rows has None, task qa has" in capsys.readouterr().err) == (
+        other == "image_ablation"  # the others have rows of another length, which is said first
+    )
+
+
+def test_a_dry_run_plans_what_is_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sizes = {}
+    for kind in KINDS:
+        assert run(DATA / "data.json", Path("a.zarr"), "--dry-run", "--collect", kind) == 0
+        text = capsys.readouterr().out
+        sizes[kind] = next(line for line in text.splitlines() if "writes gradients" in line).split("│")[2].strip()
+        assert ("gradients of a layer" in text) == ("signs of the projection" in text) == (kind in KINDS[::3])
+    assert sizes == {"gradients": "768 B", "image_ablation": "768 B", "representations": "384 B", "loss": "12 B"}
+    assert run(DATA / "data.json", Path("a.zarr"), "--dry-run", "--dim", 128) == 0
+    text = capsys.readouterr().out
+    assert "2.3 kB" in text and "a-dim64.zarr, a-dim128.zarr" in text
+
+
+def test_help_names_the_originals_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["gradients", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("grads / reps / loss / delta", "adam / sgd / sign are adam / none / sign", "projection_dimension"):
+        assert words in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--collect", "representations"], ["--dim", 16]])
+def test_two_ranks_store_what_one_stores(more: list[object], mixed: Path, tmp_path: Path) -> None:
+    assert run(mixed, tmp_path / "one.zarr", *more) == 0
+    words = [*PARTS, "--data", mixed, "--images", DATA, "--chunk-rows", 2, "--out", tmp_path / "two.zarr", *more]
+    words += ["--trainer.accelerator", "cpu", "--trainer.devices", 2, "--trainer.strategy", "ddp"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "icons", "gradients", *map(str, words)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    names = ["-dim64", "-dim16"] if "--dim" in more else [""]
+    for name in names:
+        assert_same_store(tmp_path / f"two{name}.zarr", tmp_path / f"one{name}.zarr")

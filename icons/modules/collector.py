@@ -1,0 +1,82 @@
+"""What `icons gradients` collects in a gradient's place: representations, losses, and gradients without the image."""
+
+from typing import Any, Literal
+
+from torch import nn
+
+from icons.batch import Batch, supervised_tokens
+from icons.modules.extractor import Fields, GradientExtractor
+from icons.preconditioner import Preconditioner
+from icons.projection import Identity, Projector
+from icons.representation import losses, represented, width_of, with_noise_images
+
+Collect = Literal["gradients", "representations", "loss", "image_ablation"]
+
+
+def collector(
+    collect: Collect, model: nn.Module, projector: Projector, preconditioner: Preconditioner | None = None
+) -> GradientExtractor:
+    """The extractor that measures `collect`.
+
+    Args:
+        collect: `gradients`; `representations`, the last token's hidden state; `loss`; or `image_ablation`, gradients
+            with noise in place of the images. The original calls them `grads`, `reps`, `loss` and `delta`.
+        model: any Hugging Face causal or image-text model.
+        projector: of gradients; its seed is the noise's too.
+        preconditioner: of gradients.
+    """
+    if collect == "representations":
+        return RepresentationCollector(model)
+    if collect == "loss":
+        return LossCollector(model)
+    kind = AblationCollector if collect == "image_ablation" else GradientExtractor
+    return kind(model, projector, preconditioner)
+
+
+class RepresentationCollector(GradientExtractor):
+    """The hidden state from which the output layer would predict what follows the sample, whole: `[B, width]`.
+
+    Source: representation-based selection, the baseline of LESS (section 5.1).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, Identity())
+
+    def compute(self, batch: Batch) -> Fields:
+        """`gradient [B, width]` is the representation, `norm` its length; no backward pass."""
+        found, loss = represented(self.model, batch)
+        tokens = supervised_tokens(batch["labels"]).int()
+        return {"gradient": found, "norm": found.norm(dim=1), "loss": loss.float(), "tokens": tokens}
+
+    def describe(self) -> dict[str, Any]:
+        projector = {"kind": "identity", "dim": width_of(self.model), "seed": 0}
+        return super().describe() | {"projector": projector, "collect": "representations"}
+
+
+class LossCollector(GradientExtractor):
+    """The loss alone, as the only number of a row: `[B, 1]`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, Identity())
+
+    def compute(self, batch: Batch) -> Fields:
+        """`gradient [B, 1]` is the loss; no backward pass."""
+        loss = losses(self.model, batch).float()
+        tokens = supervised_tokens(batch["labels"]).int()
+        return {"gradient": loss[:, None], "norm": loss.abs(), "loss": loss, "tokens": tokens}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"projector": {"kind": "identity", "dim": 1, "seed": 0}, "collect": "loss"}
+
+
+class AblationCollector(GradientExtractor):
+    """Gradients of the batch with every image replaced by noise: what a sample teaches without its image.
+
+    A sample without image has its plain gradient.
+    """
+
+    def compute(self, batch: Batch) -> Fields:
+        return super().compute(with_noise_images(batch, self.projector.seed))
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"collect": "image_ablation"}
