@@ -35,7 +35,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         trust_remote_code: whether tokenizer and processor may be code of the model's folder.
 
     Raises:
-        ValueError: the template is unknown, or not the one that the model's processor has.
+        ValueError: the template is unknown, not the one that the model's processor has, or chat where there is none.
     """
 
     def __init__(
@@ -62,6 +62,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             self.tokenizer = self.processor.tokenizer
         else:
             self.tokenizer = load_tokenizer(folder.model, trust_remote_code)
+        if name == "chat" and not (self.processor.processor if self.processor else self.tokenizer).chat_template:
+            raise ValueError(
+                f"template chat: {folder.model} brings no chat template (chat_template.jinja); expected one of "
+                f"{', '.join(TEMPLATES)}: name the one that the model was trained with"
+            )
         if folder.kind == "llava":
             self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad)
         self.text_limit = preprocessing.text_limit(self.tokenizer.model_max_length)

@@ -81,25 +81,29 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     settings = read_settings(folder)
     tokens = {name: content(settings.get(name, default)) for name, default in SPECIAL.items()}
     make: Any = SentencePieceTokenizer
-    tokenizer: PreTrainedTokenizerBase = make(
+    tokenizer: Any = make(
         vocab_file=str(folder / "tokenizer.model"),
         legacy=settings.get("legacy", True),
         model_max_length=settings.get("model_max_length", 2048),
         sp_model_kwargs=settings.get("sp_model_kwargs", {}),
         **{name: token for name, token in tokens.items() if token is not None},
     )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token  # as LLaVA does
-    return tokenizer
+    # unk, as LLaVA pads; a pad token that was added for Hugging Face is no piece, and would get another token's id here
+    pad = content(settings.get("pad_token"))
+    known = pad is not None and tokenizer.sp_model.piece_to_id(pad) != tokenizer.sp_model.unk_id()
+    tokenizer.pad_token = pad if known else tokenizer.unk_token
+    return tokenizer  # type: ignore[no-any-return]
 
 
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": None}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
 
 
 def is_other(folder: Path) -> bool:
-    """Whether the folder's tokenizer is not Llama's SentencePiece one."""
-    kind = read_settings(folder).get("tokenizer_class", "LlamaTokenizer")
-    return kind not in ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
+    """Whether the folder's tokenizer is not Llama's SentencePiece one; `legacy` is what only that has."""
+    settings = read_settings(folder)
+    kind = settings.get("tokenizer_class", LLAMA[0])
+    return kind not in LLAMA and not (kind == "PreTrainedTokenizerFast" and "legacy" in settings)
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -9,15 +9,11 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoTokenizer,
-    CLIPImageProcessorPil,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
 from icons.model_folder import ModelFolder, read_config
 from icons.modules.base_model import quiet
+from icons.modules.export_processor import write_processor
 from icons.modules.llava import Llava
 from icons.modules.model import MERGED, Dtype, adapter_fingerprint, load_model, merged_adapters
 
@@ -26,23 +22,7 @@ TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
-IMAGE, PAD, MULTIPLE = "<image>", "<pad>", 64
-SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
-# LLaVA's v1 conversation; content as text, or as transformers' list of images and texts
-CHAT_TEMPLATE = (
-    "{% if not messages or messages[0]['role'] != 'system' %}" + SYSTEM + "{% endif %}"
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ ' USER: ' if loop.first or messages[loop.index0 - 1]['role'] == 'system' "
-    "else 'USER: ' }}{% elif message['role'] == 'assistant' %}{{ ' ASSISTANT: ' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
+MULTIPLE = 64
 
 
 def export_model(
@@ -101,31 +81,65 @@ def export_model(
 
 
 def write_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
-    if folder.kind == "llava":
-        model.__class__ = LlavaForConditionalGeneration
     settings = model.generation_config
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         settings.do_sample = True  # Vicuna's own settings, which transformers refuses to write otherwise
-    if folder.layout == "original":
-        add_image_token(model, folder, out)
-    else:
+    if folder.layout == "huggingface":
         for file in folder.model.iterdir():
             rewritten = file.name in ("config.json", "generation_config.json", MERGED)
             if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and not rewritten:
                 shutil.copyfile(file, out / file.name)
-    with quiet():
-        model.save_pretrained(out)
+    if folder.kind == "llava":
+        if folder.layout == "original":
+            add_image_token(model, folder, out)
+        write_llava_huggingface(model, folder, out)
+    else:
+        with quiet():
+            model.save_pretrained(out)
+
+
+def write_llava_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
+    """Weights and settings in the words of `llava-hf/*`, which transformers 4 and 5 and vLLM read alike."""
+    weights = {old_name(name): value.contiguous() for name, value in model.state_dict().items()}
+    if model.config.text_config.tie_word_embeddings:
+        weights.pop("language_model.lm_head.weight")
+    save_torch_state_dict(weights, out, max_shard_size="5GB")
+    model.__class__ = LlavaForConditionalGeneration
+    values = model.config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
+    text = model.config.text_config
+    values["text_config"] |= {"model_type": "llama"} | old_values(text)
+    values["torch_dtype"] = values["text_config"]["torch_dtype"]
+    for part in (values, values["text_config"], values["vision_config"]):
+        part.pop("_name_or_path", None)
+    (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(out)
+
+
+def old_name(name: str) -> str:
+    """What transformers 4 calls a LLaVA's weight.
+
+    >>> old_name("model.language_model.norm.weight"), old_name("model.vision_tower.post_layernorm.bias")
+    ('language_model.model.norm.weight', 'vision_tower.vision_model.post_layernorm.bias')
+    """
+    for new, old in OLD_PREFIXES.items():
+        if name.startswith(new):
+            return old + name.removeprefix(new)
+    return name
+
+
+OLD_PREFIXES = {
+    "lm_head.": "language_model.lm_head.",
+    "model.language_model.": "language_model.model.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
 
 
 def add_image_token(model: Any, folder: ModelFolder, out: Path) -> None:
     """Extends tokenizer and vocabulary by `<image>` and `<pad>`, and writes the processor."""
-    assert folder.vision_tower is not None
-    with quiet():
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder.model)
-    tokenizer.add_tokens([IMAGE, PAD], special_tokens=True)
-    tokenizer.pad_token = PAD
-    image, pad = tokenizer.convert_tokens_to_ids([IMAGE, PAD])
     text = model.config.text_config
+    image, pad = write_processor(folder, model.config, out)
     size = -(-max(text.vocab_size, pad + 1) // MULTIPLE) * MULTIPLE
     table = model.get_input_embeddings()
     table.weight = nn.Parameter(with_mean_rows(table.weight.detach(), size))
@@ -137,15 +151,6 @@ def add_image_token(model: Any, folder: ModelFolder, out: Path) -> None:
     text.vocab_size, text.pad_token_id = size, pad
     model.config.image_token_index = image
     model.generation_config.pad_token_id = pad
-    processor = LlavaProcessor(
-        image_processor=CLIPImageProcessorPil.from_pretrained(folder.vision_tower),
-        tokenizer=tokenizer,
-        patch_size=model.config.vision_config.patch_size,
-        vision_feature_select_strategy=model.config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,  # CLIP's class token: without, the processor counts one image token too few
-        chat_template=CHAT_TEMPLATE if folder.template == "v1" else tokenizer.chat_template,
-    )
-    processor.save_pretrained(out)
 
 
 def with_mean_rows(weight: Tensor, size: int) -> Tensor:
@@ -180,6 +185,7 @@ def write_llava(model: Llava, folder: ModelFolder, out: Path) -> None:
         assert processor is not None
         CLIPImageProcessorPil.from_pretrained(processor).save_pretrained(out / "vision_tower")
     values = language_values(folder, text) | llava_values(folder, config, out) | {"vocab_size": size}
+    values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if (values.get("pad_token_id") or 0) >= size:
         values["pad_token_id"] = 0  # LLaVA pads with <unk>
     (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
@@ -193,12 +199,18 @@ def language_values(folder: ModelFolder, text: Any) -> dict[str, Any]:
     if folder.layout == "original":
         return read_config(folder.model)
     values = {name: value for name, value in text.to_dict().items() if name not in ("_name_or_path", "model_type")}
-    rope = dict(values.pop("rope_parameters", None) or {})
-    values["rope_theta"] = rope.pop("rope_theta", 10000.0)
-    kind = rope.get("rope_type", "default")
-    values["rope_scaling"] = None if kind == "default" else rope | {"type": kind}
-    dtype = str(values.pop("dtype", None) or "float32").removeprefix("torch.")
-    return values | {"torch_dtype": dtype}
+    for name in ("rope_parameters", "dtype"):
+        values.pop(name, None)
+    return values | old_values(text)
+
+
+def old_values(text: Any) -> dict[str, Any]:
+    """Settings of a language model that transformers 4 has under other names."""
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    theta, kind = rope.pop("rope_theta", 10000.0), rope.get("rope_type", "default")
+    scaling = None if kind == "default" else rope | {"type": kind}
+    dtype = str(text.dtype or "float32").removeprefix("torch.")
+    return {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": dtype}
 
 
 def llava_values(folder: ModelFolder, config: Any, out: Path) -> dict[str, Any]:

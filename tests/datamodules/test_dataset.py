@@ -199,3 +199,10 @@ def test_settings_survive_the_manifest() -> None:
 def test_the_released_preset_cuts_text_at_the_tokenizers_own_length() -> None:
     assert Preprocessing(max_length=2048, preset="icons-release").text_limit(4096) == 4096
     assert Preprocessing(max_length=2048).text_limit(4096) == 2048
+
+
+def test_a_model_without_a_chat_template_is_refused(text_folder: Path, tmp_path: Path) -> None:
+    (text_folder / "chat_template.jinja").unlink()
+    (tmp_path / "data.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match=r"template chat: .* brings no chat template"):
+        ConversationDataset(RecordIndex(tmp_path / "data.jsonl"), None, ModelFolder.open(text_folder), Preprocessing())

@@ -90,3 +90,10 @@ def test_a_folder_with_its_own_tokenizer_keeps_it(text_folder: Path) -> None:
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no tokenizer there; expected tokenizer\.model or tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_padding_that_was_added_for_hugging_face_is_unk_as_in_training(tmp_path: Path) -> None:
+    """llava-hf folders name `<pad>`, which is no piece: it must not take the id of `<image>`."""
+    tokenizer = load_tokenizer(folder_with(tmp_path, pad_token="<pad>"))
+    assert tokenizer.pad_token_id == tokenizer.unk_token_id == 0
+    assert len(tokenizer) == 620
