@@ -1,5 +1,6 @@
 """Files are whole or absent, durable once flushed, and object stores keep the same order."""
 
+import json
 import os
 import subprocess
 import sys
@@ -126,28 +127,48 @@ def test_a_url_without_obstore_says_what_to_install(monkeypatch: pytest.MonkeyPa
         Storage("s3://bucket/store")
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """A bucket of a real S3 API on the loopback address."""
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A bucket of a real S3 API on the loopback address; Google's client speaks to the same, see `as_s3`."""
     import boto3
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    url, key = f"http://{host}:{port}", tmp_path_factory.mktemp("google") / "key.json"
+    nobody = dict.fromkeys(["client_email", "private_key", "private_key_id"], "")
+    key.write_text(json.dumps({"gcs_base_url": url, "disable_oauth": True, **nobody}))
     given = {
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ENDPOINT_URL": url,
         "AWS_ALLOW_HTTP": "true",
+        "GOOGLE_SERVICE_ACCOUNT": str(key),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in given.items():
             patch.setenv(name, value)
-        boto3.client("s3", endpoint_url=given["AWS_ENDPOINT_URL"]).create_bucket(Bucket="icons")
-        yield "s3://icons"
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=f"icons-{request.param}")
+        if request.param == "gs":
+            patch.setattr(DomainDispatcherApplication, "__call__", as_s3(DomainDispatcherApplication.__call__))
+        yield f"{request.param}://icons-{request.param}"  # moto keeps both in one memory
     server.stop()
+
+
+def as_s3(answer: Any) -> Any:
+    """Google's XML API is S3's with another signature and another header for "unless it exists"."""
+
+    def translated(self: Any, environ: dict[str, Any], start_response: Any) -> Any:
+        scope = "Credential=test/20260101/us-east-1/s3/aws4_request"
+        environ["HTTP_AUTHORIZATION"] = f"AWS4-HMAC-SHA256 {scope}, SignedHeaders=host, Signature=0"
+        if environ.pop("HTTP_X_GOOG_IF_GENERATION_MATCH", None) == "0":
+            environ["HTTP_IF_NONE_MATCH"] = "*"
+        return answer(self, environ, start_response)
+
+    return translated
 
 
 @pytest.fixture
@@ -195,7 +216,7 @@ def test_an_object_store_holds_the_same_store_in_the_same_order(
     assert remote.storage.list("") == keys and len(keys) == 21
     assert all(remote.storage.get(key) == local.storage.get(key) for key in keys)
     np.testing.assert_array_equal(remote.read_unit(1).gradient, results(np.arange(4, 8))["gradient"])
-    with pytest.raises(ValueError, match=r"model.fingerprint: the store s3://.* has 'm', this run has 'n'"):
+    with pytest.raises(ValueError, match=rf"model.fingerprint: the store {bucket}.* has 'm', this run has 'n'"):
         GradientStore.open_or_create(remote.path, num_rows=10, dim=6, manifest={"model": {"fingerprint": "n"}})
 
 
@@ -220,6 +241,13 @@ def test_leases_hold_on_an_object_store(bucket: str) -> None:
     assert first.keys.list("status/lease") == []
 
 
+def test_a_bucket_of_somebody_else_is_refused_and_not_touched(bucket: str) -> None:
+    Storage(f"{bucket}/theirs", "w").put("notes/a.txt", b"mine")
+    with pytest.raises(ValueError, match=r"holds notes/a.txt, which no such store has"):
+        GradientStore.open_or_create(f"{bucket}/theirs", num_rows=8, dim=6)
+    assert Storage(f"{bucket}/theirs").list("") == ["notes/a.txt"]
+
+
 def test_an_object_store_that_is_absent_is_named(bucket: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"store s3://icons/absent.zarr: has no zarr.json"):
+    with pytest.raises(FileNotFoundError, match=rf"store {bucket}/absent.zarr: has no zarr.json"):
         GradientStore.open(f"{bucket}/absent.zarr")
