@@ -1,11 +1,14 @@
 """Per-sample gradients from one batched backward pass: whole, projected as they stream by, or scored against tasks.
 
-Planned on paper for LLaVA-7B, LoRA r = 128 (P = 320 M), batch 8, not measured. Held per GPU in float32: signs of the
-count sketch 1.3 GB; with `adam` two moments 2.6 GB, with `diagonal` one multiplier 1.3 GB; the largest block of
-per-sample gradients (128 x 11,008) 45 MB, twice while it is preconditioned; the accumulator [8, 5120] 0.2 MB. Weights
-in bfloat16 13.5 GB. Activations that the backward pass needs are near 6 MB per token without gradient checkpointing:
-8 rows of 1,024 tokens take 50 GB, within 80 GB; 8 full rows of 2,048 do not fit (`--max-tokens 8192`, or gradient
-checkpointing). With checkpointing they are 0.26 MB per token and one layer: 8 full rows take 7 GB, within 48 GB.
+Planned on paper for LLaVA-7B, LoRA r = 128 (P = 320 M), batch 8; bytes per token were measured on a small bfloat16
+Llama. Held per GPU in float32: adapter 1.3 GB, signs of the count sketch 1.3 GB; with `adam` two moments 2.6 GB, with
+`diagonal` one multiplier 1.3 GB; the largest block of per-sample gradients (8 x 128 x 11,008) 45 MB, twice while it is
+preconditioned; the accumulator [8, 5120] 0.2 MB. Weights in bfloat16 13.5 GB. Activations that the backward pass needs
+are 20 bytes per hidden and 8 per intermediate unit for each token and layer, 5.4 MB a token in all: 45 GB for the 8,192
+tokens that `icons gradients` puts into a batch by default (8 rows of 1,024, 4 full ones), 65 GB with all the rest,
+within 80 GB. 8 full rows of 2,048 at once would take 89 GB of activations and fit no such card. With gradient
+checkpointing they are 0.26 MB per token and one layer: 8 full rows take 7 GB, 8,192 tokens 3.5 GB, within 48 GB. Logits
+exist of supervised tokens alone, in the model's dtype, 0.5 GB for 4,096 of them with their gradient.
 
 The floor is the pass through the frozen weights, 4 x 6.7 G operations per token: 16,384 tokens are 0.44 PFLOP, 2.8 s
 at 160 TFLOP/s. Blocks are written and read five times, 8 x P x 4 bytes each: 51 GB, 26 ms at 2 TB/s, under 1 %.

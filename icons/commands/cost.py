@@ -89,16 +89,29 @@ def weights(model: ModelSize, load: Workload) -> dict[str, int]:
 def activations(model: ModelSize, load: Workload) -> dict[str, int]:
     """Bytes that the backward pass needs, for the largest batch.
 
-    Per token and layer 8 hidden and 3 intermediate vectors (norms, q, k, v, attention, MLP), with eager attention also
-    its weights; under gradient checkpointing one hidden vector per layer and one layer in full. Logits and their
-    gradients twice in the model's dtype and, where a token is supervised (taken as half), in float32.
+    Per token and layer 6 hidden vectors (inputs of q and of the MLP, q, k, v, attention) and 4 intermediate ones (gate,
+    its activation, up, their product) in the model's dtype, and 2 hidden vectors in float32 (norms): what a Llama with
+    LoRA on every linear layer keeps, measured. With eager attention also its weights; under gradient checkpointing one
+    hidden vector per layer and one layer in full. Logits and their gradients twice in the model's dtype and, where a
+    token is supervised (taken as half), in float32.
     """
     tokens, width = load.batch_tokens, BYTES[load.dtype]
-    layer = tokens * width * (8 * model.hidden + 3 * model.intermediate)
+    layer = tokens * (width * (6 * model.hidden + 4 * model.intermediate) + 8 * model.hidden)
     if load.attention == "eager":
         layer += tokens * max(load.lengths, default=0) * model.heads * (width + 4)
     kept = model.layers * tokens * model.hidden * width + layer if load.gradient_checkpointing else model.layers * layer
     return {"activations": int(kept), "logits": int(tokens * model.vocabulary * (2 * width + 4))}
+
+
+def supervised_logits(model: ModelSize, load: Workload) -> dict[str, int]:
+    """Bytes of logits and their gradient in `icons gradients`: of supervised tokens alone (taken as half), in the
+    model's dtype; float32 ones exist in chunks of 4 M, three of them (`icons.token_loss`)."""
+    tokens = load.batch_tokens / 2
+    return {
+        "logits": int(
+            tokens * model.vocabulary * 2 * BYTES[load.dtype] + 3 * 4 * min(1 << 22, tokens * model.vocabulary)
+        )
+    }
 
 
 def row_operations(model: ModelSize, load: Workload) -> float:

@@ -11,7 +11,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from icons.commands.cost import BYTES, ModelSize, Workload, activations, device_speed, row_operations, weights
+from icons.commands.cost import (
+    BYTES,
+    ModelSize,
+    Workload,
+    activations,
+    device_speed,
+    row_operations,
+    supervised_logits,
+    weights,
+)
 from icons.model_folder import ModelFolder
 from icons.modules.lora import LoraSettings
 from icons.modules.model import empty_model
@@ -115,6 +124,7 @@ def plan_gradients(
     memory |= {"moments": 8 * model.trainable} if moments else {}
     memory |= {"signs of the projection": 4 * signs * model.trainable} if signs else {}
     memory |= activations(model, load if differentiates else replace(load, gradient_checkpointing=True))
+    memory |= supervised_logits(model, load)
     if differentiates:
         memory["gradients of a layer"] = 4 * load.batch_size * model.trainable // model.layers
     operations = row_operations(model, load) / (1 if differentiates else 2)

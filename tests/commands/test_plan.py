@@ -1,5 +1,6 @@
 """The plan's arithmetic, against sizes that are known and sums done by hand."""
 
+import inspect
 import warnings
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from icons.commands.cost import ModelSize, Workload, device_speed
+from icons.commands.cost import ModelSize, Workload, activations, device_speed
+from icons.commands.gradients import gradients
 from icons.commands.plan import plan_gradients, plan_warmup, ranks_of, split
+from icons.gradients import per_sample_gradients
 
 TARGETS = r".*\.(q|k|v|o|gate|up|down)_proj"
 
@@ -136,3 +139,49 @@ def test_a_plan_is_printed(vicuna: ModelSize, capsys: pytest.CaptureFixture[str]
         "nothing was written",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(("checkpointing", "card"), [(False, 80e9), (True, 48e9)])
+def test_the_default_batches_of_a_7b_model_fit_their_card(vicuna: ModelSize, checkpointing: bool, card: float) -> None:
+    options = {name: parameter.default for name, parameter in inspect.signature(gradients).parameters.items()}
+    load = Workload([2048], options["batch_size"], options["max_tokens"], gradient_checkpointing=checkpointing)
+    plan = plan_gradients(
+        vicuna, load, num_rows=100, ranks=1, shards=1, chunk_rows=100, dim=options["dim"], store_dtype="float16",
+        moments=True, signs=1, settings={},
+    )  # fmt: skip
+    assert plan.memory["signs of the projection"] == 4 * 319_815_680
+    assert 0.3 * card < sum(plan.memory.values()) < 0.9 * card
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers 5 in the words of 4
+def test_planned_activations_are_what_a_bfloat16_llama_keeps() -> None:
+    """Bytes saved for the backward pass, counted storage by storage; two layers more, so that ends cancel."""
+
+    def kept(layers: int) -> tuple[int, int]:
+        config = LlamaConfig(
+            vocab_size=64, hidden_size=64, intermediate_size=176, num_hidden_layers=layers, num_attention_heads=2
+        )
+        model = get_peft_model(LlamaForCausalLM(config).bfloat16(), LoraConfig(r=1, target_modules="all-linear")).eval()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.float() if "lora" in name else parameter.data
+        ids = torch.randint(3, 64, (2, 128))
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "row": torch.arange(2)}
+        per_sample_gradients(model, batch)
+        own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
+        storages: dict[int, int] = {}
+        alive = []
+
+        def note(value: torch.Tensor) -> torch.Tensor:
+            storage = value.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage.nbytes()
+                alive.append(value)
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value):
+            per_sample_gradients(model, batch)
+        load = Workload([128], 2)
+        return sum(storages.values()), activations(ModelSize.of(model, 0), load)["activations"]
+
+    (less, planned_less), (more, planned_more) = kept(1), kept(3)
+    assert (planned_more - planned_less) == pytest.approx(more - less, rel=0.05)
