@@ -151,10 +151,10 @@ def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         for name, value in given.items():
             patch.setenv(name, value)
-        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=f"icons-{request.param}")
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=f"icons{request.param}")
         if request.param == "gs":
             patch.setattr(DomainDispatcherApplication, "__call__", as_s3(DomainDispatcherApplication.__call__))
-        yield f"{request.param}://icons-{request.param}"  # moto keeps both in one memory
+        yield f"{request.param}://icons{request.param}"  # moto keeps both in one memory
     server.stop()
 
 
