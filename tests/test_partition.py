@@ -72,16 +72,25 @@ def test_batches_hold_every_row_once_within_both_limits(
     assert form_batches(order, [lengths[row - 100] for row in order], batch_size, max_tokens) == batches
 
 
-def test_padding_is_below_ten_percent_on_lengths_like_llavas() -> None:
-    """LLaVA's mixture: 576 image tokens and a short or long conversation, some text-only, cut at 2,048."""
+@pytest.mark.parametrize(
+    ("num_rows", "batch_size", "max_tokens", "below"),
+    [(1024, 16, 16384, 0.02), (1024, 8, None, 0.02), (256, 8, None, 0.05)],
+)
+def test_padding_is_below_ten_percent_on_lengths_like_llavas(
+    num_rows: int, batch_size: int, max_tokens: int | None, below: float
+) -> None:
+    """LLaVA-665K's mixture: 576 image tokens and a short or long conversation; 6 % text only; cut at 2,048."""
     generator = random.Random(0)
     lengths = []
-    for _ in range(1024):
+    for _ in range(num_rows):
         text = int(generator.lognormvariate(5.0, 0.8))
         lengths.append(min(2048, text + (576 if generator.random() < 0.94 else 0)))
-    batches = form_batches(range(1024), lengths, batch_size=16, max_tokens=16384)
+    batches = form_batches(range(num_rows), lengths, batch_size, max_tokens)
     padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in batches)
-    assert 1 - sum(lengths) / padded < 0.10
+    assert 1 - sum(lengths) / padded < below
+    in_file_order = form_batches(range(num_rows), [2048] * num_rows, batch_size)
+    unsorted = sum(max(lengths[row] for row in batch) * len(batch) for batch in in_file_order)
+    assert 1 - sum(lengths) / unsorted > 0.15, "what sorting saves"
 
 
 def test_batch_limits_below_one_are_an_error() -> None:
