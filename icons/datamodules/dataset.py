@@ -35,7 +35,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         trust_remote_code: whether tokenizer and processor may be code of the model's folder.
 
     Raises:
-        ValueError: the template is unknown, not the one that the model's processor has, or chat where there is none.
+        ValueError: the file holds no record; the template is unknown, not the one that the model's processor has, or
+            chat where there is none.
     """
 
     def __init__(
@@ -46,6 +47,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         preprocessing: Preprocessing,
         trust_remote_code: bool = False,
     ) -> None:
+        if not len(records):
+            raise ValueError(f"{records.path}: holds no record; expected LLaVA JSON or JSONL with one at least")
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
         self.records, self.folder, self.preprocessing = records, folder, replace(preprocessing, template=name)
         self.images = ImageSource(images)

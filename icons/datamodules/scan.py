@@ -58,6 +58,8 @@ def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"
     begin = first_of(content)
     if content[begin : begin + 1] == b"[":
         return "list"
+    if content[begin : begin + 1] == b"<":
+        raise ValueError(f"{path}: is a web page or XML; expected LLaVA JSON or JSONL: download it again")
     end = content.find(b"\n", begin)
     try:
         first = msgspec.json.decode(content[begin : end if end >= 0 else len(content)])

@@ -92,7 +92,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     pad = content(settings.get("pad_token"))
     known = pad is not None and tokenizer.sp_model.piece_to_id(pad) != tokenizer.sp_model.unk_id()
     tokenizer.pad_token = pad if known else tokenizer.unk_token
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
