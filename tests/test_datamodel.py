@@ -7,8 +7,10 @@ from scipy import stats
 from icons.datamodel import (
     datamodelling_score,
     draw_subsets,
+    mean_interval,
     predicted_gain,
     separation,
+    separation_interval,
     share_in_lowest,
     spearman,
 )
@@ -64,4 +66,25 @@ def test_separation_is_the_area_under_the_curve() -> None:
 
 def test_share_in_lowest_leaves_out_rows_without_a_score() -> None:
     score = np.array([np.nan, 0.0, 1.0, 2.0, 3.0, 4.0])
-    assert share_in_lowest(score, np.array([True, False, True, False, False, False]), 0.4) == 0.5
+    assert share_in_lowest(score, np.array([True, False, True, False, False, False]), 0.4) == 1.0
+    assert np.isnan(share_in_lowest(score, np.array([True, False, False, False, False, False])))
+
+
+def test_the_interval_of_a_mean_is_students() -> None:
+    generator = np.random.default_rng(3)
+    for count in (2, 5, 11, 12, 30):
+        values = generator.standard_normal(count)
+        expected = stats.t.interval(0.95, count - 1, values.mean(), stats.sem(values))
+        np.testing.assert_allclose(mean_interval(values)[1:], expected, rtol=0.02, atol=0.005)
+    assert np.isnan(mean_interval(np.array([1.0]))[1:]).all()
+
+
+def test_the_interval_of_the_area_holds_19_of_20_draws() -> None:
+    generator = np.random.default_rng(4)
+    truth, bad = stats.norm.cdf(1 / np.sqrt(2)), np.arange(200) < 50
+    held = []
+    for _ in range(300):
+        area = separation(generator.standard_normal(200) - bad, bad)
+        low, high = separation_interval(area, 50, 150)
+        held.append(low <= truth <= high)
+    assert 0.91 < np.mean(held) < 0.99

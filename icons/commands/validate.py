@@ -1,7 +1,7 @@
 """`icons validate`: models trained on random subsets tell whether scores predict what data teaches."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,28 @@ from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
 
-from icons.commands.influence import parse
-from icons.commands.warmup import warmup
+from icons.commands.pairs import parse
+from icons.commands.retraining import RESUME, Retrainer, Retraining, side_by_side
+from icons.commands.warmup import parse_tasks
 from icons.datamodel import (
     datamodelling_score,
     draw_subsets,
+    mean_interval,
     predicted_gain,
     separation,
+    separation_interval,
     share_in_lowest,
 )
 from icons.datamodules.records import RecordIndex
-from icons.modules.checkpoint import open_warmup
+from icons.model_folder import ModelFolder
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 
 console = Console()
 Scores = dict[str, Float[np.ndarray, "rows tasks"]]
+Losses = dict[str, Float[np.ndarray, "seeds tasks"]]
+PARTS = ("without-top", "without-bottom", "without-random")
+SETTINGS = "settings.json"
 
 
 def validate(
@@ -39,7 +45,9 @@ def validate(
     mm_projector: Path | None = None,
     subsets: int = 60,
     share: float = 0.5,
+    seeds: int = 1,
     counterfactual: float = 0.1,
+    counterfactual_seeds: int = 3,
     source_field: str = "provenance",
     bad: str = "wrong",
     seed: int = 0,
@@ -49,6 +57,7 @@ def validate(
     lora_rank: int = 128,
     lora_alpha: float = 256.0,
     lora_dropout: float = 0.05,
+    workers: int = 1,
     shard: str | None = None,
     trainer: dict[str, Any] | None = None,
 ) -> int:
@@ -68,54 +77,108 @@ def validate(
         mm_projector: mm_projector.bin of an original LLaVA model.
         subsets: number of random subsets to train on.
         share: of the pool, in each subset.
+        seeds: trainings of each subset, whose losses are averaged.
         counterfactual: share left out at the top, at the bottom, and at random; 0 leaves this part out.
+        counterfactual_seeds: trainings of each of these, for the intervals; the random rows differ from seed to seed.
         source_field: field of the records that tells which are bad.
         bad: its value for bad records; records are only read for this, after scoring.
-        seed: of the subsets and the trainings.
+        seed: of the subsets, and the first one of the trainings.
         epochs: of every training.
         batch_size: of every training.
         learning_rate: of every training.
         lora_rank: of every training.
         lora_alpha: of every training.
         lora_dropout: of every training.
+        workers: trainings side by side, each in a process of its own (on a GPU of its own, as far as there are).
+            Processes started by hand on one --out share the work just so: no two ever do the same training.
         shard: I/N: only train this share of the models (array jobs); without it all, and then the table.
         trainer: flags of Lightning's Trainer.
     """
     index = RecordIndex.open(data)
     stores = {name: ScoreStore.open(path) for name, path in parse(scores, "--scores").items()}
-    tasks = list(parse(task, "--task"))
-    methods = {name: checked(name, store, tasks, len(index)) for name, store in stores.items()}
-    methods |= baselines(next(iter(stores.values())), len(tasks), seed)
-    drawn = draw_subsets(len(index), subsets, share, seed)
-    trainings = {f"subset-{number:03d}": rows for number, rows in enumerate(drawn)}
+    tasks = parse_tasks(task)
+    methods = {name: checked(name, store, list(tasks), len(index)) for name, store in stores.items()}
     first = next(iter(methods))
+    methods |= baselines(stores[first], len(tasks), seed)
+    if seeds < 1 or counterfactual_seeds < 1:
+        raise ValueError(
+            f"--seeds {seeds}, --counterfactual-seeds {counterfactual_seeds}: expected at least 1 training of each"
+        )
+    drawn = draw_subsets(len(index), subsets, share, seed)
+    trainings = [
+        Retraining(numbered(f"subset-{place:03d}", again), rows, seed + again)
+        for again in range(seeds)
+        for place, rows in enumerate(drawn)
+    ]
     if counterfactual:
-        trainings |= without(methods[first], counterfactual, seed)
-
-    def train(folder: Path, rows: Int[np.ndarray, " chosen"]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / f"data{data.suffix}"
-        if not file.is_file():
-            index.write_selection(rows.tolist(), file)
-        warmup(
-            model, file, folder / "fit", images, vision_tower, mm_projector, min_rows=1, task=task, epochs=epochs,
-            batch_size=batch_size, learning_rate=learning_rate, lora_rank=lora_rank, lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout, seed=seed, trainer=trainer,
-        )  # fmt: skip
-
+        for again in range(counterfactual_seeds):
+            parts = without(methods[first], counterfactual, seed + again)
+            trainings += [Retraining(numbered(name, again), rows, seed + again) for name, rows in parts.items()]
+    settings = {
+        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
+    }  # fmt: skip
+    claim(
+        out,
+        settings
+        | {
+            "data": index.fingerprint,
+            "model": ModelFolder.open(model, vision_tower=vision_tower, mm_projector=mm_projector).fingerprint(),
+            "tasks": {name: RecordIndex.open(file).fingerprint for name, (file, _) in tasks.items()},
+        },
+    )
+    start = {"model": model, "images": images, "vision_tower": vision_tower, "mm_projector": mm_projector}
+    retrainer = Retrainer(data, out, start | settings | {"min_rows": 1, "task": task, "trainer": trainer})
     part = (0, 1) if shard is None else parse_shard(shard)
-    losses = run_all(trainings, out, train, assign(range(len(trainings)), part[1], part[0]))
-    if shard is not None:
-        return 0
-    measured = {name: np.array([loss[task] for task in tasks]) for name, loss in losses.items()}
+    mine = [trainings[place] for place in assign(range(len(trainings)), part[1], part[0])]
+    status = side_by_side(retrainer, mine, workers)
+    if status or shard is not None:
+        return status
+    found = {one.name: retrainer.losses(one) for one in trainings}
+    left = [name for name, loss in found.items() if loss is None]
+    if left:
+        console.print(f"{len(left):,} models are being trained by other processes; the same line then makes the table")
+        return RESUME
+    losses = {name: np.array([loss[task] for task in tasks]) for name, loss in found.items() if loss is not None}
+    measured = np.stack([together(losses, f"subset-{place:03d}", seeds).mean(axis=0) for place in range(len(drawn))])
     is_bad = provenance(index, source_field) == bad
     content = table(methods, measured, drawn, is_bad, f"{source_field}={bad}")
     if counterfactual:
-        content["counterfactual"] = changes(measured, tasks)
-        content["note"] = said(content["counterfactual"], first, counterfactual)
+        several = {name: together(losses, name, counterfactual_seeds) for name in ("all", *PARTS)}
+        content["counterfactual"] = changes(several, list(tasks), first, counterfactual)
     (out / "validation.json").write_text(json.dumps(content, indent=1) + "\n")
     show(content)
     return 0
+
+
+def claim(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder, or checks that its trainings have the same settings.
+
+    Raises:
+        ValueError: they have others; names the first with both values.
+    """
+    kept = out / SETTINGS
+    if kept.is_file():
+        former = json.loads(kept.read_text())
+        for name, value in settings.items():
+            if former.get(name) != value:
+                raise ValueError(
+                    f"--out {out}: holds trainings with {name} {former.get(name)!r}, now it is {value!r}; give another "
+                    "folder"
+                )
+    out.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(dict(settings), indent=1) + "\n")
+
+
+def numbered(name: str, again: int) -> str:
+    """The folder of a training: its name, and from the second seed on the seed's number."""
+    return f"{name}-{again}" if again else name
+
+
+def together(
+    losses: Mapping[str, Float[np.ndarray, " tasks"]], name: str, seeds: int
+) -> Float[np.ndarray, "seeds tasks"]:
+    return np.stack([losses[numbered(name, again)] for again in range(seeds)])
 
 
 def checked(name: str, store: ScoreStore, tasks: Sequence[str], num_rows: int) -> Float[np.ndarray, "rows tasks"]:
@@ -157,26 +220,6 @@ def without(scores: Float[np.ndarray, "rows tasks"], share: float, seed: int) ->
     return {name: np.sort(rows) for name, rows in (kept | {"without-random": shuffled[count:]}).items()}
 
 
-def run_all(
-    trainings: Mapping[str, Int[np.ndarray, " chosen"]],
-    out: Path,
-    train: Callable[[Path, Any], None],
-    mine: Sequence[int],
-) -> dict[str, dict[str, float]]:
-    """Trains what is not there yet; the loss per task of each training."""
-    losses: dict[str, dict[str, float]] = {}
-    for number, (name, rows) in enumerate(trainings.items()):
-        kept = out / name / "losses.json"
-        if not kept.is_file() and number in mine:
-            console.print(f"[bold]{name}[/] ({number + 1} of {len(trainings)}): {len(rows):,} rows")
-            train(out / name, rows)
-            found = open_warmup(out / name / "fit").manifest["losses"]["after"]
-            kept.write_text(json.dumps(found))
-        if kept.is_file():
-            losses[name] = json.loads(kept.read_text())
-    return losses
-
-
 def provenance(index: RecordIndex, field: str) -> np.ndarray:
     """Each record's field, as text; empty where it has none."""
     found = []
@@ -191,48 +234,72 @@ def provenance(index: RecordIndex, field: str) -> np.ndarray:
 
 def table(
     methods: Scores,
-    losses: Mapping[str, Float[np.ndarray, " tasks"]],
+    measured: Float[np.ndarray, "subsets tasks"],
     drawn: Sequence[Int[np.ndarray, " chosen"]],
     bad: Bool[np.ndarray, " rows"],
     what: str,
 ) -> dict[str, Any]:
     """Per method: the datamodelling score with its interval, and how it sorts out bad records."""
-    measured = np.stack([losses[f"subset-{number:03d}"] for number in range(len(drawn))])
     rows: list[list[Any]] = []
     for name, scores in methods.items():
         estimate = datamodelling_score(predicted_gain(scores, drawn), measured)
         row: list[Any] = [name, [round(value, 3) for value in estimate]]
         if bad.any():
             mean = scores.mean(axis=1)
-            row += [round(separation(mean, bad), 3), round(share_in_lowest(mean, bad), 3)]
+            area = separation(mean, bad)
+            known = np.isfinite(mean)
+            ends = separation_interval(area, int((bad & known).sum()), int((~bad & known).sum()))
+            row += [[round(value, 3) for value in (area, *ends)], round(share_in_lowest(mean, bad), 3)]
         rows.append(row)
-    columns = ["method", "LDS"] + (["AUC, bad below good", "bad in the lowest 20 %"] if bad.any() else [])
+    columns = ["method", "LDS"] + (["bad below good (AUC)", "of the bad, in the lowest 20 %"] if bad.any() else [])
     text = (
         f"{len(drawn)} models were trained on random subsets of the pool. LDS is the rank correlation between the "
-        "sum of a subset's scores and how low the model's loss came out, the mean over tasks, with a 95 % bootstrap "
-        f"interval over subsets. Bad records are those with {what} ({bad.mean():.0%} of the pool)."
+        "sum of a subset's scores and how low the model's loss came out: the mean over tasks, with a 95 % bootstrap "
+        "interval over subsets; where it is negative, low values are the good ones."
     )
+    if bad.any():
+        text += (
+            f" Bad records are those with {what}, {bad.mean():.0%} of the pool. AUC is the probability that one of "
+            "them has a lower mean score over tasks than another record (chance: 0.5), with its 95 % interval; by "
+            "chance, 20 % of them are in the lowest 20 %."
+        )
     return {"title": "Does influence predict?", "text": text, "columns": columns, "rows": rows}
 
 
-def changes(losses: Mapping[str, Float[np.ndarray, " tasks"]], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Per counterfactual and task: the loss minus that of the training on all rows."""
-    return {
-        name: dict(zip(tasks, (losses[name] - losses["all"]).round(5).tolist(), strict=True))
-        for name in ("without-top", "without-bottom", "without-random")
-    }
-
-
-def said(found: Mapping[str, Mapping[str, float]], method: str, share: float) -> str:
-    parts = [f"{name.replace('-', ' the ')} {np.mean(list(change.values())):+.4f}" for name, change in found.items()]
-    return f"Loss, mean over tasks, after training without {share:.0%} of the rows by {method}: {'; '.join(parts)}."
+def changes(losses: Losses, tasks: Sequence[str], method: str, share: float) -> dict[str, Any]:
+    """A table: per counterfactual and task, the loss minus that of the training on all rows with the same seed, and its
+    95 % interval over seeds."""
+    rows: list[list[Any]] = []
+    seeds = len(losses["all"])
+    for name in PARTS:
+        change = losses[name] - losses["all"]
+        columns = [*change.T, change.mean(axis=1)]
+        rows.append([name.replace("-", " the ", 1).replace("the random", "random rows")])
+        intervals = [[round(value, 4) for value in mean_interval(column)] for column in columns]
+        rows[-1] += intervals if seeds > 1 else [mean for mean, _, _ in intervals]
+    note = (
+        f"Change of each task's loss (above zero: worse) when {share:.0%} of the rows are left out, by the mean score "
+        f"of {method}; the mean over {seeds} seed{'s' * (seeds > 1)}"
+        + (", with its 95 % interval (Student's t)." if seeds > 1 else ".")
+    )
+    return {"columns": ["trained", *tasks, "mean"], "rows": rows, "note": note}
 
 
 def show(content: Mapping[str, Any]) -> None:
-    shown = Table(*content["columns"])
-    for row in content["rows"]:
-        cells = [f"{v[0]:.2f} ({v[1]:.2f} to {v[2]:.2f})" if isinstance(v, list) else str(v) for v in row]
-        shown.add_row(*cells)
-    console.print(shown)
-    if "note" in content:
-        console.print(content["note"])
+    for part in (content, content.get("counterfactual")):
+        if part is None:
+            continue
+        shown = Table(*part["columns"])
+        for row in part["rows"]:
+            shown.add_row(*(said(cell) for cell in row))
+        console.print(shown)
+    console.print(content["text"], content.get("counterfactual", {}).get("note", ""), soft_wrap=True)
+
+
+def said(cell: Any) -> str:
+    """A cell of the table.
+
+    >>> said([0.5, 0.25, 0.75]), said(0.31), said("ours")
+    ('0.5 (0.25 to 0.75)', '0.31', 'ours')
+    """
+    return "{:.3g} ({:.3g} to {:.3g})".format(*cell) if isinstance(cell, list) else str(cell)

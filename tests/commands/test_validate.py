@@ -47,29 +47,67 @@ def test_trains_every_subset_once_and_writes_the_table(
     pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, out = scores(tmp_path / "scores.zarr"), tmp_path / "out"
-    assert run(pool, store, out, "--counterfactual", 0.34) == 0
-    names = {"subset-000", "subset-001", "subset-002", "all", "without-top", "without-bottom", "without-random"}
+    more = ["--counterfactual", 0.34, "--counterfactual-seeds", 2]
+    assert run(pool, store, out, *more) == 0
+    names = {"all", "without-top", "without-bottom", "without-random"}
+    names |= {f"{name}-1" for name in names} | {"subset-000", "subset-001", "subset-002", "status"}
     assert {path.name for path in out.iterdir() if path.is_dir()} == names
     written = (out / "validation.json").read_bytes()
 
     section = validation(out / "validation.json")
     assert section.title == "Does influence predict?"
     content = json.loads(written)
-    assert content["columns"] == ["method", "LDS", "AUC, bad below good", "bad in the lowest 20 %"]
+    assert content["columns"] == ["method", "LDS", "bad below good (AUC)", "of the bad, in the lowest 20 %"]
     assert [row[0] for row in content["rows"]] == ["ours", "random", "loss"]
-    assert content["rows"][0][2] == 1.0  # every bad row scores below every good one
-    assert set(content["counterfactual"]) == {"without-top", "without-bottom", "without-random"}
+    assert content["rows"][0][2] == [1.0, 1.0, 1.0]  # every bad row scores below every good one
+    table = content["counterfactual"]
+    assert table["columns"] == ["trained", "tiny", "mean"]
+    assert [row[0] for row in table["rows"]] == ["without the top", "without the bottom", "without random rows"]
+    losses = [[json.loads((out / f"{name}{seed}" / "losses.json").read_text())["tiny"] for seed in ("", "-1")]
+              for name in ("without-top", "all")]  # fmt: skip
+    assert table["rows"][0][1][0] == pytest.approx(np.mean(losses[0]) - np.mean(losses[1]), abs=1e-4)
     assert [json.loads((out / name / "data.json").read_text()) for name in ("without-top", "without-bottom")] == [
         json.loads(pool.read_text())[2:],
         json.loads(pool.read_text())[:-2],
     ]
+    random = [np.load(out / f"without-random{seed}" / "rows.npy") for seed in ("", "-1")]
+    assert not np.array_equal(*random)  # drawn anew for each seed
 
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("icons.commands.validate.warmup", forbidden)
-    assert run(pool, store, out, "--counterfactual", 0.34) == 0
+    monkeypatch.setattr("icons.commands.retraining.warmup", forbidden)
+    assert run(pool, store, out, *more) == 0
     assert (out / "validation.json").read_bytes() == written
+
+
+@pytest.mark.slow
+def test_several_seeds_per_subset_are_averaged(pool: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, out = scores(tmp_path / "scores.zarr"), tmp_path / "out"
+    assert run(pool, store, out, "--counterfactual", 0, "--seeds", 2) == 0
+    assert len(list(out.glob("subset-00?-1/losses.json"))) == 3
+    capsys.readouterr()
+    assert run(pool, store, out, "--counterfactual", 0, "--epochs", 3) == 1
+    assert "holds trainings with epochs 1, now it is 3; give another folder" in capsys.readouterr().err
+    assert run(pool, store, out, "--seeds", 0) == 1
+    assert "--seeds 0, --counterfactual-seeds 3: expected at least 1 training of each" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_workers_measure_what_one_does(pool: Path, tmp_path: Path) -> None:
+    store = scores(tmp_path / "scores.zarr")
+    for out, workers in (("one", 1), ("two", 2)):
+        assert run(pool, store, tmp_path / out, "--counterfactual", 0, "--workers", workers) == 0
+    files = [(tmp_path / out / "validation.json").read_bytes() for out in ("one", "two")]
+    assert files[0] == files[1]
+
+
+def test_a_model_that_another_process_trains_is_waited_for_by_the_user(
+    pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("icons.commands.validate.side_by_side", lambda *_: 0)
+    assert run(pool, scores(tmp_path / "scores.zarr"), tmp_path / "out", "--counterfactual", 0) == 75
+    assert "3 models are being trained by other processes" in capsys.readouterr().out
 
 
 @pytest.mark.slow
