@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icons.fusion import fused_step
+
 FORMS = ("adam", "diagonal", "sign")
 
 
@@ -73,6 +75,7 @@ class AdamPreconditioner:
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         form: "adam", "diagonal" or "sign".
+        compiled: fuse the steps of "adam" with `torch.compile`; see `icons.fusion`.
 
     Raises:
         ValueError: names or shapes of the moments differ, step is below 1, or the form is unknown.
@@ -84,6 +87,7 @@ class AdamPreconditioner:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     form: str = "adam"
+    compiled: bool = False
     ready: dict[tuple[str, torch.device], tuple[Tensor | None, tuple[Tensor, ...]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -159,6 +163,8 @@ class AdamPreconditioner:
         first, second = constants
         (beta1, beta2), step = self.betas, self.step_of(name) + 1
         scale1, scale2 = (1 - beta1) / (1 - beta1**step), (1 - beta2) / (1 - beta2**step)
+        if self.compiled and sign is not None:
+            return fused_step(gradient, sign, first, second, scale1, scale2, self.eps)
         denominator = torch.addcmul(second, gradient, gradient, value=scale2).sqrt_().add_(self.eps)
         numerator = gradient.add_(first) if sign is None else gradient.mul_(sign).add_(first)
         return numerator.mul_(scale1).div_(denominator)

@@ -24,6 +24,7 @@ LAYERS = [
         "weight_edges",
         "positions",
         "token_loss",
+        "fusion",
         "representation",
         "preconditioner",
         "projection",

@@ -15,6 +15,7 @@ from icons.modules.collector import Collect, collector
 from icons.modules.part_writer import PartWriter, part_path
 from icons.modules.writer import GradientWriter
 from icons.partition import assign, parse_shard
+from icons.preconditioner import AdamPreconditioner
 from icons.projection import PROJECTORS, Several
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 
@@ -53,6 +54,7 @@ def gradients(
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
     quantize: Literal["4bit", "8bit"] | None = None,
     gradient_checkpointing: bool = False,
+    compile: bool = False,
     trust_remote_code: bool = False,
     num_workers: int = 0,
     shard: str | None = None,
@@ -98,6 +100,7 @@ def gradients(
         attention: attention kernel; flash_attention_2 needs the extra `flash`.
         quantize: base weights in 4 or 8 bits; needs the extra `quantize`.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        compile: fuse the elementwise part of --preconditioner adam with torch.compile (half a minute at the start).
         trust_remote_code: run code that comes with the model folder.
         num_workers: processes that read and decode ahead.
         shard: I/N: only this share of the units, without any communication (array jobs); I counts from 0.
@@ -154,11 +157,14 @@ def gradients(
         trust_remote_code=trust_remote_code,
     )
     several = [PROJECTORS[projector](size, seed=seed) for size in dims]
+    state = source.preconditioner(preconditioner, network) if differentiates else None
+    if isinstance(state, AdamPreconditioner):
+        state.compiled = compile
     extractor = collector(
         collect,
         network,
         several[0] if len(several) == 1 else Several(several),
-        source.preconditioner(preconditioner, network) if differentiates else None,
+        state,
     )
     writing: dict[str, Any] = {
         "dtype": dtype,
