@@ -138,6 +138,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             ids, labels = self.template(self.tokenizer, self.turns(record), image, self.text_limit)
         except TemplateError as error:
             raise FailedRowError(Status.BAD_RECORD, str(error)) from None
+        if self.template is TEMPLATES["llama_3"]:  # xtuner leaves room for one image, also where there is none
+            before = max(1, limit - self.folder.image_tokens)
+            return self.expand(ids[:before], labels[:before])
         return self.expand(ids[:limit], labels[:limit])
 
     def expand(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,16 @@ def test_a_model_without_a_chat_template_is_refused(text_folder: Path, tmp_path:
     (tmp_path / "data.jsonl").write_text("{}")
     with pytest.raises(ValueError, match=r"template chat: .* brings no chat template"):
         ConversationDataset(RecordIndex(tmp_path / "data.jsonl"), None, ModelFolder.open(text_folder), Preprocessing())
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_llama_3_text_is_cut_where_an_image_would_still_fit(text_folder: Path, tmp_path: Path, image: bool) -> None:
+    """xtuner cuts at 2,048 - 576 ids before images are expanded, in rows without one too."""
+    turns = [{"from": "human", "value": "<image>\nWhat?" if image else "What?"}, {"from": "gpt", "value": "a" * 200}]
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "data.jsonl").write_text(json.dumps({"conversations": turns} | ({"image": "a.png"} if image else {})))
+    folder = replace(ModelFolder.open(text_folder), image_token_id=-200, image_tokens=16)
+    dataset = ConversationDataset(
+        RecordIndex(tmp_path / "data.jsonl"), tmp_path, folder, Preprocessing("llama_3", max_length=100)
+    )
+    assert len(dataset[0]["input_ids"]) == 100 - 16 + (15 if image else 0)
