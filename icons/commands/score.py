@@ -10,13 +10,16 @@ from lightning import Trainer
 from rich.console import Console
 from torch import nn
 
+from icons.batch import Status
+from icons.commands.fit import quiet
 from icons.commands.gradients import predict_flags, summary
-from icons.commands.influence import parse
+from icons.commands.pairs import parse
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.modules.extractor import adapter_fingerprint, base_fingerprint
-from icons.modules.scorer import InfluenceScorer, ScoredTasks, ScoreWriter, TaskVector, TaskVectorizer
+from icons.modules.former_scores import FormerScores
+from icons.modules.scorer import InfluenceScorer, ScoredTasks, ScoreWriter, TaskVector, TaskVectorizer, columns_of
 from icons.modules.writer import GradientWriter
 from icons.partition import Partition, UnitPlan, assign
 from icons.projection import PROJECTORS
@@ -34,6 +37,7 @@ def score(
     out: Path,
     images: Path | None = None,
     task_vectors: Path | None = None,
+    reuse: Path | None = None,
     keep_gradients: Path | None = None,
     projector: Literal["count_sketch", "rademacher", "gaussian"] = "count_sketch",
     dim: int = 5120,
@@ -73,6 +77,8 @@ def score(
         out: the score store.
         images: image folder of the training rows.
         task_vectors: folder where task vectors are kept and found again; default: OUT with `.tasks` behind.
+        reuse: a finished score store of the same data and model: its columns are copied, and only tasks that it
+            lacks are scored (give all --task and --group that the new store shall have).
         keep_gradients: also write the projected gradients to this store, from the same pass (one checkpoint only).
         projector: kind of random projection, for --keep-gradients.
         dim: numbers per row (K), for --keep-gradients.
@@ -144,11 +150,21 @@ def score(
         }
         loading |= {"max_tokens": max_tokens, "num_workers": num_workers, "trust_remote_code": trust_remote_code}
         kept = task_vectors or out.with_name(out.name + ".tasks")
-        runner = Trainer(**flags)
-        vectors = find_vectors(
-            runner, model, files, kept if single else kept / str(place), normalize == "exact", loading
-        )
-        tasks = ScoredTasks(vectors, groups, reduce, getattr(torch, vector_dtype), offload)
+        modules = {name: ConversationDataModule(*places, **loading) for name, places in files.items()}
+        manifests = describe_vectors(model, modules, normalize == "exact")
+        columns, former = columns_of(files, groups), None
+        if reuse is not None:
+            path = reuse if single else reuse.with_name(f"{reuse.name}.checkpoint-{place}")
+            former = FormerScores.of(ScoreStore.open(path), columns, manifests, reduce)
+            columns = {name: members for name, members in columns.items() if name not in former.taken}
+            console.print(f"taken over from {path}: {', '.join(former.taken) or 'no task'}")
+        scored = {name: modules[name] for name in files if any(name in members for members in columns.values())}
+        new_groups = {name: members for name, members in groups.items() if name in columns}
+        with quiet():
+            vectors = find_vectors(
+                Trainer(**flags), model, scored, manifests, kept if single else kept / str(place), normalize == "exact"
+            )
+        tasks = ScoredTasks(vectors, new_groups, reduce, getattr(torch, vector_dtype), offload)
         scorer = InfluenceScorer(
             model,
             tasks,
@@ -159,16 +175,30 @@ def score(
         datamodule = ConversationDataModule(data, images, **loading)
         writing: dict[str, Any] = {"chunk_rows": chunk_rows, "shard": shard, "retry_failed": retry_failed}
         writing["manifest"] = {"target": target}
-        runner = Trainer(**flags)
+        with quiet():
+            runner = Trainer(**flags)
         if keep_gradients is not None:
             writing["chunk_rows"] = chunk_rows or fitting_chunk_rows(len(datamodule.dataset), dim, dtype)
             runner.callbacks.append(GradientWriter(keep_gradients, dtype=dtype, **writing))  # type: ignore[attr-defined]
-        runner.callbacks.append(ScoreWriter(outs[place], **writing))  # type: ignore[attr-defined]
-        runner.predict(scorer, datamodule=datamodule, return_predictions=False)
+        writer = ScoreWriter(outs[place], former=former, groups=groups, **writing)
+        runner.callbacks.append(writer)  # type: ignore[attr-defined]
+        with quiet():
+            runner.predict(scorer, datamodule=datamodule, return_predictions=False)
     if not runner.is_global_zero:
         return 0
     stores = [ScoreStore.open(path) for path in outs]
-    return summary(stores[0] if single else weighted_sum(stores, parts, out), strict, shard)
+    return ended(stores[0] if single else weighted_sum(stores, parts, out), strict, shard)
+
+
+def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:
+    """Prints the summary; the exit status: 1 if units of this run are missing at its end, with a line that says so."""
+    status = summary(store, strict, shard)
+    if status and (missing := store.missing()):
+        console.print(
+            f"[red]{len(missing):,} of {store.partition.num_units:,} units are missing[/]: a process has died, or "
+            "another run is computing them; run the same line again"
+        )
+    return status
 
 
 def task_file(value: str) -> tuple[Path, Path | None]:
@@ -186,41 +216,46 @@ def task_file(value: str) -> tuple[Path, Path | None]:
     return Path(name), Path(images) if images else None
 
 
-def find_vectors(
-    trainer: Trainer,
-    model: nn.Module,
-    files: Mapping[str, tuple[Path, Path | None]],
-    folder: Path,
-    unit: bool,
-    loading: Mapping[str, Any],
-) -> dict[str, TaskVector]:
-    """The tasks' vectors: those in `folder` that were made from the same files and model, the others computed.
-
-    Every rank computes whole tasks, so that the sums do not depend on the number of ranks.
-    """
-    modules = {name: ConversationDataModule(*places, **loading) for name, places in files.items()}
+def describe_vectors(
+    model: nn.Module, modules: Mapping[str, ConversationDataModule], unit: bool
+) -> dict[str, dict[str, Any]]:
+    """What each task's vector is made from."""
     model_part = {
         "model": {"fingerprint": base_fingerprint(model)},
         "adapter": {"fingerprint": adapter_fingerprint(model)},
         "normalize": "exact" if unit else "none",
     }
-    manifests = {name: {**module.describe(), **model_part} for name, module in modules.items()}
-    todo = [name for name, manifest in manifests.items() if not is_kept(folder / f"{name}.safetensors", manifest)]
+    return {name: {**module.describe(), **model_part} for name, module in modules.items()}
+
+
+def find_vectors(
+    trainer: Trainer,
+    model: nn.Module,
+    modules: Mapping[str, ConversationDataModule],
+    manifests: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    unit: bool,
+) -> dict[str, TaskVector]:
+    """The tasks' vectors: those in `folder` that were made from the same files and model, the others computed.
+
+    Every rank computes whole tasks, so that the sums do not depend on the number of ranks.
+    """
+    todo = [name for name in modules if not is_kept(folder / f"{name}.safetensors", manifests[name])]
     if todo:
         mine = assign(range(len(todo)), trainer.world_size, trainer.global_rank)
         loaders = []
         for place, name in enumerate(todo):
-            dataset = modules[name].dataset
+            module, dataset = modules[name], modules[name].dataset
             plan = UnitPlan(Partition(len(dataset), len(dataset)), [0] if place in mine else [])
-            sampler = UnitBatchSampler.of_plan(plan, dataset.lengths, loading["batch_size"], loading["max_tokens"])
+            sampler = UnitBatchSampler.of_plan(plan, dataset.lengths, module.batch_size, module.max_tokens)
             loaders.append(unit_dataloader(dataset, sampler, dataset.collate))
         vectorizer = TaskVectorizer(model, todo, unit)
         trainer.predict(vectorizer, loaders, return_predictions=False)
         for place in mine:
-            vector = vectorizer.vector(todo[place], manifests[todo[place]])
+            vector = vectorizer.vector(todo[place], dict(manifests[todo[place]]))
             vector.save(folder / f"{todo[place]}.safetensors")
         trainer.strategy.barrier()
-    return {name: TaskVector.load(folder / f"{name}.safetensors") for name in files}
+    return {name: TaskVector.load(folder / f"{name}.safetensors") for name in modules}
 
 
 def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
@@ -238,7 +273,7 @@ def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
 def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path) -> ScoreStore:
     """The checkpoints' scores, added up with their weights (LESS, section 4.1: learning rates); made anew if there.
 
-    A row that failed at one checkpoint is failed.
+    A row that failed at one checkpoint is failed; a unit that one of them has still to do is missing.
     """
     first = stores[0]
     manifest = {key: value for key, value in first.manifest.items() if key not in ("format", "kind", "arrays")}
@@ -261,7 +296,12 @@ def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Pa
         span = slice(rows.start, rows.stop)
         parts = [np.asarray(store.influence[span]) for store in stores]
         influence = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        status = np.maximum.reduce([np.asarray(store.status[span]) for store in stores])
+        statuses = np.stack([np.asarray(store.status[span]) for store in stores])
+        status = np.where((statuses == Status.NOT_WRITTEN).any(axis=0), Status.NOT_WRITTEN, statuses.max(axis=0))
+        if not status.all():
+            continue  # a checkpoint has still to do it
         copied = {name: np.asarray(first.arrays[name][span]) for name in ("norm", "loss", "tokens")}
-        total.write_unit(unit, np.asarray(influence, np.float32), np.asarray(first.stderr[span]), status, **copied)
+        total.write_unit(
+            unit, np.asarray(influence, np.float32), np.asarray(first.stderr[span]), status.astype(np.uint8), **copied
+        )
     return total

@@ -1,7 +1,7 @@
 """Exact influence through `Trainer.predict`: task vectors from validation rows, then training rows against them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
 from icons.modules.extractor import GradientExtractor
+from icons.modules.former_scores import FormerScores
 from icons.modules.writer import GradientWriter
 from icons.partition import Claim, UnitPlan
 from icons.preconditioner import Preconditioner
@@ -139,15 +140,24 @@ class ScoredTasks:
     @property
     def columns(self) -> dict[str, list[str]]:
         """Column -> the tasks that it is made of: tasks that are in no group, then the groups."""
-        grouped = {member for members in self.groups.values() for member in members}
-        alone = {name: [name] for name in self.vectors if name not in grouped}
-        return alone | {name: list(members) for name, members in self.groups.items()}
+        return columns_of(self.vectors, self.groups)
 
     def reduced(self, products: Tensor) -> Tensor:
         """Products with each task `[B, tasks]` -> scores of the columns `[B, S]`."""
         place = {name: number for number, name in enumerate(self.vectors)}
         parts = [products[:, [place[member] for member in members]] for members in self.columns.values()]
         return torch.stack([p.amax(dim=1) if self.reduce == "max" else p.mean(dim=1) for p in parts], dim=1)
+
+
+def columns_of(tasks: Iterable[str], groups: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Column -> its tasks: those in no group, then the groups.
+
+    >>> columns_of(["a", "b", "c"], {"ab": ["a", "b"]})
+    {'c': ['c'], 'ab': ['a', 'b']}
+    """
+    grouped = {member for members in groups.values() for member in members}
+    alone = {name: [name] for name in tasks if name not in grouped}
+    return alone | {name: list(members) for name, members in groups.items()}
 
 
 class InfluenceScorer(GradientExtractor):
@@ -227,9 +237,42 @@ def either(first: UnitPlan, second: UnitPlan) -> Claim:
 class ScoreWriter(GradientWriter):
     """Stores what an `InfluenceScorer` predicts, unit by unit, as `GradientWriter` stores gradients: the same units,
     ranks, shards, leases and resume. Behind a `GradientWriter` among the callbacks, the two fill their stores from one
-    pass: a unit is computed if it is missing in either."""
+    pass: a unit is computed if it is missing in either.
+
+    Args:
+        path: the store.
+        former: columns that are taken over from another store, with all groups of the new one.
+        groups: of the new store; only needed with `former`.
+        options: as for `GradientWriter`.
+    """
 
     STORE = ScoreStore
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        former: FormerScores | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, **options)
+        self.former, self.groups = former, groups or {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the rows of a batch, with what a former store has of them."""
+        if self.former is not None:
+            assert isinstance(pl_module, InfluenceScorer)
+            outputs = self.former.widened(outputs, list(pl_module.tasks.columns))
+        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """As `GradientWriter.setup`.
@@ -258,14 +301,16 @@ class ScoreWriter(GradientWriter):
         """
         assert isinstance(pl_module, InfluenceScorer)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        manifest = self.describe(pl_module, datamodule)
+        manifest, columns = self.describe(pl_module, datamodule), list(pl_module.tasks.columns)
+        if self.former is not None:
+            manifest, columns = self.former.manifest(manifest, self.groups), list(self.former.columns)
         try:
             store = ScoreStore.open(self.path, mode="r+")
         except FileNotFoundError:
             return ScoreStore.create(
                 self.path,
                 num_rows=self.num_rows or len(datamodule.dataset),
-                tasks=list(pl_module.tasks.columns),
+                tasks=columns,
                 manifest=manifest,
                 chunk_rows=self.chunk_rows or 1024,
                 extra={"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])},

@@ -1,5 +1,6 @@
 """Exact scores: task vectors and influence against materialised gradients, resumed, grouped, and kept."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from icons import cli
+from icons.batch import Status
+from icons.commands.score import ended
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.gradients import per_sample_gradients
@@ -158,3 +161,81 @@ def test_a_group_of_unknown_tasks_is_refused(warmup: Path) -> None:
 def test_a_task_without_a_usable_row_is_refused() -> None:
     with pytest.raises(ValueError, match="task a: no validation row has a finite gradient"):
         TaskVectorizer(torch.nn.Linear(2, 2), ["a"]).vector("a", {})
+
+
+def of_two_rows(path: Path, name: str) -> list[str]:
+    """Another task: the first two records."""
+    file = path / f"{name}.json"
+    file.write_text(json.dumps(json.loads((DATA / "data.json").read_text())[:2]))
+    return ["--task", f"{name}={file}:{DATA}"]
+
+
+def test_a_further_task_leaves_the_others_as_they_are(
+    warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = of_two_rows(tmp_path, "c")
+    assert score(warmup, tmp_path / "old.zarr", *both_tasks(), "--group", "ab=a,b") == 0
+    assert score(warmup, tmp_path / "whole.zarr", *both_tasks(), *more, "--group", "ab=a,b") == 0
+    wider = [*both_tasks(), *more, "--group", "ab=a,b", "--reuse", tmp_path / "old.zarr"]
+    capsys.readouterr()
+    assert score(warmup, tmp_path / "new.zarr", *wider, "--shard", "1/2") == 0
+    assert score(warmup, tmp_path / "new.zarr", *wider) == 0
+    assert "old.zarr: ab" in capsys.readouterr().out.replace("\n", "")
+    assert [file.name for file in (tmp_path / "new.zarr.tasks").iterdir()] == ["c.safetensors"]  # only the new vector
+    old, new, whole = (ScoreStore.open(tmp_path / f"{name}.zarr") for name in ("old", "new", "whole"))
+    assert new.tasks == whole.tasks == ["c", "ab"]
+    assert new.influence[:][:, 1].tobytes() == old.influence[:][:, 0].tobytes()
+    np.testing.assert_allclose(new.influence[:], whole.influence[:], rtol=1e-5)
+    for field in ("tasks", "groups", "num_validation", "data", "preconditioner"):
+        assert new.manifest[field] == whole.manifest[field]
+    assert (
+        score(warmup, tmp_path / "new.zarr", *both_tasks(), *more, "--group", "ab=a,b") == 0
+    )  # it goes on as any other
+
+
+def test_a_row_that_failed_before_stays_failed(warmup: Path, tmp_path: Path) -> None:
+    assert score(warmup, tmp_path / "old.zarr", *both_tasks()) == 0
+    old = ScoreStore.open(tmp_path / "old.zarr", mode="r+")
+    values = [np.asarray(array[0:2]) for array in (old.influence, old.stderr, old.status)]
+    values[0][1], values[2][1] = np.nan, Status.IMAGE_MISSING
+    old.write_unit(0, *values, **{name: np.asarray(old.arrays[name][0:2]) for name in ("norm", "loss", "tokens")})
+    more = [*of_two_rows(tmp_path, "c"), "--reuse", tmp_path / "old.zarr"]
+    assert score(warmup, tmp_path / "new.zarr", *both_tasks(), *more) == 0
+    new = ScoreStore.open(tmp_path / "new.zarr")
+    assert new.status[:].tolist() == [Status.DONE, Status.IMAGE_MISSING, Status.DONE]
+    assert np.isnan(new.influence[:]).tolist() == [[False] * 3, [True] * 3, [False] * 3]
+
+
+def test_former_scores_of_something_else_are_refused(
+    warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = ["--reuse", tmp_path / "old.zarr"]
+    assert score(warmup, tmp_path / "old.zarr", *both_tasks(), "--shard", "1/2") == 0
+    assert score(warmup, tmp_path / "new.zarr", *both_tasks(), *of_two_rows(tmp_path, "c"), *old) == 1
+    assert "old.zarr: 1 units are missing; finish the store first" in capsys.readouterr().err
+    assert score(warmup, tmp_path / "old.zarr", *both_tasks()) == 0
+    assert score(warmup, tmp_path / "new.zarr", *both_tasks(), *old) == 1
+    assert "has all of a, b already; expected a further --task" in capsys.readouterr().err
+    more = [*of_two_rows(tmp_path, "c"), *old, "--preconditioner", "none"]
+    assert score(warmup, tmp_path / "new.zarr", *both_tasks(), *more) == 1
+    assert "preconditioner.form" in capsys.readouterr().err
+
+
+def test_units_missing_at_the_end_are_status_1_with_a_line(
+    warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score(warmup, tmp_path / "half.zarr", *both_tasks(), "--shard", "1/2") == 0
+    capsys.readouterr()
+    assert ended(ScoreStore.open(tmp_path / "half.zarr"), False, None) == 1  # as when the rank of unit 0 has died
+    assert "1 of 2 units are missing: a process has died" in capsys.readouterr().out
+    assert ended(ScoreStore.open(tmp_path / "half.zarr"), False, "1/2") == 0
+
+
+def test_a_unit_that_one_checkpoint_lacks_is_missing_in_the_sum(warmup: Path, tmp_path: Path) -> None:
+    second = tmp_path / "second"
+    shutil.copytree(warmup, second)
+    more = [*both_tasks(), "--checkpoint", second]
+    assert score(warmup, tmp_path / "sum.zarr", *more, "--shard", "1/2") == 0
+    assert ScoreStore.open(tmp_path / "sum.zarr").missing() == [0]
+    assert score(warmup, tmp_path / "sum.zarr", *more) == 0
+    assert ScoreStore.open(tmp_path / "sum.zarr").missing() == []
