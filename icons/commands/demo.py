@@ -38,13 +38,14 @@ class DemoSettings:
     num_pool: int = 3000
     num_validation: int = 80
     """rows of each task's validation file"""
-    num_test: int = 300
+    num_test: int = 400
     """rows of each task's test file"""
     warmup_fraction: float = 0.1
     """of the pool: the paper's 5 % of so small a pool would be 150 rows"""
-    warmup_epochs: int = 10
-    warmup_batch_size: int = 16
-    warmup_learning_rate: float = 5e-4
+    warmup_epochs: int = 20
+    warmup_batch_size: int = 64
+    """large enough that Adam's first moment, which is added to every row, is small beside a row's own gradient"""
+    warmup_learning_rate: float = 1e-3
     fraction: float = 0.2
     epochs: int = 12
     """of every fine-tune, whatever its rows, as in the paper"""

@@ -87,6 +87,8 @@ def make_demo_data(
     write_records(out / "pool.json", pool)
     files: dict[str, dict[str, Path]] = {"": {}, "_test": {}}
     for suffix, split, count in (("", "validation", num_validation), ("_test", test, num_test)):
+        if suffix:  # a stream of its own: test files do not depend on the sizes of the others
+            draw = random.Random(f"test {seed}")
         asked = questions(split)
         for task, shares in TASKS.items():
             drawn = draw_kinds(asked, shares, count, draw)
