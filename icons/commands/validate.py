@@ -259,30 +259,30 @@ def table(
     )
     if bad.any():
         text += (
-            f" Bad records are those with {what}, {bad.mean():.0%} of the pool. AUC is the probability that one of "
-            "them has a lower mean score over tasks than another record (chance: 0.5), with its 95 % interval; by "
+            f" Bad records are those with {what}, {100 * bad.mean():.0f} % of the pool. AUC is the probability that "
+            "one of them has a lower mean score over tasks than another record (chance: 0.5), with its 95 % interval; by "
             "chance, 20 % of them are in the lowest 20 %."
         )
     return {"title": "Does influence predict?", "text": text, "columns": columns, "rows": rows}
 
 
 def changes(losses: Losses, tasks: Sequence[str], method: str, share: float) -> dict[str, Any]:
-    """A table: per counterfactual and task, the loss minus that of the training on all rows with the same seed, and its
+    """A table: per task and counterfactual, the loss minus that of the training on all rows with the same seed, and its
     95 % interval over seeds."""
-    rows: list[list[Any]] = []
+    change = {name: losses[name] - losses["all"] for name in PARTS}
     seeds = len(losses["all"])
-    for name in PARTS:
-        change = losses[name] - losses["all"]
-        columns = [*change.T, change.mean(axis=1)]
-        rows.append([name.replace("-", " the ", 1).replace("the random", "random rows")])
-        intervals = [[round(value, 4) for value in mean_interval(column)] for column in columns]
-        rows[-1] += intervals if seeds > 1 else [mean for mean, _, _ in intervals]
+    rows: list[list[Any]] = []
+    for place, task in enumerate([*tasks, "mean"]):
+        several = [part.mean(axis=1) if place == len(tasks) else part[:, place] for part in change.values()]
+        found = [[round(value, 4) for value in mean_interval(part)] for part in several]
+        rows.append([task, *(found if seeds > 1 else [mean for mean, _, _ in found])])
     note = (
-        f"Change of each task's loss (above zero: worse) when {share:.0%} of the rows are left out, by the mean score "
-        f"of {method}; the mean over {seeds} seed{'s' * (seeds > 1)}"
+        f"Change of each task's loss (above zero: worse) when {100 * share:.3g} % of the rows are left out, by the "
+        f"mean score of {method}; the mean over {seeds} seed{'s' * (seeds > 1)}"
         + (", with its 95 % interval (Student's t)." if seeds > 1 else ".")
     )
-    return {"columns": ["trained", *tasks, "mean"], "rows": rows, "note": note}
+    columns = ["change of the loss", "without the top", "without the bottom", "without random rows"]
+    return {"columns": columns, "rows": rows, "note": note}
 
 
 def show(content: Mapping[str, Any]) -> None:

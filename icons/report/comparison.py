@@ -9,9 +9,10 @@ Results (`--comparison FILE`, as `icons demo` writes it):
 Validation (`--validation FILE`, as `icons validate` writes it):
 
     {"columns": ["method", "LDS", ...], "rows": [["exact, Adam", [0.41, 0.33, 0.48], ...], ...],
-     "title": "...", "text": "...", "note": "..."}
+     "title": "...", "text": "...", "note": "...",
+     "counterfactual": {"columns": [...], "rows": [...], "note": "..."}}
 
-where three numbers in a list are an estimate with its interval.
+where `counterfactual` is optional and a table likewise, and three numbers in a list are an estimate with its interval.
 """
 
 import json
@@ -112,10 +113,10 @@ def validation(path: Path) -> Section:
         ValueError: a row has not as many cells as there are columns.
     """
     content = read(path, "columns", "rows")
+    tables = [measured_table(path, content)]
+    if "counterfactual" in content:
+        tables.append(measured_table(path, content["counterfactual"]))
     columns, rows = list(content["columns"]), list(content["rows"])
-    for row in rows:
-        if len(row) != len(columns):
-            raise ValueError(f"{path}: a row of {len(row)} cells; expected {len(columns)}: {row}")
     pictures = []
     for i, column in enumerate(columns):
         if rows and all(isinstance(row[i], list) for row in rows):
@@ -124,12 +125,30 @@ def validation(path: Path) -> Section:
             said = f"{column}, with its interval."
             pictures.append(Picture(picture, said, said))
             break
-    table = Table(columns, [[measured(cell) for cell in row] for row in rows], content.get("note", ""))
     text = (
         content.get("text")
         or "Models were trained on subsets of the pool; how well do the scores predict their losses?"
     )
-    return Section("validation", content.get("title", "Does influence predict?"), [text], pictures, tables=[table])
+    return Section("validation", content.get("title", "Does influence predict?"), [text], pictures, tables=tables)
+
+
+def measured_table(path: Path, content: Mapping[str, Any]) -> Table:
+    """A table of estimates.
+
+    Raises:
+        ValueError: a row has not as many cells as there are columns.
+    """
+    columns, rows = list(content["columns"]), list(content["rows"])
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"{path}: a row of {len(row)} cells; expected {len(columns)}: {row}")
+    small = [max((abs(end) for row in rows for end in ends(row[i])), default=1) < 0.1 for i in range(len(columns))]
+    cells = [[measured(cell, 3 if small[i] else 2) for i, cell in enumerate(row)] for row in rows]
+    return Table(columns, cells, content.get("note", ""))
+
+
+def ends(cell: object) -> list[float]:
+    return cell if isinstance(cell, list) else []
 
 
 def spread(values: Sequence[float]) -> Cell:
@@ -142,15 +161,17 @@ def spread(values: Sequence[float]) -> Cell:
     return Cell(f"{np.mean(values):.1f}", note)
 
 
-def measured(cell: object) -> Cell:
-    """A table's cell: an estimate with its interval, a number, or text.
+def measured(cell: object, places: int = 2) -> Cell:
+    """A table's cell: an estimate with its interval (to so many places), a number, or text.
 
-    >>> measured([0.41, 0.33, 0.48])
-    Cell(value='0.41', note='0.33 to 0.48')
+    >>> measured([0.41, 0.33, 0.48]), measured([0.012, -0.003, 0.027], places=3)
+    (Cell(value='0.41', note='0.33 to 0.48'), Cell(value='0.012', note='-0.003 to 0.027'))
+    >>> measured(0.7), measured(1234.5)
+    (Cell(value='0.700', note=''), Cell(value='1.23e+03', note=''))
     """
     if isinstance(cell, list):
-        value, low, high = cell
-        return Cell(f"{value:.2f}", f"{low:.2f} to {high:.2f}")
+        value, low, high = (f"{number:.{places}f}" for number in cell)
+        return Cell(value, f"{low} to {high}")
     if isinstance(cell, float):
-        return Cell(f"{cell:.3g}")
+        return Cell(f"{cell:.3f}" if abs(cell) < 1 else f"{cell:.3g}")
     return Cell(str(cell))

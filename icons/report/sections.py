@@ -159,7 +159,9 @@ def provenance(selection: Mapping[str, Any], scores: Mapping[str, Any]) -> Secti
         several = len(scores["train"]) > 1
         shown[f"Training gradients, checkpoint {number + 1}" if several else "Training gradients"] = manifest
     for task, manifests in dict(scores.get("tasks") or {}).items():
-        for number, manifest in enumerate(manifests):
-            shown[f"Task {task}, checkpoint {number + 1}" if len(manifests) > 1 else f"Task {task}"] = manifest
+        # `icons influence` keeps one per checkpoint, `icons score` the task vector's alone
+        listed = [manifests] if isinstance(manifests, Mapping) else manifests
+        for number, manifest in enumerate(listed):
+            shown[f"Task {task}, checkpoint {number + 1}" if len(listed) > 1 else f"Task {task}"] = manifest
     text = ["What the numbers were made from and with: the manifests of the selection and of the stores behind it."]
     return Section("provenance", "Provenance", text, manifests={name: flat(m) for name, m in shown.items() if m})

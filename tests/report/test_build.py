@@ -125,3 +125,9 @@ def test_provenance_shows_every_store_behind_the_scores() -> None:
     assert ("projector.dim", "8") in section.manifests["Task pope"]
     exact = provenance({"method": "vote"}, {"format": 1})
     assert list(exact.manifests) == ["Selection", "Score store"]
+
+
+def test_provenance_of_exact_scores_shows_each_task_vector() -> None:
+    vector = {"num_rows": 80, "data": {"fingerprint": "ab12"}}
+    section = provenance({"method": "vote"}, {"format": 1, "tasks": {"gqa": vector}})
+    assert section.manifests["Task gqa"] == [("num_rows", "80"), ("data.fingerprint", "ab12")]

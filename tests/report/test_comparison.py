@@ -88,3 +88,9 @@ def test_validation_shows_estimates_with_their_intervals(tmp_path: Path) -> None
     path.write_text(json.dumps({"columns": ["method"], "rows": rows}))
     with pytest.raises(ValueError, match="a row of 3 cells; expected 1"):
         comparison.validation(path)
+    parts = {"columns": ["trained", "a"], "rows": [["without the top", [0.02, 0.01, 0.03]]], "note": "three seeds"}
+    content = {"columns": ["method", "LDS", "area"], "rows": rows, "counterfactual": parts}
+    path.write_text(json.dumps(content))
+    second = comparison.validation(path).tables[1]
+    assert (second.rows[0][1].value, second.rows[0][1].note) == ("0.020", "0.010 to 0.030")
+    assert (second.columns, second.caption) == (["trained", "a"], "three seeds")
