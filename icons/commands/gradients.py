@@ -59,6 +59,7 @@ def gradients(
     num_workers: int = 0,
     shard: str | None = None,
     retry_failed: bool = False,
+    mixed_batches: bool = False,
     strict: bool = False,
     dry_run: bool = False,
     trainer: dict[str, Any] | None = None,
@@ -105,6 +106,8 @@ def gradients(
         num_workers: processes that read and decode ahead.
         shard: I/N: only this share of the units, without any communication (array jobs); I counts from 0.
         retry_failed: also compute the rows that failed before.
+        mixed_batches: go on with a store that was begun with another --batch-size or --max-tokens, say because memory
+            ran out; its rows are then equal to rounding, not bit for bit, to those of an undisturbed run.
         strict: exit with 1 when a row failed.
         dry_run: print what would be done (rows per rank, bytes, memory) and stop.
         trainer: flags of Lightning's Trainer.
@@ -172,6 +175,7 @@ def gradients(
         "codec": codec,
         "shard": shard,
         "retry_failed": retry_failed,
+        "mixed_batches": mixed_batches,
         "manifest": {"target": target, "warnings": [source.warning] if source.warning else []},
     }
     if len(dims) == 1:

@@ -20,7 +20,8 @@ class UnitBatchSampler(Sampler[list[int]]):
         claim: asked when a unit begins; False leaves the unit out (another run is computing it).
 
     It has no `len()`: the number of batches follows from the length of every row, and to measure all rows of a large
-    data file before the first is computed would take longer than it is worth. Progress is counted in rows (`icons.modules.progress`).
+    data file before the first is computed would take longer than it is worth. Progress is counted in
+    rows (`icons.modules.progress`).
     """
 
     def __init__(

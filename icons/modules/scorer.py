@@ -31,7 +31,6 @@ AGREE = (
     "preconditioner",
     "target",
     "preprocessing",
-    "batches",
     "tasks",
     "groups",
     "reduce",

@@ -21,6 +21,7 @@ from icons.store import GradientStore, ScoreStore
 from icons.store.unit_writer import UnitWriter
 
 RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
+MIXED = "mixed"
 VERSIONS = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
 
 
@@ -48,6 +49,8 @@ class GradientWriter(BasePredictionWriter):
         manifest: further entries; they win over what extractor and datamodule say with their `describe()`.
         shard: "I/N": only the I-th (from 0) of N equal shares of all units, for jobs that do not know of each other.
         retry_failed: also compute the units with failed rows.
+        mixed_batches: go on with a store although batch size or token limit are not those it was begun with: rows then
+            agree with those of one run to rounding, and no longer bit for bit. The manifest says so.
         queue_units: finished units that may wait to be written; with those being collected, the memory it takes.
         lease_timeout_s: after this time without a sign of life the unit of a run on another machine is taken over.
     """
@@ -66,6 +69,7 @@ class GradientWriter(BasePredictionWriter):
         manifest: Mapping[str, Any] | None = None,
         shard: str | None = None,
         retry_failed: bool = False,
+        mixed_batches: bool = False,
         queue_units: int = 2,
         lease_timeout_s: float = 90.0,
     ) -> None:
@@ -75,6 +79,7 @@ class GradientWriter(BasePredictionWriter):
         self.chunk_rows, self.codec, self.manifest = chunk_rows, codec, dict(manifest or {})
         self.shard = (0, 1) if shard is None else parse_shard(shard)
         self.retry_failed, self.queue_units, self.lease_timeout_s = retry_failed, queue_units, lease_timeout_s
+        self.mixed_batches = mixed_batches
         self.store: GradientStore | ScoreStore | None = None
         self.units: list[int] = []
         self.writer: UnitWriter | None = None
@@ -118,9 +123,28 @@ class GradientWriter(BasePredictionWriter):
             store = self.open_or_create(trainer, pl_module)
             mine = set(assign(range(store.partition.num_units), self.shard[1], self.shard[0]))
             again = sorted(mine & set(store.failed_units())) if self.retry_failed else []
-            return {"todo": sorted(mine & set(store.missing()) | set(again)), "again": again}
+            todo = sorted(mine & set(store.missing()) | set(again))
+            if todo:
+                self.check_batches(store, batches_of(getattr(trainer, "datamodule", None)))
+            return {"todo": todo, "again": again}
         except Exception as error:
             return error
+
+    def check_batches(self, store: GradientStore | ScoreStore, own: Mapping[str, Any]) -> None:
+        """Who stands beside a row in its batch changes the row's last bits.
+
+        Raises:
+            ValueError: the store was begun with other batches, and `mixed_batches` is not set.
+        """
+        begun = store.manifest.get("batches")
+        if begun == own:
+            return
+        if not self.mixed_batches:
+            raise ValueError(
+                f"batches: the store {self.path} has {begun!r}, this run has {own!r}; a row's last bits depend on its "
+                "batch: give the same --batch-size and --max-tokens, or --mixed-batches to go on all the same"
+            )
+        store.amend(batches=MIXED)
 
     def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> GradientStore | ScoreStore:
         """The store at `path`, checked against what this run would write."""
@@ -140,10 +164,9 @@ class GradientWriter(BasePredictionWriter):
         """The manifest: what the rows are made from."""
         describes = [getattr(part, "describe", dict) for part in (datamodule, pl_module)]
         found = {name: value for describe in describes for name, value in describe().items()}
-        batches = {name: getattr(datamodule, name, None) for name in ("batch_size", "max_tokens")}
         settings = {"shards": self.shard[1], "chunk_rows": self.chunk_rows, "threads": torch.get_num_threads()}
         versions = {name: version(name) for name in VERSIONS}
-        return {**found, "batches": batches, "versions": versions, "settings": settings, **self.manifest}
+        return {**found, "batches": batches_of(datamodule), "versions": versions, "settings": settings, **self.manifest}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning's own handler broadcasts the signal to all ranks, which hangs unless all of them have got it
@@ -253,3 +276,8 @@ def version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def batches_of(datamodule: Any) -> dict[str, Any]:
+    """What decides which rows stand in a batch together."""
+    return {name: getattr(datamodule, name, None) for name in ("batch_size", "max_tokens")}

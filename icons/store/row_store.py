@@ -115,6 +115,14 @@ class RowStore:
     def num_rows(self) -> int:
         return self.partition.num_rows
 
+    def amend(self, **entries: Any) -> None:
+        """Sets entries of the manifest, here and in the store."""
+        document = json.loads(self.storage.get("zarr.json") or b"")
+        document["attributes"]["icons"] |= plain(entries)
+        self.storage.put("zarr.json", json.dumps(document, indent=2).encode())
+        self.storage.flush()
+        self.manifest |= plain(entries)
+
     def statuses(self) -> np.ndarray:
         """The status of every row, `[N]` uint8."""
         try:

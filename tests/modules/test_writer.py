@@ -110,16 +110,47 @@ def test_a_data_file_that_has_changed_is_an_error_before_anything_is_computed(on
         toy.predict(str(one_rank), rows=100, data=toy.ToyData(100, seed=1))
 
 
-def test_other_batches_are_refused_since_they_change_the_last_bits_and_workers_are_free(one_rank: Path) -> None:
-    with pytest.raises(ValueError, match=r"batches.batch_size: the store .* has 4, this run has 3; expected both"):
-        toy.predict(str(one_rank), rows=100, data=toy.ToyData(100, batch_size=3))
-    limited = toy.ToyData(100)
-    limited.max_tokens = 64
-    with pytest.raises(ValueError, match=r"batches.max_tokens: the store .* has None, this run has 64"):
-        toy.predict(str(one_rank), rows=100, data=limited)
-    other = toy.ToyData(100)
-    other.num_workers = 3
-    assert toy.predict(str(one_rank), rows=100, data=other, queue_units=7).units == []
+def limited(batch_size: int, max_tokens: int | None) -> Any:
+    data = toy.ToyData(40, batch_size=batch_size)
+    data.max_tokens = max_tokens
+    return data
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> str:
+    """A store of which a shard has not yet computed its half."""
+    toy.predict(str(tmp_path / "half"), rows=40, chunk_rows=8, shard="0/2")
+    return str(tmp_path / "half")
+
+
+@pytest.mark.parametrize(("batch_size", "max_tokens"), [(3, None), (4, 64)])
+def test_other_batches_are_refused_since_they_change_the_last_bits(
+    half: str, batch_size: int, max_tokens: int | None
+) -> None:
+    asked = f"'batch_size': {batch_size}, 'max_tokens': {max_tokens}"
+    begun = "'batch_size': 4, 'max_tokens': None"
+    with pytest.raises(
+        ValueError, match=rf"batches: the store .* has {{{begun}}}, this run has {{{asked}}}; .*--mixed"
+    ):
+        toy.predict(half, rows=40, data=limited(batch_size, max_tokens))
+    assert len(GradientStore.open(half).missing()) == 2
+
+
+def test_mixed_batches_go_on_and_the_manifest_says_so(half: str, tmp_path: Path) -> None:
+    toy.predict(half, rows=40, data=limited(3, None), mixed_batches=True)
+    store = GradientStore.open(half)
+    assert store.missing() == [] and store.manifest["batches"] == "mixed" and list(verify(store)) == []
+    toy.predict(str(tmp_path / "whole"), rows=40, chunk_rows=8)
+    np.testing.assert_allclose(
+        store.rows(slice(None)), GradientStore.open(tmp_path / "whole").rows(slice(None)), rtol=1e-3
+    )
+    assert toy.predict(half, rows=40).units == []  # nothing to do: any batches will do
+
+
+def test_workers_and_queue_are_free_on_a_resume(half: str) -> None:
+    data = toy.ToyData(40)
+    data.num_workers = 3
+    assert len(toy.predict(half, rows=40, data=data, queue_units=7).units) == 2
 
 
 @pytest.mark.parametrize(
