@@ -260,8 +260,8 @@ def table(
     if bad.any():
         text += (
             f" Bad records are those with {what}, {100 * bad.mean():.0f} % of the pool. AUC is the probability that "
-            "one of them has a lower mean score over tasks than another record (chance: 0.5), with its 95 % interval; by "
-            "chance, 20 % of them are in the lowest 20 %."
+            "one of them has a lower mean score over tasks than another record (chance: 0.5), with its 95 % "
+            "interval; by chance, 20 % of them are in the lowest 20 %."
         )
     return {"title": "Does influence predict?", "text": text, "columns": columns, "rows": rows}
 
