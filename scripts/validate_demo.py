@@ -64,7 +64,7 @@ def main() -> int:
                 gradients, checkpoint=out / "warmup", data=file, out=str(out / f"{name}-{dim}.zarr"), dim=dim,
                 preconditioner="adam" if name == "train" else "none", **common,
             )  # fmt: skip
-        stores[f"projected, Adam, K = {dim:,}"] = out / f"projected-{dim}.zarr"
+        stores[f"projected, Adam, K {dim:,}"] = out / f"projected-{dim}.zarr"
         done(
             influence, train=[str(out / f"train-{dim}.zarr")], out=str(out / f"projected-{dim}.zarr"),
             task=[f"{task}={out / f'{task}-{dim}.zarr'}" for task in data.validation],
