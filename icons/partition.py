@@ -77,6 +77,20 @@ class UnitPlan:
     units: Sequence[int]
     claim: Claim | None = None
 
+    def union(self, other: "UnitPlan") -> "UnitPlan":
+        """The units that are missing in one of two stores filled from one pass; each is asked whether it takes a unit.
+
+        >>> UnitPlan(Partition(9, 2), [0, 3]).union(UnitPlan(Partition(9, 2), [3, 4])).units
+        [0, 3, 4]
+        """
+        assert self.partition == other.partition
+
+        def claim(unit: int, patient: bool = False) -> bool:
+            asked = [plan.claim is None or plan.claim(unit, patient) for plan in (self, other)]
+            return any(asked)
+
+        return UnitPlan(self.partition, sorted({*self.units, *other.units}), claim)
+
 
 def assign(units: Sequence[int], num_workers: int, worker: int) -> list[int]:
     """The units of one of `num_workers` equal workers (ranks, or shards): every `num_workers`-th, so counts differ by

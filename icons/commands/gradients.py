@@ -182,7 +182,7 @@ def gradients(
         writers = [GradientWriter(out, **writing)]
     else:  # units of the same rows, as they suit the longest rows
         writing["chunk_rows"] = chunk_rows or fitting_chunk_rows(len(datamodule.dataset), max(dims), dtype)
-        writers = [PartWriter(path, part, last=part == len(outs) - 1, **writing) for part, path in enumerate(outs)]
+        writers = [PartWriter(path, part, **writing) for part, path in enumerate(outs)]
     with quiet():
         runner = Trainer(**flags)
         runner.callbacks.extend(writers)  # type: ignore[attr-defined]

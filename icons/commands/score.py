@@ -1,6 +1,6 @@
 """`icons score`: exact influence of every training row on every task; no projection, no gradient stores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -8,26 +8,23 @@ import numpy as np
 import torch
 from lightning import Trainer
 from rich.console import Console
-from torch import nn
 
 from icons.batch import Status
 from icons.commands.fit import quiet
 from icons.commands.gradients import predict_flags, summary
 from icons.commands.pairs import parse
 from icons.commands.source import ModelSource
+from icons.commands.vectors import describe_vectors, find_vectors
 from icons.datamodules.datamodule import ConversationDataModule
-from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
-from icons.modules.extractor import adapter_fingerprint, base_fingerprint
 from icons.modules.former_scores import FormerScores
-from icons.modules.scorer import InfluenceScorer, ScoredTasks, ScoreWriter, TaskVector, TaskVectorizer, columns_of
+from icons.modules.score_writer import ScoreWriter
+from icons.modules.scorer import InfluenceScorer, ScoredTasks, columns_of
 from icons.modules.writer import GradientWriter
-from icons.partition import Partition, UnitPlan, assign
 from icons.projection import PROJECTORS
 from icons.store import ScoreStore, fitting_chunk_rows
 from icons.store.manifest import check_compatible
 
 console = Console()
-SAME = ("data", "model", "adapter", "preprocessing", "normalize")
 
 
 def score(
@@ -214,60 +211,6 @@ def task_file(value: str) -> tuple[Path, Path | None]:
     if not Path(name).is_file():
         raise FileNotFoundError(f"--task: no file {name}; expected NAME=FILE or NAME=FILE:IMAGES")
     return Path(name), Path(images) if images else None
-
-
-def describe_vectors(
-    model: nn.Module, modules: Mapping[str, ConversationDataModule], unit: bool
-) -> dict[str, dict[str, Any]]:
-    """What each task's vector is made from."""
-    model_part = {
-        "model": {"fingerprint": base_fingerprint(model)},
-        "adapter": {"fingerprint": adapter_fingerprint(model)},
-        "normalize": "exact" if unit else "none",
-    }
-    return {name: {**module.describe(), **model_part} for name, module in modules.items()}
-
-
-def find_vectors(
-    trainer: Trainer,
-    model: nn.Module,
-    modules: Mapping[str, ConversationDataModule],
-    manifests: Mapping[str, Mapping[str, Any]],
-    folder: Path,
-    unit: bool,
-) -> dict[str, TaskVector]:
-    """The tasks' vectors: those in `folder` that were made from the same files and model, the others computed.
-
-    Every rank computes whole tasks, so that the sums do not depend on the number of ranks.
-    """
-    todo = [name for name in modules if not is_kept(folder / f"{name}.safetensors", manifests[name])]
-    if todo:
-        mine = assign(range(len(todo)), trainer.world_size, trainer.global_rank)
-        loaders = []
-        for place, name in enumerate(todo):
-            module, dataset = modules[name], modules[name].dataset
-            plan = UnitPlan(Partition(len(dataset), len(dataset)), [0] if place in mine else [])
-            sampler = UnitBatchSampler.of_plan(plan, dataset.lengths, module.batch_size, module.max_tokens)
-            loaders.append(unit_dataloader(dataset, sampler, dataset.collate))
-        vectorizer = TaskVectorizer(model, todo, unit)
-        trainer.predict(vectorizer, loaders, return_predictions=False)
-        for place in mine:
-            vector = vectorizer.vector(todo[place], dict(manifests[todo[place]]))
-            vector.save(folder / f"{todo[place]}.safetensors")
-        trainer.strategy.barrier()
-    return {name: TaskVector.load(folder / f"{name}.safetensors") for name in modules}
-
-
-def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a task vector is there and was made from the same; says so if it is there and was not."""
-    if not file.is_file():
-        return False
-    try:
-        check_compatible(TaskVector.load(file).manifest, manifest, SAME, str(file), "this run")
-    except ValueError as difference:
-        console.print(f"[yellow]computing the task vector anew:[/] {difference}")
-        return False
-    return True
 
 
 def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path) -> ScoreStore:

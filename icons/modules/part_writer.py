@@ -7,7 +7,6 @@ from typing import Any
 from lightning import LightningModule, Trainer
 
 from icons.modules.writer import GradientWriter
-from icons.partition import Claim, UnitPlan
 from icons.projection import Several
 
 
@@ -20,33 +19,17 @@ class PartWriter(GradientWriter):
     Args:
         path: the store.
         part: the place of its projector among the extractor's.
-        last: whether no further writer comes behind; it is the one that SIGTERM stops, when all have their rows.
         options: as for `GradientWriter`; `chunk_rows` must be given, the same for all.
     """
 
-    def __init__(self, path: str, part: int, last: bool, **options: Any) -> None:
+    def __init__(self, path: str, part: int, **options: Any) -> None:
         super().__init__(path, **options)
-        self.part, self.last = part, last
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        before: UnitPlan | None = datamodule.plan if self.part else None
-        super().setup(trainer, pl_module, stage)
-        if before is not None:
-            units = sorted({*before.units, *self.plan.units})
-            datamodule.plan = UnitPlan(before.partition, units, either(before, self.plan))
+        self.part = part
 
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
         several = projectors(pl_module)
         described = super().describe(pl_module, datamodule)
         return described | {"projector": several.projectors[self.part].describe()}
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.last:
-            super().on_predict_start(trainer, pl_module)
-        elif self.progress is not None:  # the first writer's: it has found the Trainer's bar still on
-            plan: UnitPlan = trainer.datamodule.plan  # type: ignore[attr-defined]
-            self.progress.start(sum(len(plan.partition.unit_rows(unit)) for unit in plan.units))
 
     def on_predict_batch_end(
         self,
@@ -65,16 +48,6 @@ class PartWriter(GradientWriter):
 def projectors(module: Any) -> Several:
     assert isinstance(module.projector, Several)
     return module.projector
-
-
-def either(first: UnitPlan, second: UnitPlan) -> Claim:
-    """A unit is computed if one of two stores takes it; both are asked."""
-
-    def claim(unit: int, patient: bool = False) -> bool:
-        asked = [plan.claim is None or plan.claim(unit, patient) for plan in (first, second)]
-        return any(asked)
-
-    return claim
 
 
 def part_path(path: str, dim: int) -> str:

@@ -1,112 +1,20 @@
 """Exact influence through `Trainer.predict`: task vectors from validation rows, then training rows against them."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule, Trainer
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icons.batch import Batch
-from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
+from icons.gradients import TaskMatrix, scored_gradients
 from icons.modules.extractor import GradientExtractor
-from icons.modules.former_scores import FormerScores
-from icons.modules.writer import GradientWriter
-from icons.partition import Claim, UnitPlan
+from icons.modules.task_vectorizer import TaskVector
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector
-from icons.store import ScoreStore
-from icons.store.manifest import check_compatible
 
 Reduce = Literal["max", "mean"]
-AGREE = (
-    "data",
-    "model",
-    "adapter",
-    "preconditioner",
-    "target",
-    "preprocessing",
-    "tasks",
-    "groups",
-    "reduce",
-    "normalize",
-)
-
-
-@dataclass
-class TaskVector:
-    """The mean of a task's (unit) gradients, one tensor per trainable parameter.
-
-    Attributes:
-        vector: parameter name -> float32 tensor of its shape, on the CPU.
-        num_rows: validation rows that the mean is over; failed rows do not count.
-        manifest: what it was made from.
-    """
-
-    vector: dict[str, Tensor]
-    num_rows: int
-    manifest: dict[str, Any]
-
-    def save(self, file: Path) -> None:
-        """Writes safetensors with the manifest in its metadata; atomically."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        about = {"num_rows": str(self.num_rows), "manifest": json.dumps(self.manifest)}
-        save_file({name: value.contiguous() for name, value in self.vector.items()}, partial, about)
-        partial.replace(file)
-
-    @classmethod
-    def load(cls, file: Path) -> "TaskVector":
-        with safe_open(file, framework="pt") as tensors:
-            about = tensors.metadata()
-            vector = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
-        return cls(vector, int(about["num_rows"]), json.loads(about["manifest"]))
-
-
-class TaskVectorizer(LightningModule):
-    """Adds up the unit gradients of each task's rows; no per-sample gradient is kept.
-
-    The mean over validation rows is linear: per batch one streaming pass gives the norms, and one ordinary batched
-    backward pass of sum_i loss_i / |g_i| the sum of the unit gradients.
-
-    Args:
-        model: any Hugging Face causal or image-text model.
-        tasks: names, in the order of the dataloaders.
-        unit: divide each row's gradient by its norm; False: the mean of plain gradients.
-    """
-
-    def __init__(self, model: nn.Module, tasks: Sequence[str], unit: bool = True) -> None:
-        super().__init__()
-        self.model, self.tasks, self.unit = model.eval(), list(tasks), unit
-        self.totals: dict[str, dict[str, Tensor]] = {}
-        self.counts = dict.fromkeys(self.tasks, 0)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        task = self.tasks[dataloader_idx]
-        _, norm, _ = scored_gradients(self.model, batch, TaskMatrix(self.model, []))
-        good = norm.isfinite() & (norm > 0)
-        weights = torch.where(good, 1 / norm if self.unit else torch.ones_like(norm), 0)
-        found = weighted_gradient(self.model, batch, weights)
-        total = self.totals.setdefault(task, {})
-        for name, value in found.items():
-            total[name] = total[name] + value if name in total else value
-        self.counts[task] += int(good.sum())
-
-    def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
-        """The mean of one task.
-
-        Raises:
-            ValueError: no row of the task has a gradient.
-        """
-        count = self.counts[task]
-        if count == 0:
-            raise ValueError(f"task {task}: no validation row has a finite gradient; expected at least one usable row")
-        return TaskVector({name: value.cpu() / count for name, value in self.totals[task].items()}, count, manifest)
 
 
 @dataclass(frozen=True)
@@ -221,98 +129,3 @@ class InfluenceScorer(GradientExtractor):
             "normalize": "exact" if self.unit else "none",
             "num_validation": [sum(self.tasks.vectors[m].num_rows for m in members) for members in columns.values()],
         }
-
-
-def either(first: UnitPlan, second: UnitPlan) -> Claim:
-    """A unit is computed if one of two stores takes it."""
-
-    def claim(unit: int, patient: bool = False) -> bool:
-        asked = [plan.claim is None or plan.claim(unit, patient) for plan in (first, second)]
-        return any(asked)
-
-    return claim
-
-
-class ScoreWriter(GradientWriter):
-    """Stores what an `InfluenceScorer` predicts, unit by unit, as `GradientWriter` stores gradients: the same units,
-    ranks, shards, leases and resume. Behind a `GradientWriter` among the callbacks, the two fill their stores from one
-    pass: a unit is computed if it is missing in either.
-
-    Args:
-        path: the store.
-        former: columns that are taken over from another store, with all groups of the new one.
-        groups: of the new store; only needed with `former`.
-        options: as for `GradientWriter`.
-    """
-
-    STORE = ScoreStore
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        former: FormerScores | None = None,
-        groups: Mapping[str, Sequence[str]] | None = None,
-        **options: Any,
-    ) -> None:
-        super().__init__(path, **options)
-        self.former, self.groups = former, groups or {}
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Takes the rows of a batch, with what a former store has of them."""
-        if self.former is not None:
-            assert isinstance(pl_module, InfluenceScorer)
-            outputs = self.former.widened(outputs, list(pl_module.tasks.columns))
-        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """As `GradientWriter.setup`.
-
-        Raises:
-            ValueError: the two stores have other units.
-        """
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        first: UnitPlan | None = getattr(datamodule, "plan", None)
-        super().setup(trainer, pl_module, stage)
-        if first is None:
-            return
-        own = self.plan
-        if first.partition != own.partition:
-            raise ValueError(
-                f"score store {self.path}: has units of {own.partition.chunk_rows} rows, the gradient store beside it "
-                f"{first.partition.chunk_rows}; expected the same: give both a new place, or the same --chunk-rows"
-            )
-        datamodule.plan = UnitPlan(own.partition, sorted({*first.units, *own.units}), either(first, own))
-
-    def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> ScoreStore:
-        """The score store at `path`.
-
-        Raises:
-            ValueError: the store there was made from something else: the field and both values.
-        """
-        assert isinstance(pl_module, InfluenceScorer)
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        manifest, columns = self.describe(pl_module, datamodule), list(pl_module.tasks.columns)
-        if self.former is not None:
-            manifest, columns = self.former.manifest(manifest, self.groups), list(self.former.columns)
-        try:
-            store = ScoreStore.open(self.path, mode="r+")
-        except FileNotFoundError:
-            return ScoreStore.create(
-                self.path,
-                num_rows=self.num_rows or len(datamodule.dataset),
-                tasks=columns,
-                manifest=manifest,
-                chunk_rows=self.chunk_rows or 1024,
-                extra={"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])},
-            )
-        check_compatible(store.manifest, manifest, AGREE, f"the score store {self.path}", "this run")
-        return store

@@ -90,8 +90,12 @@ class GradientWriter(BasePredictionWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens the store and plans the work, on all ranks alike.
 
+        Behind another writer among the callbacks, both fill their stores from one pass: a unit is computed if it is
+        missing in either.
+
         Raises:
-            ValueError: Trainer flags under which the rows would be wrong, or a store made from something else.
+            ValueError: Trainer flags under which the rows would be wrong, a store made from something else, or one of
+                other units than the store beside it.
         """
         super().setup(trainer, pl_module, stage)
         check_trainer(trainer)
@@ -108,7 +112,7 @@ class GradientWriter(BasePredictionWriter):
             self.writer.sweep()
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is not None:
-            datamodule.plan = self.plan
+            datamodule.plan = self.plan if writers(trainer)[0] is self else self.beside(datamodule.plan)
         self.progress = RowProgress(trainer)
 
     @property
@@ -116,6 +120,15 @@ class GradientWriter(BasePredictionWriter):
         """What this rank has to do; known after `setup`."""
         assert self.store is not None and self.writer is not None
         return UnitPlan(self.store.partition, self.units, self.writer.claim)
+
+    def beside(self, plan: UnitPlan) -> UnitPlan:
+        """This rank's work with that of the writers before this one."""
+        if plan.partition != self.plan.partition:
+            raise ValueError(
+                f"store {self.path}: has units of {self.plan.partition.chunk_rows} rows, the store beside it "
+                f"{plan.partition.chunk_rows}; expected the same: give both a new place, or the same --chunk-rows"
+            )
+        return plan.union(self.plan)
 
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[int]] | Exception:
         """Opens or creates the store (rank 0); the units to do, or what went wrong."""
@@ -170,7 +183,7 @@ class GradientWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning's own handler broadcasts the signal to all ranks, which hangs unless all of them have got it
-        if threading.current_thread() is threading.main_thread():
+        if threading.current_thread() is threading.main_thread() and writers(trainer)[-1] is self:
             self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop(trainer))
         assert self.progress is not None
         plan: UnitPlan = getattr(getattr(trainer, "datamodule", None), "plan", None) or self.plan
@@ -243,6 +256,11 @@ class GradientWriter(BasePredictionWriter):
         if self.previous_handler is not None:
             signal.signal(signal.SIGTERM, self.previous_handler)
             self.previous_handler = None
+
+
+def writers(trainer: Trainer) -> list[GradientWriter]:
+    """All of a run, in order: the first plans anew; the last, which SIGTERM stops, has its rows when all have them."""
+    return [callback for callback in trainer.callbacks if isinstance(callback, GradientWriter)]  # type: ignore[attr-defined]
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -15,7 +15,8 @@ from icons.commands.score import ended
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.gradients import per_sample_gradients
-from icons.modules.scorer import ScoredTasks, TaskVector, TaskVectorizer
+from icons.modules.scorer import ScoredTasks
+from icons.modules.task_vectorizer import TaskVector, TaskVectorizer
 from icons.store import GradientStore, ScoreStore
 
 DATA = Path(__file__).parent.parent / "data" / "original_llava"
@@ -134,7 +135,7 @@ def test_stores_of_other_units_do_not_go_together(
 ) -> None:
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--chunk-rows", 3) == 0
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--keep-gradients", tmp_path / "kept.zarr") == 1
-    assert "units of 3 rows, the gradient store beside it 2" in capsys.readouterr().err
+    assert "units of 3 rows, the store beside it 2" in capsys.readouterr().err
     words = ["--checkpoint", warmup, "--keep-gradients", tmp_path / "kept.zarr"]
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), *words) == 1
     assert "got 2 checkpoints; expected one" in capsys.readouterr().err

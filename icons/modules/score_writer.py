@@ -1,0 +1,83 @@
+"""ScoreWriter: the callback that stores exact scores while `Trainer.predict` computes them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from icons.modules.former_scores import FormerScores
+from icons.modules.scorer import InfluenceScorer
+from icons.modules.writer import GradientWriter
+from icons.store import ScoreStore
+from icons.store.manifest import check_compatible
+
+AGREE = (
+    "data", "model", "adapter", "preconditioner", "target", "preprocessing", "tasks", "groups", "reduce", "normalize"
+)  # fmt: skip
+
+
+class ScoreWriter(GradientWriter):
+    """Stores what an `InfluenceScorer` predicts, unit by unit, as `GradientWriter` stores gradients: the same units,
+    ranks, shards, leases and resume. Behind a `GradientWriter` among the callbacks, the two fill their stores from one
+    pass: a unit is computed if it is missing in either.
+
+    Args:
+        path: the store.
+        former: columns that are taken over from another store, with all groups of the new one.
+        groups: of the new store; only needed with `former`.
+        options: as for `GradientWriter`.
+    """
+
+    STORE = ScoreStore
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        former: FormerScores | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, **options)
+        self.former, self.groups = former, groups or {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Takes the rows of a batch, with what a former store has of them."""
+        if self.former is not None:
+            assert isinstance(pl_module, InfluenceScorer)
+            outputs = self.former.widened(outputs, list(pl_module.tasks.columns))
+        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+
+    def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> ScoreStore:
+        """The score store at `path`.
+
+        Raises:
+            ValueError: the store there was made from something else: the field and both values.
+        """
+        assert isinstance(pl_module, InfluenceScorer)
+        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
+        manifest, columns = self.describe(pl_module, datamodule), list(pl_module.tasks.columns)
+        if self.former is not None:
+            manifest, columns = self.former.manifest(manifest, self.groups), list(self.former.columns)
+        try:
+            store = ScoreStore.open(self.path, mode="r+")
+        except FileNotFoundError:
+            return ScoreStore.create(
+                self.path,
+                num_rows=self.num_rows or len(datamodule.dataset),
+                tasks=columns,
+                manifest=manifest,
+                chunk_rows=self.chunk_rows or 1024,
+                extra={"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])},
+            )
+        check_compatible(store.manifest, manifest, AGREE, f"the score store {self.path}", "this run")
+        return store
