@@ -44,7 +44,7 @@ class DemoSettings:
     """of the pool: the paper's 5 % of so small a pool would be 150 rows"""
     warmup_epochs: int = 20
     warmup_batch_size: int = 64
-    """meant to keep Adam's first moment, which is added to every row, small beside a row's own gradient (not measured)"""
+    """meant to keep Adam's first moment, which every row shares, small beside a row's own gradient (not measured)"""
     warmup_learning_rate: float = 1e-3
     fraction: float = 0.2
     epochs: int = 12
