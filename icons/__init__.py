@@ -6,7 +6,7 @@ The pipeline by file name, in the order of the method:
     gradients.py            per-sample gradients from one batched backward pass, streamed through
     preconditioner.py         the step Adam would take, and
     projection.py             a seeded random projection P -> K, into
-    store.py                one Zarr array per data set: row i is record i, always
+    store/                  one Zarr array per data set: row i is record i, always
     influence.py            per task, the mean cosine similarity of each training row with the task's validation rows
     consensus.py            each task votes for its top share; the rows with most votes are the selection
 

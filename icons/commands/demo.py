@@ -17,6 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from icons.commands.claim import claim
 from icons.commands.gradients import gradients
 from icons.commands.influence import influence
 from icons.commands.outcome import comparison_table, count_votes, outcome, shares_table, votes_table
@@ -143,7 +144,7 @@ class Demo:
 
     def make_data(self) -> DemoData:
         """The data files and the start model; those of a former run are the same, byte for byte."""
-        claim(self.out, self.settings)
+        claim_demo(self.out, self.settings)
         console.rule("[bold]Data and start model")
         begun = time.monotonic()
         with resources.as_file(resources.files("icons") / "configs" / "demo_start") as start:
@@ -206,25 +207,16 @@ class StageFailed(Exception):
         self.title, self.status = title, status
 
 
-def claim(out: Path, settings: DemoSettings) -> None:
+def claim_demo(out: Path, settings: DemoSettings) -> None:
     """Makes the folder, or checks that it is a demo's of the same settings.
 
     Raises:
         ValueError: it holds something else, or a demo of other settings.
     """
-    kept, mine = out / "demo.json", asdict(settings)
-    if kept.is_file():
-        former = json.loads(kept.read_text())
-        for name, value in mine.items():
-            if former.get(name) != value:
-                raise ValueError(
-                    f"--out {out}: holds a demo with {name} {former.get(name)!r}, now it is {value!r}; give "
-                    "another folder"
-                )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    kept = out / "demo.json"
+    if not kept.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out}: expected a new or empty folder, or a former demo's; give another")
-    out.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(mine, indent=1) + "\n")
+    claim(kept, asdict(settings), "a demo")
 
 
 def command_line(name: str, options: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,8 +22,8 @@ from icons.commands.plan import ranks_of
 from icons.modules.checkpoint import MANIFEST
 from icons.modules.fit_checkpoint import LAST, FitCheckpoint, Interrupted
 from icons.modules.warmup import WarmupModule, hardly_moved
+from icons.modules.writer import RESUME
 
-RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 TRAINER: dict[str, Any] = {
     "gradient_clip_val": 1.0,  # as in LLaVA: Hugging Face's default

@@ -11,7 +11,7 @@ from icons.commands.fit import quiet
 from icons.commands.plan import plan_gradients_run
 from icons.commands.source import ModelSource
 from icons.datamodules.datamodule import ConversationDataModule
-from icons.modules.collector import Collect, collector
+from icons.modules.collector import DIFFERENTIATED, Collect, collector
 from icons.modules.part_writer import PartWriter, part_path
 from icons.modules.writer import GradientWriter
 from icons.partition import assign, parse_shard
@@ -123,7 +123,7 @@ def gradients(
     )
     if source.warning:
         console.print(f"[yellow]warning:[/] {source.warning}")
-    differentiates = collect in ("gradients", "image_ablation")
+    differentiates = collect in DIFFERENTIATED
     if not differentiates:
         console.print(f"{collect}: stored as it is; --projector, --dim and --preconditioner are for gradients")
     dims = dimensions(dim) if differentiates else [1]
@@ -163,12 +163,7 @@ def gradients(
     state = source.preconditioner(preconditioner, network) if differentiates else None
     if isinstance(state, AdamPreconditioner):
         state.compiled = compile
-    extractor = collector(
-        collect,
-        network,
-        several[0] if len(several) == 1 else Several(several),
-        state,
-    )
+    extractor = collector(collect, network, several[0] if len(several) == 1 else Several(several), state)
     writing: dict[str, Any] = {
         "dtype": dtype,
         "chunk_rows": chunk_rows,

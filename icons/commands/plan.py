@@ -22,6 +22,7 @@ from icons.commands.cost import (
     weights,
 )
 from icons.model_folder import ModelFolder
+from icons.modules.collector import DIFFERENTIATED
 from icons.modules.lora import LoraSettings
 from icons.modules.model import empty_model
 from icons.partition import parse_shard
@@ -180,7 +181,7 @@ def plan_gradients_run(
         ("bfloat16" if torch.cuda.is_available() else "float32") if model_dtype in ("auto", "stored") else model_dtype
     )
     lengths = dataset.lengths(evenly(range(num_rows)))
-    differentiates = collect in ("gradients", "image_ablation")
+    differentiates = collect in DIFFERENTIATED
     whole = [size_of_model.hidden if collect == "representations" else 1]
     dims = whole if not differentiates else [dim] if isinstance(dim, int) else list(dim)
     return plan_gradients(

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import multiprocessing
-import os
 import signal
 import time
 import zlib
@@ -20,10 +19,10 @@ from rich.console import Console
 from icons.commands.warmup import warmup
 from icons.datamodules.records import RecordIndex
 from icons.modules.checkpoint import open_warmup
+from icons.modules.writer import RESUME
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 
-RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
 LOSSES, ROWS = "losses.json", "rows.npy"
 console = Console()
 

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.table import Table
 
+from icons.commands.claim import claim
 from icons.commands.pairs import parse
-from icons.commands.retraining import RESUME, Retrainer, Retraining, side_by_side
+from icons.commands.retraining import Retrainer, Retraining, side_by_side
 from icons.commands.warmup import parse_tasks
 from icons.datamodel import (
     datamodelling_score,
@@ -24,6 +25,7 @@ from icons.datamodel import (
 )
 from icons.datamodules.records import RecordIndex
 from icons.model_folder import ModelFolder
+from icons.modules.writer import RESUME
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 
@@ -119,13 +121,14 @@ def validate(
         "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
     }  # fmt: skip
     claim(
-        out,
+        out / SETTINGS,
         settings
         | {
             "data": index.fingerprint,
             "model": ModelFolder.open(model, vision_tower=vision_tower, mm_projector=mm_projector).fingerprint(),
             "tasks": {name: RecordIndex.open(file).fingerprint for name, (file, _) in tasks.items()},
         },
+        "trainings",
     )
     start = {"model": model, "images": images, "vision_tower": vision_tower, "mm_projector": mm_projector}
     retrainer = Retrainer(data, out, start | settings | {"min_rows": 1, "task": task, "trainer": trainer})
@@ -149,25 +152,6 @@ def validate(
     (out / "validation.json").write_text(json.dumps(content, indent=1) + "\n")
     show(content)
     return 0
-
-
-def claim(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder, or checks that its trainings have the same settings.
-
-    Raises:
-        ValueError: they have others; names the first with both values.
-    """
-    kept = out / SETTINGS
-    if kept.is_file():
-        former = json.loads(kept.read_text())
-        for name, value in settings.items():
-            if former.get(name) != value:
-                raise ValueError(
-                    f"--out {out}: holds trainings with {name} {former.get(name)!r}, now it is {value!r}; give another "
-                    "folder"
-                )
-    out.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(dict(settings), indent=1) + "\n")
 
 
 def numbered(name: str, again: int) -> str:

@@ -11,12 +11,11 @@ from torch import nn
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.modules.extractor import adapter_fingerprint, base_fingerprint
-from icons.modules.task_vectorizer import TaskVector, TaskVectorizer
+from icons.modules.task_vectorizer import MADE_FROM, TaskVector, TaskVectorizer
 from icons.partition import Partition, UnitPlan, assign
 from icons.store.manifest import check_compatible
 
 console = Console()
-SAME = ("data", "model", "adapter", "preprocessing", "normalize")
 
 
 def describe_vectors(
@@ -66,7 +65,7 @@ def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
     if not file.is_file():
         return False
     try:
-        check_compatible(TaskVector.load(file).manifest, manifest, SAME, str(file), "this run")
+        check_compatible(TaskVector.load(file).manifest, manifest, MADE_FROM, str(file), "this run")
     except ValueError as difference:
         console.print(f"[yellow]computing the task vector anew:[/] {difference}")
         return False

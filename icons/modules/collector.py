@@ -12,6 +12,9 @@ from icons.representation import losses, represented, width_of, with_noise_image
 
 Collect = Literal["gradients", "representations", "loss", "image_ablation"]
 
+DIFFERENTIATED = ("gradients", "image_ablation")
+"""What takes a backward pass, a preconditioner and a projection."""
+
 
 def collector(
     collect: Collect, model: nn.Module, projector: Projector, preconditioner: Preconditioner | None = None

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from icons.batch import Status
+from icons.modules.task_vectorizer import MADE_FROM
 from icons.store import ScoreStore
 from icons.store.manifest import check_compatible
 
 # what the scores of all columns are made from and with
 AGREE = ("data", "model", "adapter", "preconditioner", "target", "preprocessing", "normalize")
-TASK = ("data", "model", "adapter", "preprocessing", "normalize")
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def is_same(
         return False
     try:
         for task in members:
-            check_compatible(manifest["tasks"][task], tasks[task], TASK)
+            check_compatible(manifest["tasks"][task], tasks[task], MADE_FROM)
     except ValueError:
         return False
     return True

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 
 from icons.modules.writer import GradientWriter
 from icons.projection import Several
@@ -31,18 +31,9 @@ class PartWriter(GradientWriter):
         described = super().describe(pl_module, datamodule)
         return described | {"projector": several.projectors[self.part].describe()}
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Mapping[str, Any],
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Takes its part of the rows of a batch."""
-        own = projectors(pl_module).split(outputs["gradient"])[self.part]
-        super().on_predict_batch_end(trainer, pl_module, {**outputs, "gradient": own}, batch, batch_idx, dataloader_idx)
+    def own(self, outputs: Mapping[str, Any], pl_module: LightningModule) -> Mapping[str, Any]:
+        """The batch with its part of each row."""
+        return {**outputs, "gradient": projectors(pl_module).split(outputs["gradient"])[self.part]}
 
 
 def projectors(module: Any) -> Several:

@@ -42,20 +42,12 @@ class ScoreWriter(GradientWriter):
         super().__init__(path, **options)
         self.former, self.groups = former, groups or {}
 
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Takes the rows of a batch, with what a former store has of them."""
-        if self.former is not None:
-            assert isinstance(pl_module, InfluenceScorer)
-            outputs = self.former.widened(outputs, list(pl_module.tasks.columns))
-        super().on_predict_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+    def own(self, outputs: Mapping[str, Any], pl_module: LightningModule) -> Mapping[str, Any]:
+        """The batch with what a former store has of its rows."""
+        if self.former is None:
+            return outputs
+        assert isinstance(pl_module, InfluenceScorer)
+        return self.former.widened(outputs, list(pl_module.tasks.columns))
 
     def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> ScoreStore:
         """The score store at `path`.

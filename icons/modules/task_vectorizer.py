@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
 
+MADE_FROM = ("data", "model", "adapter", "preprocessing", "normalize")
+"""Entries of a task vector's manifest; where they agree, so do the vectors."""
+
 
 @dataclass
 class TaskVector:

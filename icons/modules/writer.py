@@ -213,10 +213,15 @@ class GradientWriter(BasePredictionWriter):
     ) -> None:
         """Takes the rows of a batch."""
         assert self.writer is not None and self.progress is not None
+        outputs = self.own(outputs, pl_module)
         row = outputs["row"].cpu().numpy()
         self.writer.collect(row, {name: as_numpy(outputs[name]) for name in self.STORE.FIELDS})
         self.progress.advance(len(row))
         self.stop_between_units(trainer)
+
+    def own(self, outputs: Mapping[str, Any], pl_module: LightningModule) -> Mapping[str, Any]:
+        """What of a batch's predictions this store keeps; here all."""
+        return outputs
 
     def stop_between_units(self, trainer: Trainer) -> None:
         assert self.writer is not None

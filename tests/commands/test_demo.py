@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaForConditionalGeneration
 
 from icons.cli import main
-from icons.commands.demo import QUICK, DemoSettings, StageFailed, claim, command_line, demo, named
+from icons.commands.demo import QUICK, DemoSettings, StageFailed, claim_demo, command_line, demo, named
 from icons.datamodules.easy_vqa import questions
 
 pytestmark = [
@@ -33,10 +33,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_a_demo_of_other_settings_is_refused_with_both_values(tmp_path: Path) -> None:
-    claim(tmp_path, QUICK)
-    claim(tmp_path, QUICK)
+    claim_demo(tmp_path, QUICK)
+    claim_demo(tmp_path, QUICK)
     with pytest.raises(ValueError, match=f"num_pool {QUICK.num_pool}, now it is {DemoSettings().num_pool}"):
-        claim(tmp_path, DemoSettings())
+        claim_demo(tmp_path, DemoSettings())
 
 
 def test_no_random_subset_is_refused(tmp_path: Path) -> None:

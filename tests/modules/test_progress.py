@@ -1,20 +1,15 @@
 """Predict shows rows with their total, in place of Lightning's bar of batches, which has none."""
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+import toy_predict as toy
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
 from icons.modules.progress import RowProgress
 from icons.modules.writer import GradientWriter
-
-spec = importlib.util.spec_from_file_location("toy_predict", Path(__file__).parent / "toy_predict.py")
-assert spec is not None and spec.loader is not None
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

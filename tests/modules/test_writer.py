@@ -1,6 +1,5 @@
 """`Trainer.predict` fills the same store, bit for bit, on one rank or several, one node or two, whole or in shards."""
 
-import importlib.util
 import os
 import signal
 import socket
@@ -14,16 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toy_predict as toy
 
 from icons.modules.writer import GradientWriter
 from icons.store import GradientStore
 from icons.store.verify import verify
 
 SCRIPT = Path(__file__).parent / "toy_predict.py"
-spec = importlib.util.spec_from_file_location("toy_predict", SCRIPT)
-assert spec is not None and spec.loader is not None
-toy = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(toy)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -1,6 +1,5 @@
 """What is passed on is stored, in bounded memory; an error stops the run with its cause; kills cost only time."""
 
-import importlib.util
 import os
 import queue
 import shutil
@@ -12,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import kill_driver
 import numpy as np
 import pytest
 
@@ -167,12 +167,6 @@ def test_collecting_waits_for_the_disk_so_that_memory_is_bounded(
     disk.set()
     thread.join()
     assert len(passed) == 100
-
-
-spec = importlib.util.spec_from_file_location("kill_driver", DRIVER)
-assert spec is not None and spec.loader is not None
-kill_driver = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kill_driver)
 
 
 def drive(path: Path, *options: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,29 @@
+"""A folder's claim: the settings that everything in it was made with."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def claim(file: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Makes the folder of `file` and keeps the settings there, or checks that they are those of before.
+
+    Args:
+        file: where the settings are kept.
+        settings: JSON values by name.
+        what: the folder holds, for the message.
+
+    Raises:
+        ValueError: a setting differs; names the first with both values.
+    """
+    if file.is_file():
+        former = json.loads(file.read_text())
+        for name, value in settings.items():
+            if former.get(name) != value:
+                raise ValueError(
+                    f"--out {file.parent}: holds {what} with {name} {former.get(name)!r}, now it is {value!r}; give "
+                    "another folder"
+                )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dict(settings), indent=1) + "\n")
