@@ -60,6 +60,7 @@ def score(
     num_workers: int = 0,
     shard: str | None = None,
     retry_failed: bool = False,
+    mixed_batches: bool = False,
     strict: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> int:
@@ -101,6 +102,8 @@ def score(
         num_workers: processes that read and decode ahead.
         shard: I/N: only this share of the units, without any communication (array jobs); I counts from 0.
         retry_failed: also compute the rows that failed before.
+        mixed_batches: go on with a store that was begun with another --batch-size or --max-tokens; its rows are then
+            equal to rounding, not bit for bit, to those of an undisturbed run.
         strict: exit with 1 when a row failed.
         trainer: flags of Lightning's Trainer.
     """
@@ -171,7 +174,7 @@ def score(
         )
         datamodule = ConversationDataModule(data, images, **loading)
         writing: dict[str, Any] = {"chunk_rows": chunk_rows, "shard": shard, "retry_failed": retry_failed}
-        writing["manifest"] = {"target": target}
+        writing |= {"mixed_batches": mixed_batches, "manifest": {"target": target}}
         with quiet():
             runner = Trainer(**flags)
         if keep_gradients is not None:

@@ -104,6 +104,20 @@ def test_a_resumed_store_is_the_same_bit_for_bit(warmup: Path, tmp_path: Path) -
     assert all(np.array_equal(a.arrays[name][:], b.arrays[name][:]) for name in a.arrays)
 
 
+def test_other_batches_go_on_when_mixed_batches_asks_for_it(
+    warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, halves = tmp_path / "whole.zarr", tmp_path / "halves.zarr"
+    assert score(warmup, whole, *both_tasks()) == 0
+    assert score(warmup, halves, *both_tasks(), "--shard", "1/2") == 0
+    assert score(warmup, halves, *both_tasks(), "--batch-size", 1) == 1
+    assert "--mixed-batches to go on all the same" in capsys.readouterr().err
+    assert score(warmup, halves, *both_tasks(), "--batch-size", 1, "--mixed-batches") == 0
+    a, b = ScoreStore.open(whole), ScoreStore.open(halves)
+    assert b.manifest["batches"] == "mixed" and b.missing() == []
+    np.testing.assert_allclose(a.influence[:], b.influence[:], rtol=1e-4)
+
+
 def test_groups_and_several_checkpoints(warmup: Path, tmp_path: Path) -> None:
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--group", "ab=a,b") == 0
     single = ScoreStore.open(tmp_path / "a.zarr")
