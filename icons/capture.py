@@ -207,6 +207,7 @@ class Sweep:
         finally:
             for handle in handles:
                 handle.remove()
+            self.inputs.forget()
 
     def names(self, module: nn.Module) -> list[tuple[str, str]]:
         """The module's own parameters that its hook serves: (weight or bias, name)."""

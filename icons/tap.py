@@ -50,6 +50,11 @@ class NarrowInputs:
     def remember(self, owner: nn.Module, args: tuple[Any, ...]) -> None:
         self.given = (owner, args[0]) if args and isinstance(args[0], Tensor) else None
 
+    def forget(self) -> None:
+        """To be called after every pass: the tensor's graph holds the pass, which holds the tensor, and no collector of
+        garbage sees through a graph. All activations would stay for good."""
+        self.given = None
+
     def of(self, module: nn.Linear, x: Tensor) -> Tensor:
         """What to keep of `module`'s input: `x`, or the narrower tensor of the same values."""
         if self.given is None or self.given[0] is not self.owner[module]:

@@ -1,5 +1,7 @@
 """Taps keep the narrow input where an adapter widened it, and only there; gradients do not change by a bit."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from icons.capture import KNOWN
+from icons.capture import KNOWN, Sweep
 from icons.gradients import per_sample_gradients
 from icons.tap import NarrowInputs, Tap
 
@@ -55,6 +57,22 @@ def test_the_inputs_of_an_adapter_are_kept_as_the_layer_got_them(monkeypatch: py
     narrow = [value for value in kept if value.dtype == torch.bfloat16]
     assert len(narrow) == 2 * 7
     assert len({value.data_ptr() for value in narrow}) == 2 * 4  # q, k and v share one; gate and up share one
+
+
+def test_nothing_of_a_pass_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[weakref.ref[Sweep]] = []
+    begun = Sweep.__init__
+
+    def remembered(self: Sweep, *args: Any) -> None:
+        begun(self, *args)
+        passes.append(weakref.ref(self))
+
+    monkeypatch.setattr(Sweep, "__init__", remembered)
+    model = half_model()
+    for _ in range(2):
+        per_sample_gradients(model, text())
+    gc.collect()
+    assert [one() for one in passes] == [None] * 3  # a survey and two passes
 
 
 def test_the_rows_are_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
