@@ -2,6 +2,8 @@
 
     gradient_store.py, score_store.py   what is stored; both are a
     row_store.py                        group of arrays over rows, with a status per row that is written last
+    layout.py                           which arrays, in which chunks and codecs
+    chunk.py                            one chunk of one array, as bytes
     encoding.py                         float32 results -> the stored dtype
     manifest.py                         what a store was made from, and whether two agree
     storage.py                          folders and object stores: whole files, durable when it counts

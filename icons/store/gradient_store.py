@@ -22,8 +22,9 @@ import zarr
 
 from icons.partition import Partition
 from icons.store.encoding import DTYPES, FIELDS, encode_rows
+from icons.store.layout import Column, parse_codec
 from icons.store.manifest import check_compatible
-from icons.store.row_store import Column, RowStore, parse_codec, stored_kind
+from icons.store.row_store import RowStore, stored_kind
 from icons.store.score_store import ScoreStore
 from icons.store.storage import Storage
 
@@ -164,24 +165,21 @@ class GradientStore(RowStore):
         Args:
             rows: a slice, or row numbers in any order.
         """
+        if isinstance(rows, slice) and rows.step in (None, 1):
+            found = self.stored("gradients", rows).astype(np.float32, copy=False)
+            return found if self.scale is None else found * self.stored("scale", rows)[:, None]
+        index = np.arange(self.num_rows)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         try:
-            return self.scaled_rows(rows)
+            found = np.asarray(self.gradients.oindex[index], dtype=np.float32)
+            return found if self.scale is None else found * np.asarray(self.scale.oindex[index])[:, None]
         except (ValueError, RuntimeError) as error:
             raise self.damaged("gradients", error) from error
-
-    def scaled_rows(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        if isinstance(rows, slice):
-            found = np.asarray(self.gradients[rows], dtype=np.float32)
-            return found if self.scale is None else found * np.asarray(self.scale[rows])[:, None]
-        index = np.asarray(rows, dtype=np.int64)
-        found = np.asarray(self.gradients.oindex[index], dtype=np.float32)
-        return found if self.scale is None else found * np.asarray(self.scale.oindex[index])[:, None]
 
     def read_unit(self, unit: int) -> UnitRows:
         """One unit; costs one chunk of each array."""
         rows = self.partition.unit_rows(unit)
         span = slice(rows.start, rows.stop)
-        scalars = [np.asarray(array[span]) for array in (self.norm, self.loss, self.tokens, self.status)]
+        scalars = [self.stored(name, span) for name in ("norm", "loss", "tokens", "status")]
         return UnitRows(self.rows(span), *scalars)
 
     def write_unit(self, unit: int, results: Mapping[str, np.ndarray]) -> None:

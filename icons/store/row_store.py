@@ -1,49 +1,22 @@
 """RowStore: what gradient and score stores share: a Zarr group whose rows are written unit by unit, status last."""
 
 import json
-import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import google_crc32c
 import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.registry import get_codec_class
-from zarr.storage import MemoryStore
 
 from icons.batch import Status
 from icons.partition import Partition
+from icons.store.chunk import NATIVE, chunk_key, from_bytes, to_parts
+from icons.store.layout import READABLE_STATUS, Column, documents
 from icons.store.manifest import plain
 from icons.store.storage import PARTIAL, Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
 FORMAT = 1
-READABLE_STATUS = {str(int(status)): status.name.lower() for status in Status}
-# the CF convention's words for the same, which xarray shows
-FLAGS: dict[str, Any] = {
-    "flag_values": [int(status) for status in Status],
-    "flag_meanings": " ".join(status.name.lower() for status in Status),
-}
-
-
-@dataclass(frozen=True)
-class Column:
-    """One array of a store: rows first.
-
-    Attributes:
-        dtype: as numpy names it.
-        fill: what an unwritten row reads as.
-        dimensions: names after the first, with their lengths.
-        codec: a compressor for the chunks; None: none.
-    """
-
-    dtype: str
-    fill: float | int
-    dimensions: tuple[tuple[str, int], ...] = ()
-    codec: Mapping[str, Any] | None = None
 
 
 class RowStore:
@@ -125,10 +98,7 @@ class RowStore:
 
     def statuses(self) -> np.ndarray:
         """The status of every row, `[N]` uint8."""
-        try:
-            return np.asarray(self.status[:], dtype=np.uint8)
-        except (ValueError, RuntimeError) as error:
-            raise self.damaged("status", error) from error
+        return self.stored("status", slice(None))
 
     def missing(self) -> list[int]:
         """Units with a row that is neither done nor failed, ascending."""
@@ -144,9 +114,7 @@ class RowStore:
     def is_written(self, unit: int) -> bool:
         """Whether every row of a unit is done or failed; reads one small chunk."""
         rows = self.partition.unit_rows(unit)
-        if not self.storage.exists(f"status/c/{unit}"):
-            return False
-        return bool((np.asarray(self.status[rows.start : rows.stop]) != Status.NOT_WRITTEN).all())
+        return bool((self.stored("status", slice(rows.start, rows.stop)) != Status.NOT_WRITTEN).all())
 
     def failed(self) -> dict[Status, np.ndarray]:
         """The failed rows by reason, ascending; only reasons that occur."""
@@ -171,37 +139,85 @@ class RowStore:
     def write_columns(self, units: Mapping[int, Mapping[str, np.ndarray]]) -> None:
         """Writes units: their arrays in the given order, then, once these are durable, each unit's `status`.
 
-        Several at a time, because making files durable is what costs. A unit that was written is first unwritten.
-
         Raises:
             ValueError: a shape is not that of the unit, or an array is missing or unknown.
             FileNotFoundError: the store has vanished.
         """
         for unit, values in units.items():
             self.check_values(unit, values)
+        for unit, values in units.items():
+            self.write_rows(unit, values)
+        self.commit({unit: values["status"] for unit, values in units.items()})
+
+    def write_rows(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
+        """Writes the arrays of a unit except `status`: until `commit` the unit counts as not written.
+
+        Raises:
+            ValueError: a shape is not that of the unit, or an array is missing or unknown.
+            FileNotFoundError: the store has vanished.
+        """
+        self.check_values(unit, values)
         if not self.storage.exists("zarr.json"):
             raise FileNotFoundError(
                 f"store {self.path}: has vanished while it was being written; put it back, or start anew"
             )
-        self.unwrite(units)
-        for unit, values in units.items():
-            for name in [name for name in values if name != "status"]:
-                self.write_chunk(name, unit, values[name])
+        self.unwrite([unit])
+        for name, value in values.items():
+            if name != "status":
+                self.write_chunk(name, unit, value)
+
+    def commit(self, statuses: Mapping[int, np.ndarray]) -> None:
+        """Makes all that was written durable, and then writes the `status` of these units; several at a time, because
+        it takes a disk hardly longer."""
         self.storage.flush()
-        for unit, values in units.items():
-            self.write_chunk("status", unit, values["status"])
+        for unit, status in statuses.items():
+            self.write_chunk("status", unit, status)
 
     def write_chunk(self, name: str, unit: int, values: np.ndarray) -> None:
-        """One chunk of one array. Without a compressor it is the numbers and their checksum, written as they lie in
-        memory: zarr would copy them twice, which is most of the time that storing takes. The same bytes either way.
-        """
         array, rows = self.arrays[name], self.partition.unit_rows(unit)
-        if len(array.compressors) > 1 or len(rows) < array.chunks[0] or sys.byteorder != "little":
+        if not is_plain(array) or len(rows) < array.chunks[0]:
             array[rows.start : rows.stop] = values
-            return
-        numbers = np.ascontiguousarray(values, dtype=array.dtype).reshape(-1).view(np.uint8)
-        checksum = google_crc32c.value(numbers).to_bytes(4, "little")
-        self.storage.put_parts("/".join([name, "c", str(unit), *["0"] * (array.ndim - 1)]), [numbers.data, checksum])
+        else:
+            self.storage.put_parts(chunk_key(name, unit, array.ndim), to_parts(values, array.dtype))
+
+    def stored(self, name: str, rows: slice) -> np.ndarray:
+        """Consecutive rows of one array as they are stored; rows not written read as its fill value.
+
+        Costs the chunks that hold these rows, whatever the number of rows of the store.
+
+        Raises:
+            ValueError: a chunk is damaged.
+        """
+        array, (start, stop, step) = self.arrays[name], rows.indices(self.num_rows)
+        assert step == 1
+        units = range(start // self.partition.chunk_rows, -(-stop // self.partition.chunk_rows))
+        try:
+            if self.storage.folder is None or not is_plain(array):  # an object store answers zarr many chunks at once
+                return np.asarray(array[start:stop])
+            if len(units) == 1:
+                first = self.partition.unit_rows(units[0]).start
+                return self.read_chunk(name, units[0])[start - first : stop - first]
+            found = np.empty((max(0, stop - start), *array.shape[1:]), array.dtype)
+            for unit in units:
+                of_unit = self.partition.unit_rows(unit)
+                low, high = max(start, of_unit.start), min(stop, of_unit.stop)
+                part = self.read_chunk(name, unit)
+                found[low - start : high - start] = part[low - of_unit.start : high - of_unit.start]
+            return found
+        except (ValueError, RuntimeError) as error:
+            raise self.damaged(name, error) from error
+
+    def read_chunk(self, name: str, unit: int) -> np.ndarray:
+        """A whole chunk of a folder's array, rows beyond the last one included."""
+        array = self.arrays[name]
+        key = chunk_key(name, unit, array.ndim)
+        content = self.storage.get_array(key)
+        if content is None:
+            return np.full(array.chunks, array.fill_value, array.dtype)
+        try:
+            return from_bytes(content, array.chunks, array.dtype)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
 
     def check_values(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
         if set(values) != set(self.arrays):
@@ -217,6 +233,11 @@ class RowStore:
         for key in written:
             self.storage.delete(key)
         self.storage.flush_deleted(written)
+
+
+def is_plain(array: zarr.Array[Any]) -> bool:
+    """Whether a chunk is its rows' numbers and their checksum, and nothing else."""
+    return NATIVE and len(array.compressors) == 1 and array.chunks[1:] == array.shape[1:]
 
 
 def is_of_store(key: str, columns: Iterable[str]) -> bool:
@@ -235,29 +256,6 @@ def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:
         ) from error
     assert isinstance(found, zarr.Array)
     return found.with_config({"write_empty_chunks": True})
-
-
-def documents(columns: Mapping[str, Column], partition: Partition, attributes: dict[str, Any]) -> dict[str, bytes]:
-    """The metadata files of a store: name -> content, the group's own last."""
-    memory: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=attributes)
-    for name, column in columns.items():
-        lengths = [length for _, length in column.dimensions]
-        compressors: list[Any] = [Crc32cCodec()]  # last: of the bytes as they lie on the disk
-        if column.codec is not None:
-            compressors.insert(0, get_codec_class(column.codec["name"]).from_dict(dict(column.codec)))
-        group.create_array(
-            name,
-            shape=(partition.num_rows, *lengths),
-            chunks=(partition.chunk_rows, *(max(1, length) for length in lengths)),
-            dtype=column.dtype,
-            serializer=BytesCodec(endian=None if np.dtype(column.dtype).itemsize == 1 else "little"),
-            compressors=compressors,
-            fill_value=np.dtype(column.dtype).type(column.fill),
-            dimension_names=("row", *(dimension for dimension, _ in column.dimensions)),
-            attributes=FLAGS if name == "status" else {},
-        )
-    return {key: memory[key].to_bytes() for key in sorted(memory, key=lambda key: (key == "zarr.json", key))}
 
 
 def stored_kind(storage: Storage) -> str | None:
@@ -279,26 +277,3 @@ def stored_kind(storage: Storage) -> str | None:
 
 def article(kind: str | None) -> str:
     return "no icons store" if kind is None else f"a {kind} store"
-
-
-def parse_codec(codec: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """A codec by name (`zstd`), as JSON, or as zarr has it; any codec that zarr or numcodecs registers.
-
-    Raises:
-        ValueError: no such codec.
-
-    >>> parse_codec("zstd")
-    {'name': 'zstd', 'configuration': {}}
-    """
-    if codec is None:
-        return None
-    found = json.loads(codec) if isinstance(codec, str) and codec.startswith("{") else codec
-    found = {"name": found} if isinstance(found, str) else dict(found)
-    try:
-        get_codec_class(found["name"])
-    except KeyError as error:
-        raise ValueError(
-            f"codec {codec!r}: unknown to zarr; expected a name such as zstd, gzip, blosc, numcodecs.lz4, or JSON with "
-            "name and configuration"
-        ) from error
-    return {"name": found["name"], "configuration": found.get("configuration", {})}

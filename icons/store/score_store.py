@@ -9,7 +9,8 @@ import zarr
 
 from icons.batch import Status
 from icons.partition import Partition
-from icons.store.row_store import Column, RowStore
+from icons.store.layout import Column
+from icons.store.row_store import RowStore
 
 SCORE_CHUNK_ROWS = 1 << 16
 

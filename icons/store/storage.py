@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
@@ -64,6 +65,13 @@ class Storage:
             return self.folder.read(key)
         found = run(self.zarr_store.get(key, default_buffer_prototype()))
         return None if found is None else found.to_bytes()
+
+    def get_array(self, key: str) -> np.ndarray | None:
+        """The bytes of `key`, `[bytes]` uint8, in memory of their own."""
+        if self.folder:
+            return self.folder.read_array(key)
+        found = self.get(key)
+        return None if found is None else np.frombuffer(bytearray(found), np.uint8)
 
     def put(self, key: str, value: bytes) -> None:
         run(self.zarr_store.set(key, as_buffer(value)))
@@ -191,6 +199,12 @@ class DurableLocalStore(LocalStore):
     def read(self, key: str) -> bytes | None:
         try:
             return (self.root / key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return None
+
+    def read_array(self, key: str) -> np.ndarray | None:
+        try:
+            return np.fromfile(self.root / key, np.uint8)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 

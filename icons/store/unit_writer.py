@@ -1,8 +1,15 @@
-"""UnitWriter: collects rows into units and stores finished units from a background thread."""
+"""UnitWriter: collects rows into units and stores finished units from two background threads.
+
+One thread writes a unit's rows and gives back its memory at once. The other waits for the disk: it makes durable
+whatever has been written meanwhile, however many units that are, and then writes their status. So nothing is computed,
+or held in memory, for longer because a disk takes its time to be sure.
+"""
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,8 +17,8 @@ from icons.store import GradientStore, ScoreStore
 from icons.store.lease import Leases
 
 Columns = dict[str, np.ndarray]
-WRITERS = 2  # so that one encodes and writes while the other waits for the disk
-GROUP_UNITS = 2  # units that are made durable together; with more, memory costs more than waiting for the disk
+Item = TypeVar("Item")
+UNCOMMITTED = 8  # written units that may wait to be made durable; a loss of power costs so many at most
 
 
 class OpenUnit:
@@ -34,15 +41,15 @@ class OpenUnit:
 class UnitWriter:
     """Stores units while the next ones are computed.
 
-    Memory: `queue_units` finished units that wait, at most `WRITERS * GROUP_UNITS` that are being written, and those
-    being collected (one, where batches come unit after unit), whatever the number of rows.
+    Memory: `queue_units` finished units that wait, the one that is being written, and those being collected (one, where
+    batches come unit after unit), whatever the number of rows.
 
     Args:
         store: opened for writing.
         again: units to be written although they are not missing (failed rows to be retried).
         queue_units: finished units that may wait; `collect` waits when there are more.
         lease_timeout_s: see `Leases`.
-        on_unit: called with the number of rows after each unit is stored, from the background thread.
+        on_unit: called with the number of rows after each unit is stored, from a background thread.
     """
 
     def __init__(
@@ -61,7 +68,11 @@ class UnitWriter:
         self.spare: list[Columns] = []
         self.error: BaseException | None = None
         self.waiting: queue.Queue[tuple[int, Columns] | None] = queue.Queue(queue_units)
-        self.threads = [threading.Thread(target=self.work, name="icons-writer", daemon=True) for _ in range(WRITERS)]
+        self.written: queue.Queue[tuple[int, np.ndarray] | None] = queue.Queue(UNCOMMITTED)
+        self.threads = [
+            threading.Thread(target=work, name=f"icons-{work.__name__}", daemon=True)
+            for work in (self.write_units, self.commit_units)
+        ]
         for thread in self.threads:
             thread.start()
 
@@ -131,39 +142,46 @@ class UnitWriter:
             except queue.Full:
                 continue
 
-    def work(self) -> None:
-        """A background thread: stores what is passed on; after an error it only empties the queue."""
-        while group := self.next_group():
+    def write_units(self) -> None:
+        """A background thread: writes the rows of what is passed on; after an error it only empties the queue."""
+        for unit, columns in drained(self.waiting):
             if self.error is None:
                 try:
-                    self.store_units(group)
+                    if self.still_ours(unit):
+                        self.store.write_rows(unit, columns)
+                        self.written.put((unit, columns["status"].copy()))
+                    self.spare.append(columns)
                 except BaseException as error:
                     self.error = error
+        self.written.put(None)
 
-    def next_group(self) -> dict[int, Columns]:
-        """Waits for a unit and takes what else is ready; empty: the end."""
-        group: dict[int, Columns] = {}
-        while len(group) < GROUP_UNITS:
-            try:
-                item = self.waiting.get(block=not group)
-            except queue.Empty:
-                break
-            if item is None:
-                self.waiting.put(None)  # for the other thread, or for ourselves, once this group is stored
-                break
-            group[item[0]] = item[1]
-        return group
+    def commit_units(self) -> None:
+        """A background thread: makes durable what is written, as much at once as there is, and says that it is done.
 
-    def store_units(self, group: dict[int, Columns]) -> None:
-        for unit in [unit for unit in group if not self.leases.owns(unit)]:
-            self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
-            del group[unit]
-        self.store.write_columns(group)
-        for unit, columns in group.items():
+        What was written before a unit that could not be is kept. After an error of its own it only empties the queue: a
+        disk that has lost something may call the same files safe when it is asked again.
+        """
+        failed = False
+        for group in drained_together(self.written):
+            if not failed:
+                try:
+                    self.commit({unit: status for unit, status in group if self.still_ours(unit)})
+                except BaseException as error:
+                    self.error, failed = self.error or error, True
+
+    def commit(self, statuses: dict[int, np.ndarray]) -> None:
+        self.store.commit(statuses)
+        for unit, status in statuses.items():
             self.leases.release(unit, done=True)
             if self.on_unit is not None:
-                self.on_unit(len(columns["status"]))
-        self.spare.extend(group.values())
+                self.on_unit(len(status))
+
+    def still_ours(self, unit: int) -> bool:
+        """Whether nobody has taken over this unit meanwhile."""
+        if self.leases.owns(unit):
+            return True
+        self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
+        return False
 
     def check(self) -> None:
         """Raises the background threads' error, with what it means."""
@@ -185,8 +203,10 @@ class UnitWriter:
             self.waiting.put(None)
             for thread in self.threads:
                 thread.join()
-        self.store.storage.flush()
-        self.leases.close()
+        try:
+            self.store.storage.flush()
+        finally:
+            self.leases.close()
 
     def finish(self) -> None:
         """`close`, and then raises if not everything was stored.
@@ -210,3 +230,20 @@ class UnitWriter:
                 f"store {self.store.path}: {len(unfinished)} units are being computed by another run, for example unit "
                 f"{unit} by {who}; this run stored all others: run the same line again when that run has ended"
             )
+
+
+def drained(items: "queue.Queue[Item | None]") -> Iterator[Item]:
+    """What a queue brings, until it brings None."""
+    while (item := items.get()) is not None:
+        yield item
+
+
+def drained_together(items: "queue.Queue[Item | None]") -> Iterator[list[Item]]:
+    """What a queue brings, all that is ready at once, until it brings None."""
+    for item in drained(items):
+        group: list[Item] = [item]
+        with suppress(queue.Empty):
+            while (more := items.get_nowait()) is not None:
+                group.append(more)
+            items.put(None)  # seen too early: it ends the outer loop
+        yield group

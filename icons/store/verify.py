@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from icons.batch import Status
+from icons.store.chunk import chunk_key
 from icons.store.gradient_store import GradientStore
 from icons.store.row_store import RowStore
 from icons.store.storage import PARTIAL
@@ -75,13 +76,13 @@ def verify_shapes(store: RowStore) -> Iterator[Finding]:
 
 def verify_unit(store: RowStore, unit: int) -> list[Finding]:
     """Findings of one unit; none for a unit that is not written."""
-    if not store.storage.exists(chunk_key(store, "status", unit)):
+    if not store.storage.exists(chunk_key("status", unit, 1)):
         return []
     rows = store.partition.unit_rows(unit)
     values: dict[str, np.ndarray] = {}
     findings: list[Finding] = []
     for name, array in store.arrays.items():
-        key = chunk_key(store, name, unit)
+        key = chunk_key(name, unit, array.ndim)
         if not store.storage.exists(key):
             findings.append(Finding(name, unit, f"the chunk {key} is missing"))
             continue
@@ -132,10 +133,6 @@ def score_checks(values: dict[str, np.ndarray]) -> list[Check]:
     done = values["status"] == Status.DONE
     finite = np.isfinite(values["influence"]).all(axis=1)
     return [("influence", "status says done, and a number is not finite", done & ~finite)]
-
-
-def chunk_key(store: RowStore, name: str, unit: int) -> str:
-    return "/".join([name, "c", str(unit), *["0"] * (store.arrays[name].ndim - 1)])
 
 
 def describe_rows(rows: np.ndarray) -> str:

@@ -16,7 +16,7 @@ from icons.partition import assign
 from icons.store import GradientStore
 from icons.store.unit_writer import UnitWriter
 
-NUM_ROWS, CHUNK_ROWS, DIM, BATCH_ROWS = 1200, 5, 64, 2
+NUM_ROWS, CHUNK_ROWS, DIM, BATCH_ROWS = 3000, 5, 64, 2
 
 
 def compute(row: np.ndarray) -> dict[str, np.ndarray]:
@@ -38,13 +38,16 @@ def fill(path: str, rank: int, world: int) -> None:
     """What one rank does: claims its missing units, computes them in batches, stores them."""
     store = GradientStore.open_or_create(path, num_rows=NUM_ROWS, dim=DIM, chunk_rows=CHUNK_ROWS, manifest={"seed": 1})
     writer = UnitWriter(store)
-    writer.sweep()
-    for unit in assign(store.missing(), world, rank):
-        if writer.claim(unit):
-            rows = np.array(store.partition.unit_rows(unit))
-            for start in range(0, len(rows), BATCH_ROWS):
-                batch = rows[::-1][start : start + BATCH_ROWS]
-                writer.collect(batch, compute(batch))
+    try:
+        writer.sweep()
+        for unit in assign(store.missing(), world, rank):
+            if writer.claim(unit):
+                rows = np.array(store.partition.unit_rows(unit))
+                for start in range(0, len(rows), BATCH_ROWS):
+                    batch = rows[::-1][start : start + BATCH_ROWS]
+                    writer.collect(batch, compute(batch))
+    finally:
+        writer.close()
     writer.finish()
 
 

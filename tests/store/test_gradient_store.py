@@ -2,6 +2,8 @@
 
 import json
 import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import zarr
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store import GradientStore, ScoreStore, check_compatible, fitting_chunk_rows, open_store
-from icons.store.row_store import parse_codec
+from icons.store.layout import parse_codec
 from icons.store.verify import verify
 
 MANIFEST = {
@@ -126,13 +128,14 @@ def test_an_opened_store_reads_a_few_small_files_and_a_unit_one_chunk_each(
 ) -> None:
     filled(tmp_path / "s", num_rows=80)
     read: list[str] = []
-    original = Path.read_bytes
 
-    def counting(path: Path) -> bytes:
+    def counting(original: Callable[..., Any], path: Path, *rest: Any) -> Any:
         read.append(str(path.relative_to(tmp_path / "s")))
-        return original(path)
+        return original(path, *rest)
 
-    monkeypatch.setattr(Path, "read_bytes", counting)
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: counting(read_bytes, path))
+    monkeypatch.setattr(np, "fromfile", partial(counting, np.fromfile))
     store = GradientStore.open(tmp_path / "s")
     assert len(read) < 20 and all(name.endswith("zarr.json") for name in read if (tmp_path / "s" / name).exists())
     read.clear()
@@ -344,3 +347,21 @@ def test_open_store_opens_either_kind(tmp_path: Path) -> None:
     ScoreStore.create(tmp_path / "scores", num_rows=3, tasks=["a"])
     assert isinstance(open_store(tmp_path / "s"), GradientStore)
     assert isinstance(open_store(tmp_path / "scores"), ScoreStore)
+
+
+@pytest.mark.parametrize("codec", [None, "zstd"])
+def test_stored_rows_are_those_that_zarr_reads_wherever_they_begin_and_end(tmp_path: Path, codec: str | None) -> None:
+    store = filled(tmp_path / "s", "int8", codec=codec)
+    store.unwrite([1])
+    (tmp_path / "s/norm/c/1").unlink()
+    for name, array in store.arrays.items():
+        for start in range(11):
+            for stop in range(start, 12):
+                found = store.stored(name, slice(start, stop))
+                assert found.dtype == array.dtype
+                np.testing.assert_array_equal(found, array[start:stop], strict=True)
+
+
+def test_rows_by_a_slice_with_a_step_are_those_by_their_numbers(tmp_path: Path) -> None:
+    store = filled(tmp_path / "s", "int8")
+    np.testing.assert_array_equal(store.rows(slice(8, 1, -3)), store.rows([8, 5, 2]))

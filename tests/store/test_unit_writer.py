@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from icons.store import GradientStore
-from icons.store.unit_writer import GROUP_UNITS, WRITERS, UnitWriter
+from icons.store.unit_writer import UNCOMMITTED, UnitWriter
 from icons.store.verify import verify
 
 DRIVER = Path(__file__).parent / "kill_driver.py"
@@ -126,7 +126,7 @@ def test_failed_units_are_written_again_when_asked(store: GradientStore, make: A
     assert store.failed_units() == [] and store.counts()["done"] == 4
 
 
-def no_space(units: Any) -> None:
+def no_space(*_: Any) -> None:
     raise OSError(28, "No space left")
 
 
@@ -137,7 +137,7 @@ def test_an_error_of_the_background_stops_the_run_with_its_cause_and_keeps_what_
     writer.collect(np.arange(4), results(np.arange(4)))
     while store.missing()[0] == 0:
         time.sleep(0.01)
-    monkeypatch.setattr(store, "write_columns", no_space)
+    monkeypatch.setattr(store, "write_rows", no_space)
     with pytest.raises(OSError, match=r"could not be written \(No space left\); finished units are kept: mend the"):
         for start in range(4, 20, 4):
             rows = np.arange(start, start + 4)
@@ -146,13 +146,38 @@ def test_an_error_of_the_background_stops_the_run_with_its_cause_and_keeps_what_
     assert store.missing() == [1, 2, 3, 4, 5]
 
 
-def test_collecting_waits_for_the_disk_so_that_memory_is_bounded(
+def test_what_was_written_before_an_error_is_finished_and_what_could_not_be_made_durable_is_not(
     tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for failing, missing in (("write_rows", [2, 3, 4, 5]), ("commit", [0, 1, 2, 3, 4, 5])):
+        store = GradientStore.create(tmp_path / failing, num_rows=22, dim=6, dtype="float32", chunk_rows=4)
+        original, calls = getattr(store, failing), []
+
+        def third_time(*given: Any, original: Any = original, calls: Any = calls, failing: str = failing) -> None:
+            calls.append(given)
+            if failing == "commit" or len(calls) > 2:
+                no_space()
+            original(*given)
+
+        monkeypatch.setattr(store, failing, third_time)
+        writer = make(store)
+        with pytest.raises(OSError, match="No space left"):
+            for start in range(0, 20, 4):
+                writer.collect(np.arange(start, start + 4), results(np.arange(start, start + 4)))
+            writer.finish()
+        writer.close()
+        assert store.missing() == missing and not list(Path(store.path).rglob("lease/*"))
+        assert failing != "commit" or len(calls) == 1, "a disk is not asked again whether it has kept what it lost"
+
+
+@pytest.mark.parametrize(("what", "most"), [("write_rows", 2 + 1 + 1), ("commit", 2 + 1 + 1 + UNCOMMITTED + 1)])
+def test_collecting_waits_for_the_disk_so_that_memory_is_bounded(
+    tmp_path: Path, make: Any, monkeypatch: pytest.MonkeyPatch, what: str, most: int
 ) -> None:
     store = GradientStore.create(tmp_path / "store", num_rows=400, dim=6, chunk_rows=4)
     writer = make(store, queue_units=2)
     disk = threading.Event()
-    monkeypatch.setattr(store, "write_columns", lambda units: disk.wait(20))
+    monkeypatch.setattr(store, what, lambda *_: disk.wait(20))
     passed: list[int] = []
 
     def compute() -> None:
@@ -163,7 +188,7 @@ def test_collecting_waits_for_the_disk_so_that_memory_is_bounded(
     thread = threading.Thread(target=compute)
     thread.start()
     time.sleep(0.6)
-    assert len(passed) <= 2 + WRITERS * GROUP_UNITS + 1
+    assert len(passed) <= most
     disk.set()
     thread.join()
     assert len(passed) == 100
