@@ -19,18 +19,16 @@ READ_AHEAD = 2
 
 @runtime_checkable
 class StoredRows(Protocol):
-    """What a gradient store offers: arrays that are read by slicing, and its manifest."""
+    """What a gradient store offers: its arrays, consecutive rows of each, and its manifest."""
 
     @property
     def gradients(self) -> Any: ...
     @property
-    def norm(self) -> Any: ...
-    @property
-    def status(self) -> Any: ...
-    @property
     def partition(self) -> Partition: ...
     @property
     def manifest(self) -> Mapping[str, Any]: ...
+
+    def stored(self, name: str, rows: slice) -> np.ndarray: ...
 
 
 Source: TypeAlias = StoredRows | Shaped[np.ndarray, "_ _"] | Shaped[Tensor, "_ _"]
@@ -52,6 +50,9 @@ class ArrayRows:
         self.partition = Partition(len(array), BLOCK_ROWS)
         self.status = np.full(len(array), Status.DONE, np.uint8)
         self.norm = np.linalg.norm(array.astype(np.float32, copy=False), axis=1)
+
+    def stored(self, name: str, rows: slice) -> np.ndarray:
+        return np.asarray(getattr(self, name)[rows])
 
     def __repr__(self) -> str:
         return f"an array of shape {self.gradients.shape}"
@@ -110,10 +111,10 @@ class RawBlock(NamedTuple):
 def read(source: StoredRows, rows: range) -> RawBlock:
     """One piece as it is stored."""
     part = slice(rows.start, rows.stop)
-    scale = getattr(source, "scale", None)
-    scales = np.ones(len(rows), np.float32) if scale is None else np.asarray(scale[part])
-    gradient, norm, status = (np.asarray(array[part]) for array in (source.gradients, source.norm, source.status))
-    return RawBlock(rows, gradient, scales, norm, status)
+    scaled = getattr(source, "scale", None) is not None
+    scale = source.stored("scale", part) if scaled else np.ones(len(rows), np.float32)
+    gradient, norm, status = (source.stored(name, part) for name in ("gradients", "norm", "status"))
+    return RawBlock(rows, gradient, scale, norm, status)
 
 
 class Buffer:

@@ -133,7 +133,7 @@ def check_task(train: StoredRows, task: StoredRows, name: str) -> None:
 
 def check_whole(source: StoredRows, what: str) -> None:
     """Refuses rows that are not written yet: their zeros are no gradients."""
-    unwritten = int((source.status[:] == Status.NOT_WRITTEN).sum())
+    unwritten = int((source.stored("status", slice(None)) == Status.NOT_WRITTEN).sum())
     if unwritten:
         raise ValueError(
             f"{what}: {unwritten} of {source.partition.num_rows} rows of {getattr(source, 'path', source)} are not "

@@ -67,9 +67,10 @@ def main() -> None:
 
 def report(given: argparse.Namespace, folder: Path) -> None:
     table = Table("measured", "value", "to reach", title=f"{given.rows:,} x {DIM} float16")
-    write, read = against_plain_files(folder, given.rows)
+    write, read, through_zarr = against_plain_files(folder, given.rows)
     table.add_row("writing through the writer / tofile with fsync", f"{write:.2f}", "<= 1.5")
     table.add_row("reading in units / fromfile", f"{read:.2f}", "<= 1.5")
+    table.add_row("the same by zarr itself, as a notebook may / fromfile", f"{through_zarr:.2f}", "")
     one, two, apart = scaling(folder, given.scaling_rows)
     table.add_row(f"two ranks / one rank ({two:.0f} / {one:.0f} rows a second)", f"{two / one:.2f}", ">= 1.85")
     table.add_row("two unrelated runs side by side / one: what this machine has to give", f"{apart / one:.2f}", "")
@@ -88,24 +89,29 @@ def report(given: argparse.Namespace, folder: Path) -> None:
     console.print(f"{machine}: best of {REPEATS}")
 
 
-def against_plain_files(folder: Path, rows: int) -> tuple[float, float]:
-    """Ratios of the best times of writing and of reading; store and plain file take turns."""
+def against_plain_files(folder: Path, rows: int) -> tuple[float, float, float]:
+    """Ratios of the best times of writing, and of reading in two ways; store and plain file take turns."""
     batch = np.random.default_rng(0).standard_normal((BATCH_ROWS, DIM)).astype(np.float32)
     whole = np.concatenate([batch.astype(np.float16)] * (rows // BATCH_ROWS))
-    times: dict[str, list[float]] = {"write plain": [], "write": [], "read plain": [], "read": []}
+    names = ("write plain", "write", "read plain", "read", "read by zarr")
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(REPEATS):
         # each is removed just before it is written again, so that both find the page cache in the same state
         remove(folder / "plain")
         times["write plain"].append(seconds(lambda: write_plain(folder / "plain", whole)))
         remove(folder / "store")
         times["write"].append(seconds(lambda: write_store(folder / "store", rows, batch)))
-        store = GradientStore.open(folder / "store")
-        times["read plain"].append(seconds(lambda: np.fromfile(folder / "plain", np.float16)))
-        times["read"].append(seconds(partial(read_units, store)))
+    store = GradientStore.open(folder / "store")
     np.testing.assert_array_equal(store.gradients[-BATCH_ROWS:], whole[-BATCH_ROWS:])
+    del whole  # with less free memory, fromfile alone would take ten times as long
+    for _ in range(REPEATS):
+        times["read plain"].append(seconds(lambda: np.fromfile(folder / "plain", np.float16)))
+        times["read"].append(seconds(partial(read_units, store, partial(store.stored, "gradients"))))
+        times["read by zarr"].append(seconds(partial(read_units, store, store.gradients.__getitem__)))
     best = {name: min(values) for name, values in times.items()}
     print({name: [round(value, 2) for value in values] for name, values in times.items()}, file=sys.stderr)
-    return best["write"] / best["write plain"], best["read"] / best["read plain"]
+    reading = best["read plain"]
+    return best["write"] / best["write plain"], best["read"] / reading, best["read by zarr"] / reading
 
 
 def write_plain(path: Path, whole: np.ndarray) -> None:
@@ -125,10 +131,10 @@ def write_store(path: Path, rows: int, batch: np.ndarray) -> None:
     writer.finish()
 
 
-def read_units(store: GradientStore) -> None:
-    rows = store.partition.chunk_rows
-    for start in range(0, store.num_rows, rows):
-        np.asarray(store.gradients[start : start + rows])
+def read_units(store: GradientStore, read: Callable[[slice], object]) -> None:
+    for unit in range(store.partition.num_units):
+        rows = store.partition.unit_rows(unit)
+        np.asarray(read(slice(rows.start, rows.stop)))
 
 
 def resume(folder: Path, given: argparse.Namespace) -> float:

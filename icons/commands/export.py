@@ -51,7 +51,9 @@ def export(
         assert model is not None
         folder = ModelFolder.open(model, vision_tower=vision_tower, mm_projector=mm_projector, adapter=adapter)
     export_model(folder, adapter, out, format, dtype, trust_remote_code)
-    console.print(f"{out}: {'LLaVA' if format == 'llava' else 'Hugging Face'} layout")
+    said = f"{out}: {'LLaVA' if format == 'llava' else 'Hugging Face'} layout"
+    console.print(said, markup=False, soft_wrap=True)
     if format == "llava" and "llava" not in out.resolve().name.lower():
-        console.print(f"[yellow]LLaVA's scripts load a folder as LLaVA by its name; rename {out.name} to llava-...[/]")
+        said = f"LLaVA's scripts load a folder as LLaVA by its name; rename {out.name} to llava-..."
+        console.print(said, style="yellow", markup=False, soft_wrap=True)
     return 0

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from lightning import Trainer
 from rich.console import Console
+from rich.markup import escape
 
 from icons.commands.fit import quiet
 from icons.commands.plan import plan_gradients_run
@@ -122,7 +123,7 @@ def gradients(
         preprocessing={"template": template, "max_length": max_length, "preset": preset},
     )
     if source.warning:
-        console.print(f"[yellow]warning:[/] {source.warning}")
+        console.print(f"[yellow]warning:[/] {escape(source.warning)}", soft_wrap=True)
     differentiates = collect in DIFFERENTIATED
     if not differentiates:
         console.print(f"{collect}: stored as it is; --projector, --dim and --preconditioner are for gradients")
@@ -220,7 +221,7 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     With a shard, what other shards have still to do is not missing.
     """
     failed = {status.name.lower(): len(rows) for status, rows in store.failed().items()}
-    console.print(repr(store), markup=False, highlight=False)
+    console.print(repr(store), markup=False, highlight=False, soft_wrap=True)
     for reason, count in failed.items():
         console.print(f"[yellow]failed[/] {count:,} rows: {reason}")
     index, count = (0, 1) if shard is None else parse_shard(shard)

@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 from lightning.fabric import Fabric
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -94,4 +95,4 @@ def report(scores: ScoreStore) -> None:
         table.add_row(name, f"{scores.manifest['num_validation'][place]:,}", *cells)
     console.print(table)
     for text in scores.manifest.get("warnings", []):
-        console.print(f"[yellow]warning:[/] {text}")
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)

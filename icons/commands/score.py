@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from lightning import Trainer
 from rich.console import Console
+from rich.markup import escape
 
 from icons.batch import Status
 from icons.commands.fit import quiet
@@ -134,7 +135,7 @@ def score(
             preprocessing={},
         )
         if source.warning:
-            console.print(f"[yellow]warning:[/] {source.warning}")
+            console.print(f"[yellow]warning:[/] {escape(source.warning)}", soft_wrap=True)
         model = source.load(
             target=target,
             dtype=model_dtype,
@@ -157,7 +158,8 @@ def score(
             path = reuse if single else reuse.with_name(f"{reuse.name}.checkpoint-{place}")
             former = FormerScores.of(ScoreStore.open(path), columns, manifests, reduce)
             columns = {name: members for name, members in columns.items() if name not in former.taken}
-            console.print(f"taken over from {path}: {', '.join(former.taken) or 'no task'}")
+            said = f"taken over from {path}: {', '.join(former.taken) or 'no task'}"
+            console.print(said, markup=False, soft_wrap=True)
         scored = {name: modules[name] for name in files if any(name in members for members in columns.values())}
         new_groups = {name: members for name, members in groups.items() if name in columns}
         with quiet():
@@ -240,14 +242,14 @@ def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Pa
     for unit in range(first.partition.num_units):
         rows = first.partition.unit_rows(unit)
         span = slice(rows.start, rows.stop)
-        parts = [np.asarray(store.influence[span]) for store in stores]
+        parts = [store.stored("influence", span) for store in stores]
         influence = sum(weight * part for weight, part in zip(weights, parts, strict=True))
-        statuses = np.stack([np.asarray(store.status[span]) for store in stores])
+        statuses = np.stack([store.stored("status", span) for store in stores])
         status = np.where((statuses == Status.NOT_WRITTEN).any(axis=0), Status.NOT_WRITTEN, statuses.max(axis=0))
         if not status.all():
             continue  # a checkpoint has still to do it
-        copied = {name: np.asarray(first.arrays[name][span]) for name in ("norm", "loss", "tokens")}
+        copied = {name: first.stored(name, span) for name in ("norm", "loss", "tokens")}
         total.write_unit(
-            unit, np.asarray(influence, np.float32), np.asarray(first.stderr[span]), status.astype(np.uint8), **copied
+            unit, np.asarray(influence, np.float32), first.stored("stderr", span), status.astype(np.uint8), **copied
         )
     return total

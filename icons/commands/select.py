@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from icons.border import Border, border
@@ -241,7 +242,8 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
     console.print(table)
     failed = store.counts()["failed"]
     said = f"{out}: {len(chosen.rows):,} of {len(chosen.votes):,} rows selected by {chosen.method}"
-    console.print(said + (f"; {failed:,} failed rows cannot be" if failed else ""), soft_wrap=True)
+    said += f"; {failed:,} failed rows cannot be" if failed else ""
+    console.print(said, markup=False, soft_wrap=True)
     if num_near:
         console.print(f"near-duplicates: {num_near:,} rows left out, the next best taken")
     if found is not None:
@@ -251,4 +253,4 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
             soft_wrap=True,
         )
     for text in store.manifest.get("warnings", []):
-        console.print(f"[yellow]warning:[/] {text}")
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)

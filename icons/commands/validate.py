@@ -182,7 +182,7 @@ def checked(name: str, store: ScoreStore, tasks: Sequence[str], num_rows: int) -
         )
     if store.missing():
         raise ValueError(f"--scores {name}: {len(store.missing())} units are missing; finish the store first")
-    return np.asarray(store.influence[:])[:, [store.tasks.index(task) for task in tasks]]
+    return store.stored("influence", slice(None))[:, [store.tasks.index(task) for task in tasks]]
 
 
 def baselines(store: ScoreStore, num_tasks: int, seed: int) -> Scores:
@@ -190,7 +190,7 @@ def baselines(store: ScoreStore, num_tasks: int, seed: int) -> Scores:
     columns = {"random": np.random.default_rng([seed, 1]).standard_normal(store.num_rows)}
     for name, said in (("loss", "loss"), ("norm", "gradient norm")):
         if name in store.arrays:
-            columns[said] = np.asarray(store.arrays[name][:], dtype=np.float64)
+            columns[said] = store.stored(name, slice(None)).astype(np.float64)
     return {name: np.repeat(column[:, None], num_tasks, axis=1) for name, column in columns.items()}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning import Trainer
 from rich.console import Console
+from rich.markup import escape
 from torch import nn
 
 from icons.datamodules.datamodule import ConversationDataModule
@@ -67,6 +68,7 @@ def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
     try:
         check_compatible(TaskVector.load(file).manifest, manifest, MADE_FROM, str(file), "this run")
     except ValueError as difference:
-        console.print(f"[yellow]computing the task vector anew:[/] {difference}")
+        said = escape(str(difference))
+        console.print(f"[yellow]computing the task vector anew:[/] {said}", soft_wrap=True)
         return False
     return True

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,11 +82,11 @@ class FormerScores:
         rows = outputs["row"].cpu().numpy()
         first = int(rows.min())
         block = slice(first, int(rows.max()) + 1)
-        status = torch.from_numpy(np.asarray(self.store.status[block])[rows - first])
+        status = torch.from_numpy(self.store.stored("status", block)[rows - first])
         now = outputs["status"].cpu()
         found = {**outputs, "status": torch.where(now == Status.DONE, status.to(now.dtype), now)}
         for name in ("influence", "stderr"):
-            kept = np.asarray(self.store.arrays[name][block])[rows - first]
+            kept = self.store.stored(name, block)[rows - first]
             new = outputs[name].cpu()
             parts = {column: torch.from_numpy(kept[:, self.store.tasks.index(column)]) for column in self.taken}
             parts |= {column: new[:, place] for place, column in enumerate(computed)}

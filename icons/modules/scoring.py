@@ -176,7 +176,7 @@ class Scoring:
             advance(len(part.rows))
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         span = slice(rows.start, rows.stop)
-        values |= {name: np.asarray(getattr(stores[0], name)[span]) for name in COPIED}
+        values |= {name: stores[0].stored(name, span) for name in COPIED}
         return {**values, "status": status_of(stores, span)}
 
 
@@ -192,7 +192,7 @@ def strongest(name: str, pairs: torch.Tensor, num: int) -> dict[str, np.ndarray]
 
 def status_of(stores: Sequence[GradientStore], span: slice) -> np.ndarray:
     """Status of each row: done if it is at every checkpoint, otherwise the first failure."""
-    return np.maximum.reduce([np.asarray(store.status[span], np.uint8) for store in stores])
+    return np.maximum.reduce([store.stored("status", span) for store in stores])
 
 
 def units_to_do(store: ScoreStore, stores: Sequence[GradientStore]) -> list[int]:
@@ -219,4 +219,4 @@ def blocks_of(store: ScoreStore, name: str) -> Iterator[np.ndarray]:
     """One array of a score store, unit by unit."""
     for unit in range(store.partition.num_units):
         rows = store.partition.unit_rows(unit)
-        yield np.asarray(store.arrays[name][rows.start : rows.stop])
+        yield store.stored(name, slice(rows.start, rows.stop))

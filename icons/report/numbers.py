@@ -127,12 +127,8 @@ def blocks(scores: ScoreStore) -> Iterator[tuple[int, np.ndarray, np.ndarray, np
     step = max(1, BLOCK_ROWS // unit) * unit
     for start in range(0, scores.num_rows, step):
         part = slice(start, min(start + step, scores.num_rows))
-        yield (
-            start,
-            np.asarray(scores.influence[part]),
-            np.asarray(scores.stderr[part]),
-            np.asarray(scores.status[part]),
-        )
+        influence, stderr, status = (scores.stored(name, part) for name in ("influence", "stderr", "status"))
+        yield start, influence, stderr, status
 
 
 def name(code: int) -> str:
