@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from icons.gradient_rows import ArrayRows
 from icons.influence import ScoredRows, Scorer
-from icons.partition import Partition
 from icons.uncertainty import standard_error
 
 TRUE_DIM, DIM, NUM_TRAIN, NUM_VALIDATION = 2000, 256, 100, 12
@@ -42,17 +42,12 @@ def projection(kind: str, rng: np.random.Generator) -> np.ndarray:
     return sketch
 
 
-class Stored:
+class Stored(ArrayRows):
     """Projected rows with the exact norms that a store keeps."""
 
-    scale = None
-
     def __init__(self, rows: np.ndarray, project: np.ndarray) -> None:
-        self.gradients = (rows @ project).astype(np.float32)
+        super().__init__((rows @ project).astype(np.float32))
         self.norm = np.linalg.norm(rows, axis=1).astype(np.float32)
-        self.status = np.ones(len(rows), np.uint8)
-        self.partition = Partition(len(rows), len(rows))
-        self.manifest: dict[str, object] = {}
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "rademacher", "count_sketch"])
