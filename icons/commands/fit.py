@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, Trainer
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
@@ -21,8 +20,8 @@ from rich.table import Table
 from icons.commands.plan import ranks_of
 from icons.modules.checkpoint import MANIFEST
 from icons.modules.fit_checkpoint import LAST, FitCheckpoint, Interrupted
+from icons.modules.interruption import interrupted_status
 from icons.modules.warmup import WarmupModule, hardly_moved
-from icons.modules.writer import RESUME
 
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 TRAINER: dict[str, Any] = {
@@ -121,9 +120,7 @@ def run_fit(
             runner.fit(module, datamodule=datamodule, ckpt_path=last if last.exists() else None)
         except Interrupted as stop:
             say(f"[yellow]{escape(str(stop))}; run the same line again to go on[/]")
-            # Lightning kills all ranks when one that it launched ends with another status than 0
-            by_lightning = isinstance(getattr(runner.strategy, "cluster_environment", None), LightningEnvironment)
-            return 0 if by_lightning and runner.local_rank > 0 else RESUME
+            return interrupted_status(runner)
     return runner
 
 

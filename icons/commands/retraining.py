@@ -19,7 +19,7 @@ from rich.console import Console
 from icons.commands.warmup import warmup
 from icons.datamodules.records import RecordIndex
 from icons.modules.checkpoint import open_warmup
-from icons.modules.writer import RESUME
+from icons.modules.interruption import RESUME
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 

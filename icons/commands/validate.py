@@ -25,7 +25,7 @@ from icons.datamodel import (
 )
 from icons.datamodules.records import RecordIndex
 from icons.model_folder import ModelFolder
-from icons.modules.writer import RESUME
+from icons.modules.interruption import RESUME
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 

@@ -1,13 +1,13 @@
 """FitCheckpoint: the callback through which an interrupted fit loses minutes at most, and resumes exactly."""
 
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+
+from icons.modules.interruption import Interruption
 
 LAST = "last.ckpt"
 
@@ -38,7 +38,7 @@ class FitCheckpoint(Callback):
         self.seed = seed
         self.saved_at = 0.0
         self.stop = False
-        self.previous: Any = None
+        self.interruption = Interruption(self.ask_to_stop)
         self.place: Any = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -54,11 +54,9 @@ class FitCheckpoint(Callback):
         if self.place is not None:
             # Lightning does so too, unless the loader was made early, as for `estimated_stepping_batches`
             trainer.train_dataloader.load_state_dict(self.place)  # type: ignore[union-attr]
-        if threading.current_thread() is threading.main_thread():
-            # in place of Lightning's handler, which talks to the other ranks in the middle of whatever they do
-            self.previous = signal.signal(signal.SIGTERM, self.ask_to_stop)
+        self.interruption.watch()
 
-    def ask_to_stop(self, *_: Any) -> None:
+    def ask_to_stop(self) -> None:
         self.stop = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -87,12 +85,7 @@ class FitCheckpoint(Callback):
         return [count > 0 for count in trainer.strategy.reduce(counts, reduce_op="sum").tolist()]
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.give_back_signal()
+        self.interruption.give_back()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.give_back_signal()
-
-    def give_back_signal(self) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
-            self.previous = None
+        self.interruption.give_back()

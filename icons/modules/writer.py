@@ -3,24 +3,23 @@
 import importlib.metadata
 import os
 import signal
-import threading
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from icons.modules.interruption import RESUME, Interruption, interrupted_status
 from icons.modules.progress import RowProgress
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.unit_writer import UnitWriter
 
-RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
 MIXED = "mixed"
 VERSIONS = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
 
@@ -85,7 +84,7 @@ class GradientWriter(BasePredictionWriter):
         self.writer: UnitWriter | None = None
         self.progress: RowProgress | None = None
         self.stop_asked = False
-        self.previous_handler: Any = None
+        self.interruption: Interruption | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens the store and plans the work, on all ranks alike.
@@ -182,9 +181,9 @@ class GradientWriter(BasePredictionWriter):
         return {**found, "batches": batches_of(datamodule), "versions": versions, "settings": settings, **self.manifest}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning's own handler broadcasts the signal to all ranks, which hangs unless all of them have got it
-        if threading.current_thread() is threading.main_thread() and writers(trainer)[-1] is self:
-            self.previous_handler = signal.signal(signal.SIGTERM, lambda *_: self.ask_to_stop(trainer))
+        if writers(trainer)[-1] is self:
+            self.interruption = Interruption(partial(self.ask_to_stop, trainer))
+            self.interruption.watch()
         assert self.progress is not None
         plan: UnitPlan = getattr(getattr(trainer, "datamodule", None), "plan", None) or self.plan
         self.progress.start(sum(len(plan.partition.unit_rows(unit)) for unit in plan.units))
@@ -194,6 +193,8 @@ class GradientWriter(BasePredictionWriter):
         if self.stop_asked:
             os._exit(RESUME)
         self.stop_asked = True
+        for writer in unit_writers(trainer):
+            writer.leases.hurried = True
         for process in child_processes(trainer):
             process.send_signal(signal.SIGTERM)
 
@@ -224,17 +225,17 @@ class GradientWriter(BasePredictionWriter):
         return outputs
 
     def stop_between_units(self, trainer: Trainer) -> None:
-        assert self.writer is not None
-        if not self.stop_asked or self.writer.open_units:
-            return
-        self.writer.close()
-        self.writer.check()
+        if self.stop_asked and not any(writer.open_units for writer in unit_writers(trainer)):
+            self.stop(trainer)
+
+    def stop(self, trainer: Trainer) -> NoReturn:
+        """Ends the process once what is finished is stored."""
+        for writer in unit_writers(trainer):
+            writer.close()
+            writer.check()
         for process in child_processes(trainer):
             process.wait()
-        # Lightning kills all ranks when one that it launched ends with another status than 0
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        launched = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
-        raise SystemExit(0 if launched else RESUME)
+        raise SystemExit(interrupted_status(trainer))
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Waits until everything is stored.
@@ -244,8 +245,12 @@ class GradientWriter(BasePredictionWriter):
             ValueError: a unit is incomplete, or another run holds it.
         """
         assert self.writer is not None
-        self.restore()
-        self.writer.finish()
+        try:
+            if self.writer.elsewhere and writers(trainer)[-1].stop_asked:
+                self.stop(trainer)
+            self.writer.finish()
+        finally:
+            self.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stores what was finished, and gives the rest back."""
@@ -258,14 +263,17 @@ class GradientWriter(BasePredictionWriter):
         """Gives back what was the Trainer's: its bar, and the process's signal handler."""
         if self.progress is not None:
             self.progress.stop()
-        if self.previous_handler is not None:
-            signal.signal(signal.SIGTERM, self.previous_handler)
-            self.previous_handler = None
+        if self.interruption is not None:
+            self.interruption.give_back()
 
 
 def writers(trainer: Trainer) -> list[GradientWriter]:
     """All of a run, in order: the first plans anew; the last, which SIGTERM stops, has its rows when all have them."""
     return [callback for callback in trainer.callbacks if isinstance(callback, GradientWriter)]  # type: ignore[attr-defined]
+
+
+def unit_writers(trainer: Trainer) -> list[UnitWriter]:
+    return [each.writer for each in writers(trainer) if each.writer is not None]
 
 
 def check_trainer(trainer: Trainer) -> None:

@@ -76,6 +76,7 @@ class Leases:
         self.held: dict[int, int] = {}  # unit -> generation
         self.seen: dict[str, tuple[int, float]] = {}  # lease -> counter, and when we first saw it at that value
         self.lock, self.closed = threading.Lock(), threading.Event()
+        self.hurried = False  # set by signal handlers, in which an Event may wait for itself
         self.thread: threading.Thread | None = None
 
     def acquire(self, unit: int) -> bool:
@@ -97,7 +98,8 @@ class Leases:
         return True
 
     def acquire_patiently(self, unit: int) -> bool:
-        """As `acquire`, but watches an owner elsewhere until its counter moves (False) or it is given up (True)."""
+        """As `acquire`, but watches an owner elsewhere until its counter moves (then False) or it is given up; not for
+        longer once `hurried` is set."""
         first = self.holder(unit)
         while not self.acquire(unit):
             holder = self.holder(unit)
@@ -105,7 +107,7 @@ class Leases:
                 first = holder
             elif holder.machine == self.me.machine or holder.beat != first.beat:
                 return False
-            if self.closed.wait(self.timeout_s / 30):
+            if self.hurried or self.closed.wait(self.timeout_s / 30):
                 return False
         return True
 

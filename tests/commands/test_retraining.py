@@ -10,7 +10,7 @@ import pytest
 
 from icons.commands import retraining
 from icons.commands.retraining import ROWS, Retrainer, Retraining, own_device, side_by_side
-from icons.modules.writer import RESUME
+from icons.modules.interruption import RESUME
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 

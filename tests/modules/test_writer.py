@@ -17,6 +17,7 @@ import toy_predict as toy
 
 from icons.modules.writer import GradientWriter
 from icons.store import GradientStore
+from icons.store.lease import Holder
 from icons.store.verify import verify
 
 SCRIPT = Path(__file__).parent / "toy_predict.py"
@@ -42,12 +43,10 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(path: Path, *options: str, launcher: tuple[str, ...] = (), **kwargs: Any) -> "subprocess.Popen[str]":
+def run(path: Path, *options: str, launcher: tuple[str, ...] = (), **variables: str) -> "subprocess.Popen[str]":
     command = [*(launcher or (sys.executable,)), str(SCRIPT), str(path), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def ended(process: "subprocess.Popen[str]", status: int = 0) -> str:
@@ -192,6 +191,49 @@ def test_sigterm_finishes_the_unit_and_exits_with_75(tmp_path: Path, one_rank: P
     assert files(path) == files(one_rank)
 
 
+def test_sigterm_finishes_the_unit_also_in_a_store_beside_that_alone_misses_it(tmp_path: Path) -> None:
+    toy.predict(str(tmp_path / "second"), rows=100, chunk_rows=8, shard="0/2")
+
+    def ask() -> None:
+        while not (tmp_path / "first/status/c/5").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)  # unit 6 is under way, which the second store has
+
+    both = [GradientWriter(tmp_path / name, chunk_rows=8) for name in ("first", "second")]
+    thread = threading.Thread(target=ask)
+    thread.start()
+    with pytest.raises(SystemExit) as stop:
+        toy.predict("unused", rows=100, pause_s=0.1, trainer_callbacks=both)
+    thread.join()
+    assert stop.value.code == 75
+    missing = GradientStore.open(tmp_path / "first").missing()
+    assert missing and min(missing) > 6 and not list(tmp_path.rglob("lease/*"))
+
+
+def test_sigterm_while_another_runs_unit_is_watched_exits_with_75_at_once(tmp_path: Path, one_rank: Path) -> None:
+    path = tmp_path / "s"
+    toy.predict(str(path), rows=100, chunk_rows=8, shard="0/2")
+    other = Holder("other", "another machine", 1, "1")  # it might be at work: its counter has to be watched
+    GradientStore.open(path, "r+").storage.put("status/lease/5.0", other.to_bytes())
+
+    def ask() -> None:
+        while len(GradientStore.open(path).missing()) > 2:  # 5, and the last: Lightning first asks for one more batch
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        toy.predict(str(path), rows=100, lease_timeout_s=60.0)
+    thread.join()
+    assert stop.value.code == 75 and time.monotonic() - begun < 20
+    assert GradientStore.open(path).missing() == [5] and list(verify(GradientStore.open(path))) == []
+    toy.predict(str(path), rows=100, lease_timeout_s=0.3)  # by now the other one is given up
+    assert files(path) == files(one_rank)
+
+
 def test_an_error_in_the_model_keeps_finished_units_and_gives_the_rest_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,6 +285,42 @@ def test_two_nodes_by_torchrun_store_the_same_bytes_as_one_rank(tmp_path: Path, 
     for node in nodes:
         ended(node)
     assert files(tmp_path / "s") == files(one_rank)
+
+
+def slurm_job(path: Path, *options: str) -> "list[subprocess.Popen[str]]":
+    """What srun starts on two nodes with one task each, both of them this machine."""
+    port = str(free_port())
+    job = {"SLURM_JOB_ID": "1234", "SLURM_JOB_NAME": "icons", "SLURM_NODELIST": "127.0.0.1", "MASTER_PORT": port}
+    job |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
+    tasks = [{"SLURM_PROCID": rank, "SLURM_NODEID": rank} for rank in ("0", "1")]
+    return [run(path, "--nodes", "2", *options, **job, **task) for task in tasks]
+
+
+@pytest.mark.slow
+def test_two_nodes_by_slurm_store_the_same_bytes_as_one_rank(tmp_path: Path, one_rank: Path) -> None:
+    for task in slurm_job(tmp_path / "s"):
+        ended(task)
+    assert files(tmp_path / "s") == files(one_rank)
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_tasks_of_a_slurm_job_lets_each_finish_its_unit_and_exit_with_75(
+    tmp_path: Path, one_rank: Path
+) -> None:
+    path = tmp_path / "s"
+    tasks = slurm_job(path, "--pause-s", "0.3")
+    while not all((path / f"status/c/{unit}").exists() for unit in (0, 1)):
+        assert tasks[0].poll() is None
+        time.sleep(0.02)
+    for task in tasks:
+        task.terminate()
+    for task in tasks:
+        ended(task, status=75)
+    store = GradientStore.open(path)
+    assert store.missing() != [] and list(verify(store)) == []
+    assert not [name for name in files(path) if "lease" in name]
+    toy.predict(str(path), rows=100)
+    assert files(path) == files(one_rank)
 
 
 def rank_of(process: "subprocess.Popen[str]", rank: int) -> int:
