@@ -102,18 +102,15 @@ class Repeated:
     scale = None
 
     def __init__(self, store: GradientStore, num_rows: int) -> None:
-        self.block = store.gradients[:]
+        self.store, self.gradients = store, np.broadcast_to(store.gradients[:1], (num_rows, DIM))
         self.manifest: dict[str, object] = {}
         self.partition = type(store.partition)(num_rows, store.partition.chunk_rows)
-        self.gradients, self.norm, self.status = (
-            self,
-            np.broadcast_to(np.float32(1), num_rows),
-            np.broadcast_to(1, num_rows),
-        )
-        self.shape = (num_rows, DIM)
 
-    def __getitem__(self, rows: slice) -> np.ndarray:
-        return self.block[: rows.stop - rows.start]
+    def stored(self, name: str, rows: slice) -> np.ndarray:
+        start, stop, _ = rows.indices(self.partition.num_rows)
+        if name == "gradients":
+            return self.store.stored(name, slice(0, stop - start))
+        return np.full(stop - start, self.store.stored(name, slice(0, 1)))
 
 
 def bench_memory(folder: Path, scale: float) -> None:

@@ -18,7 +18,7 @@ from icons.store.lease import Leases
 
 Columns = dict[str, np.ndarray]
 Item = TypeVar("Item")
-UNCOMMITTED = 8  # written units that may wait to be made durable; a loss of power costs so many at most
+UNCOMMITTED = 8  # written units that may wait until they are made durable
 
 
 class OpenUnit:
