@@ -15,6 +15,7 @@ import kill_driver
 import numpy as np
 import pytest
 
+import icons.store.storage
 from icons.store import GradientStore
 from icons.store.unit_writer import UNCOMMITTED, UnitWriter
 from icons.store.verify import verify
@@ -168,6 +169,36 @@ def test_what_was_written_before_an_error_is_finished_and_what_could_not_be_made
         writer.close()
         assert store.missing() == missing and not list(Path(store.path).rglob("lease/*"))
         assert failing != "commit" or len(calls) == 1, "a disk is not asked again whether it has kept what it lost"
+
+
+def test_each_units_rows_are_durable_before_its_status_is_written_however_many_wait(
+    store: GradientStore, make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[tuple[str, str]] = []
+    write, flush = icons.store.storage.write_file, icons.store.storage.flush_path
+
+    def writing(root: Path, key: str, *rest: Any, **options: Any) -> Path:
+        found = write(root, key, *rest, **options)
+        events.append(("written", key))
+        return found
+
+    def flushing(path: Path) -> None:
+        time.sleep(0.01)  # so that some units wait together
+        flush(path)
+        events.append(("durable", str(path.relative_to(store.path))))
+
+    monkeypatch.setattr(icons.store.storage, "write_file", writing)
+    monkeypatch.setattr(icons.store.storage, "flush_path", flushing)
+    writer = make(store, queue_units=6)
+    writer.collect(np.arange(22), results(np.arange(22)))
+    writer.finish()
+    for unit in range(6):
+        end = events.index(("written", f"status/c/{unit}"))
+        for key in (f"gradients/c/{unit}/0", f"norm/c/{unit}", f"loss/c/{unit}", f"tokens/c/{unit}"):
+            begin = events.index(("written", key))
+            durable = events.index(("durable", key), begin)
+            assert begin < durable < end
+            assert ("durable", str(Path(key).parent)) in events[begin:end]
 
 
 @pytest.mark.parametrize(("what", "most"), [("write_rows", 2 + 1 + 1), ("commit", 2 + 1 + 1 + UNCOMMITTED + 1)])
