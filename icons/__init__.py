@@ -1,14 +1,14 @@
 """ICONS: pick the training data a vision-language model really needs (influence consensus, arXiv 2501.00654).
 
-The pipeline by file name, in the order of the method:
+The pipeline by name, in the order of the method:
 
     modules/warmup.py       LoRA warm-up on a small part of the data; Adam's moments are kept
-    gradients.py            per-sample gradients from one batched backward pass, streamed through
+    gradients/              per-sample gradients from one batched backward pass, streamed through
     preconditioner.py         the step Adam would take, and
     projection.py             a seeded random projection P -> K, into
     store/                  one Zarr array per data set: row i is record i, always
-    influence.py            per task, the mean cosine similarity of each training row with the task's validation rows
-    consensus.py            each task votes for its top share; the rows with most votes are the selection
+    influence/              per task, the mean cosine similarity of each training row with the task's validation rows
+    consensus/              each task votes for its top share; the rows with most votes are the selection
 
 Names are loaded when they are first used, so that `import icons` costs little more than `import torch`.
 """
@@ -16,7 +16,7 @@ Names are loaded when they are first used, so that `import icons` costs little m
 import importlib
 from typing import TYPE_CHECKING, Any
 
-# Not lazily: the function has its file's name, and whoever imports the file first would leave the module in its place.
+# Not lazily: the function has its package's name; whoever imports that first would leave the package in its place.
 from icons.influence import influence as influence
 
 if TYPE_CHECKING:

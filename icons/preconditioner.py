@@ -6,17 +6,18 @@ the state, so that a row depends on no other row.
 """
 
 import hashlib
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from icons.fusion import fused_step
-
 FORMS = ("adam", "diagonal", "sign")
+UNCOMPILED: set[str] = set()  # kinds of device for which `torch.compile` found no compiler
 
 
 @runtime_checkable
@@ -75,7 +76,8 @@ class AdamPreconditioner:
         betas: Adam's decay rates.
         eps: Adam's epsilon.
         form: "adam", "diagonal" or "sign".
-        compiled: fuse the steps of "adam" with `torch.compile`; see `icons.fusion`.
+        compiled: fuse the steps of "adam" into one pass over memory with `torch.compile`. On 2 CPU cores it halves the
+            step's time, about 3 % of a whole pass, for 20 s of compiling: for long runs.
 
     Raises:
         ValueError: names or shapes of the moments differ, step is below 1, or the form is unknown.
@@ -186,3 +188,44 @@ class AdamPreconditioner:
             "step": max(steps),
             "fingerprint": digest.hexdigest()[:16],
         }
+
+
+class UnfusedWarning(UserWarning):
+    """Fusing was asked for, and there is no compiler: the same steps run one by one."""
+
+
+def step(
+    gradient: Tensor, sign: Tensor, first: Tensor, second: Tensor, scale1: float, scale2: float, eps: float
+) -> Tensor:
+    """What `AdamPreconditioner` computes, on `[batch, entries]`."""
+    return (gradient * sign + first) * scale1 / ((second + scale2 * gradient * gradient).sqrt() + eps)
+
+
+def fused_step(
+    gradient: Float[Tensor, "batch *shape"],
+    sign: Float[Tensor, "*shape"],
+    first: Float[Tensor, "*shape"],
+    second: Float[Tensor, "*shape"],
+    scale1: float,
+    scale2: float,
+    eps: float,
+) -> Float[Tensor, "batch *shape"]:
+    """Adam's step with the projector's signs; compiled once for all weights, once for biases."""
+    flat = gradient.flatten(1), sign.flatten(), first.flatten(), second.flatten()
+    device = gradient.device.type
+    if device in UNCOMPILED:
+        return step(*flat, scale1, scale2, eps).view_as(gradient)
+    try:
+        return compiled()(*flat, scale1, scale2, eps).view_as(gradient)
+    except RuntimeError as error:  # what torch.compile raises where a compiler is missing or broken
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        UNCOMPILED.add(device)
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"torch.compile: runs unfused on {device}: {reason}", UnfusedWarning, stacklevel=2)
+        return step(*flat, scale1, scale2, eps).view_as(gradient)
+
+
+@cache
+def compiled() -> Callable[..., Tensor]:
+    return torch.compile(step, dynamic=True)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from icons.commands.listing import entries_of
 from icons.consensus import matrix_of
-from icons.overlap import Overlap, overlap, task_overlap
+from icons.consensus.overlap import Overlap, overlap, task_overlap
 from icons.selection import manifest_path, open_selection
 from icons.store import ScoreStore
 

@@ -22,7 +22,7 @@ from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 
 console = Console()
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
-# 7B in bfloat16, r = 128: 45 GB of activations beside 20 GB of weights and the like (icons/gradients.py)
+# 7B in bfloat16, r = 128: 45 GB of activations beside 20 GB of weights and the like (icons/gradients/per_sample.py)
 MAX_TOKENS = 8192
 FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from icons.budget import Sources
+from icons.consensus.budget import Sources
 from icons.datamodules.records import RecordIndex
 from icons.report.rows import source_of
 

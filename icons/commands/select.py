@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from icons.border import Border, border
 from icons.commands.listing import ids_of, rows_of, sources_of
 from icons.commands.pairs import parse
 from icons.consensus import Selection
 from icons.consensus import select as select_rows
+from icons.consensus.border import Border, border
+from icons.consensus.duplicates import NearDuplicates
+from icons.consensus.ranking import ordered
 from icons.datamodules.records import RecordIndex
-from icons.duplicates import NearDuplicates
-from icons.ranking import ordered
 from icons.selection import save_manifest, write_table
 from icons.store import GradientStore, ScoreStore
 

@@ -14,7 +14,8 @@ from icons.commands.claim import claim
 from icons.commands.pairs import parse
 from icons.commands.retraining import Retrainer, Retraining, side_by_side
 from icons.commands.warmup import parse_tasks
-from icons.datamodel import (
+from icons.datamodules.records import RecordIndex
+from icons.influence.datamodel import (
     datamodelling_score,
     draw_subsets,
     mean_interval,
@@ -23,7 +24,6 @@ from icons.datamodel import (
     separation_interval,
     share_in_lowest,
 )
-from icons.datamodules.records import RecordIndex
 from icons.model_folder import ModelFolder
 from icons.modules.interruption import RESUME
 from icons.partition import assign, parse_shard

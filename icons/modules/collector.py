@@ -5,10 +5,10 @@ from typing import Any, Literal
 from torch import nn
 
 from icons.batch import Batch, supervised_tokens
+from icons.gradients.representation import losses, represented, width_of, with_noise_images
 from icons.modules.extractor import Fields, GradientExtractor
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector
-from icons.representation import losses, represented, width_of, with_noise_images
 
 Collect = Literal["gradients", "representations", "loss", "image_ablation"]
 

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from icons.deepspeed_state import is_deepspeed, read_deepspeed
 from icons.modules.tensor_files import read_tensors
+from icons.optimizer_state.deepspeed import is_deepspeed, read_deepspeed
 from icons.parameter_names import current_name
 
 # What LLaVA's find_all_linear_names finds, before tower and projector exist. As a regular expression: PEFT would

@@ -43,7 +43,7 @@ class ConsensusVotes(Metric):
 class TaskOverlap(Metric):
     """Of the rows that a task votes for (row of the matrix), the share that another votes for too (column).
 
-    Twin of `icons.overlap.task_overlap`, for given thresholds. A task that votes for no row has 0 everywhere.
+    Twin of `icons.consensus.overlap.task_overlap`, for given thresholds. A task that votes for no row has 0 everywhere.
 
     Args:
         thresholds: one per task; a task votes for a row whose score is `>=` its threshold.

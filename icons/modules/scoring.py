@@ -11,9 +11,9 @@ import torch
 from lightning.fabric import Fabric
 
 from icons.influence import Reduce, Scorer
+from icons.influence.task_vectors import Normalize
 from icons.partition import assign
 from icons.store import GradientStore, ScoreStore, check_compatible
-from icons.task_vectors import Normalize
 
 UNIT_ROWS = 1 << 14
 UNIT_BYTES = 32 << 20

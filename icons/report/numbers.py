@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from icons.batch import Status
-from icons.border import CERTAIN
+from icons.consensus.border import CERTAIN
 from icons.store import ScoreStore
 
 BLOCK_ROWS = 1 << 18

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from icons.border import CERTAIN
+from icons.consensus.border import CERTAIN
 from icons.report import figures
 from icons.report.numbers import ScoreNumbers
 from icons.report.page import Cell, Picture, Section, Table

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from icons.batch import model_inputs, sample_losses
-from icons.capture import SlowerPathWarning
 from icons.gradients import per_sample_gradients
+from icons.gradients.capture import SlowerPathWarning
 from icons.model_folder import ModelFolder
 from icons.modules.llava import merge_images
 from icons.modules.model import load_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from icons.consensus import select
+from icons.consensus.overlap import task_overlap
 from icons.modules.metrics import ConsensusVotes, RelativePerformance, TaskOverlap
-from icons.overlap import task_overlap
 
 SCORES = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
 SCORES[7] = np.nan

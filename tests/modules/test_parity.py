@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from icons.batch import IGNORE_INDEX
-from icons.capture import SlowerPathWarning
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.gradients import projected_gradients
+from icons.gradients.capture import SlowerPathWarning
 from icons.model_folder import ModelFolder
 from icons.modules.model import load_model
 from icons.parameter_names import canonical_name

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from icons.overlap import task_overlap
+from icons.consensus.overlap import task_overlap
 from icons.report import numbers
 from icons.report.numbers import Extremes, count
 from icons.store import ScoreStore
