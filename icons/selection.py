@@ -2,7 +2,6 @@
 
 import csv
 import importlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Int, Shaped
+
+from icons.store.manifest import versions
 
 FORMAT = 1
 SUFFIX = ".manifest.json"
@@ -38,8 +39,8 @@ def manifest_path(selection: Path) -> Path:
 def save_manifest(selection: Path, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any]) -> Path:
     """Writes the manifest of a selection beside its data, atomically; where it is."""
     path = manifest_path(selection)
-    versions = {name: importlib.metadata.version(name) for name in ("icons-lightning", "numpy")}
-    whole = {"format": FORMAT, "kind": "selection", **manifest, "versions": versions, "rows": rows.tolist()}
+    made_by = {"versions": versions("icons-lightning", "numpy")}
+    whole = {"format": FORMAT, "kind": "selection", **manifest, **made_by, "rows": rows.tolist()}
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps(whole, default=str) + "\n", encoding="utf-8")
     partial.replace(path)

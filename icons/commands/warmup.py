@@ -29,7 +29,7 @@ from icons.modules.fit_checkpoint import LAST
 from icons.modules.lora import LoraSettings
 from icons.modules.model import empty_model, load_model
 from icons.modules.warmup import WarmupModule
-from icons.modules.writer import VERSIONS, version
+from icons.store.manifest import versions
 
 HELD_OUT, MOST_HELD_OUT = "held-out", 256
 
@@ -190,7 +190,7 @@ def warmup(
         manifest = (
             datamodule.describe() | losses_of(module) | {"settings": settings, "lora": asdict(lora), "used": used}
         )
-        manifest |= {"versions": {name: version(name) for name in VERSIONS}}
+        manifest |= {"versions": versions()}
         save_warmup(out, network, module.outcome, folder, manifest)
         if module.outcome.exp_avg:  # else they are in DeepSpeed's checkpoint alone
             remove(out / LAST)

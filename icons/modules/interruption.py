@@ -38,3 +38,8 @@ def interrupted_status(trainer: Trainer) -> int:
     ranks when one of its own ends with another status."""
     environment = getattr(trainer.strategy, "cluster_environment", None)
     return 0 if isinstance(environment, LightningEnvironment) and trainer.local_rank > 0 else RESUME
+
+
+def child_processes(trainer: Trainer) -> list[Any]:
+    """The ranks that Lightning has launched from this process."""
+    return list(getattr(trainer.strategy.launcher, "procs", []))

@@ -1,6 +1,5 @@
 """Scores of all training rows into a score store, unit by unit, on one device or many (Lightning Fabric)."""
 
-import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from icons.influence import Reduce, Scorer
 from icons.influence.task_vectors import Normalize
 from icons.partition import assign
 from icons.store import GradientStore, ScoreStore, check_compatible
+from icons.store.manifest import versions
 
 UNIT_ROWS = 1 << 14
 UNIT_BYTES = 32 << 20
@@ -159,7 +159,7 @@ class Scoring:
             "train": [{"path": store.path, **store.manifest} for store in stores],
             "tasks": {name: [{"path": s.path, **s.manifest} for s in found] for name, found in tasks.items()},
             "warnings": sorted({text for store in stores for text in store.manifest.get("warnings", [])}),
-            "versions": {name: importlib.metadata.version(name) for name in ("icons-lightning", "torch", "zarr")},
+            "versions": versions("icons-lightning", "torch", "zarr"),
         }
 
     def unit(

@@ -1,6 +1,5 @@
 """GradientWriter: the callback that stores what `Trainer.predict` computes, and says which rows are still to do."""
 
-import importlib.metadata
 import os
 import signal
 from collections.abc import Mapping
@@ -14,14 +13,14 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from icons.modules.interruption import RESUME, Interruption, interrupted_status
+from icons.modules.interruption import RESUME, Interruption, child_processes, interrupted_status
 from icons.modules.progress import RowProgress
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
+from icons.store.manifest import versions
 from icons.store.unit_writer import UnitWriter
 
 MIXED = "mixed"
-VERSIONS = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
 
 
 class NoInterval:
@@ -177,8 +176,8 @@ class GradientWriter(BasePredictionWriter):
         describes = [getattr(part, "describe", dict) for part in (datamodule, pl_module)]
         found = {name: value for describe in describes for name, value in describe().items()}
         settings = {"shards": self.shard[1], "chunk_rows": self.chunk_rows, "threads": torch.get_num_threads()}
-        versions = {name: version(name) for name in VERSIONS}
-        return {**found, "batches": batches_of(datamodule), "versions": versions, "settings": settings, **self.manifest}
+        own = {"batches": batches_of(datamodule), "versions": versions(), "settings": settings}
+        return {**found, **own, **self.manifest}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if writers(trainer)[-1] is self:
@@ -293,20 +292,8 @@ def broadcast(trainer: Trainer, value: Any) -> Any:
     return trainer.strategy.broadcast(value, src=0)
 
 
-def child_processes(trainer: Trainer) -> list[Any]:
-    """The ranks that Lightning has launched from this process."""
-    return list(getattr(trainer.strategy.launcher, "procs", []))
-
-
 def as_numpy(values: torch.Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def batches_of(datamodule: Any) -> dict[str, Any]:

@@ -1,8 +1,12 @@
 """Manifests: what a store was made from, and whether two of them agree."""
 
+import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
+
+DECISIVE = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
 
 
 def check_compatible(
@@ -44,3 +48,13 @@ def differences(name: str, left: Any, right: Any) -> Sequence[tuple[str, Any, An
 def plain(value: Any) -> Any:
     """A manifest as JSON has it: what is compared later is what was saved."""
     return json.loads(json.dumps(value, default=str))
+
+
+def versions(*names: str) -> dict[str, str | None]:
+    """Installed versions of packages (default: those that decide about numbers); None for one that is not installed, as
+    this one when it runs from its sources."""
+    found: dict[str, str | None] = dict.fromkeys(names or DECISIVE)
+    for name in found:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -17,6 +17,7 @@ from icons.batch import Status
 from icons.partition import Partition
 from icons.store import GradientStore, ScoreStore, check_compatible, fitting_chunk_rows, open_store
 from icons.store.layout import parse_codec
+from icons.store.manifest import versions
 from icons.store.verify import verify
 
 MANIFEST = {
@@ -365,3 +366,7 @@ def test_stored_rows_are_those_that_zarr_reads_wherever_they_begin_and_end(tmp_p
 def test_rows_by_a_slice_with_a_step_are_those_by_their_numbers(tmp_path: Path) -> None:
     store = filled(tmp_path / "s", "int8")
     np.testing.assert_array_equal(store.rows(slice(8, 1, -3)), store.rows([8, 5, 2]))
+
+
+def test_versions_of_what_is_installed_and_none_of_what_is_not() -> None:
+    assert versions("numpy", "no-such-package") == {"numpy": np.__version__, "no-such-package": None}
