@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import zarr
+from jaxtyping import Float
+from torch import Tensor
 
 from icons.partition import Partition
 from icons.store.encoding import DTYPES, FIELDS, encode_rows
@@ -174,6 +177,10 @@ class GradientStore(RowStore):
             return found if self.scale is None else found * np.asarray(self.scale.oindex[index])[:, None]
         except (ValueError, RuntimeError) as error:
             raise self.damaged("gradients", error) from error
+
+    def tensor(self, rows: slice | Sequence[int] | np.ndarray) -> Float[Tensor, "rows dim"]:
+        """`rows` as a torch tensor on the CPU, without a copy."""
+        return torch.from_numpy(self.rows(rows))
 
     def read_unit(self, unit: int) -> UnitRows:
         """One unit; costs one chunk of each array."""

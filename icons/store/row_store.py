@@ -196,7 +196,9 @@ class RowStore:
                 return np.asarray(array[start:stop])
             if len(units) == 1:
                 first = self.partition.unit_rows(units[0]).start
-                return self.read_chunk(name, units[0])[start - first : stop - first]
+                chunk = self.read_chunk(name, units[0])
+                found = chunk[start - first : stop - first]
+                return found if 2 * len(found) > len(chunk) else found.copy()  # a few rows do not keep a chunk alive
             found = np.empty((max(0, stop - start), *array.shape[1:]), array.dtype)
             for unit in units:
                 of_unit = self.partition.unit_rows(unit)

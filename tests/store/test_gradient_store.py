@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorstore
+import torch
 import xarray
 import zarr
 
@@ -361,6 +362,22 @@ def test_stored_rows_are_those_that_zarr_reads_wherever_they_begin_and_end(tmp_p
                 found = store.stored(name, slice(start, stop))
                 assert found.dtype == array.dtype
                 np.testing.assert_array_equal(found, array[start:stop], strict=True)
+
+
+def test_a_few_rows_do_not_keep_a_chunk_in_memory(tmp_path: Path) -> None:
+    store = filled(tmp_path / "s", "float32")
+    few, unit = store.rows(slice(4, 5)), store.rows(slice(4, 8))
+    assert few.base is None and unit.base is not None
+    np.testing.assert_array_equal(few, unit[:1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_a_tensor_holds_the_same_numbers(tmp_path: Path, dtype: str) -> None:
+    store = filled(tmp_path / "s", dtype)
+    for rows in (slice(None), slice(2, 3), [7, 1]):
+        found = store.tensor(rows)
+        assert found.dtype == torch.float32
+        np.testing.assert_array_equal(found.numpy(), store.rows(rows))
 
 
 def test_rows_by_a_slice_with_a_step_are_those_by_their_numbers(tmp_path: Path) -> None:
