@@ -67,6 +67,13 @@ def small(title: str, height: float, left: float = 0.02) -> Iterator[tuple[Figur
         yield figure, axes
 
 
+def legend_above(axes: Axes) -> None:
+    """The legend where no bar can reach it."""
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2, handlelength=0.9, handleheight=0.9
+    )
+
+
 def vote_histogram(pool: Int[np.ndarray, " votes"], chosen: Int[np.ndarray, " votes"]) -> Figure:
     """Rows by number of votes; the selected part of each bar is dark.
 
@@ -85,7 +92,7 @@ def vote_histogram(pool: Int[np.ndarray, " votes"], chosen: Int[np.ndarray, " vo
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.margins(x=0.02, y=0.14)
-        axes.legend(loc="upper right", handlelength=0.9, handleheight=0.9)
+        legend_above(axes)
     return figure
 
 
@@ -142,7 +149,7 @@ def composition(
         axes.set_xticks([])
         axes.spines[["bottom", "left"]].set_visible(False)
         axes.margins(x=0.12)
-        axes.legend(loc="lower right", handlelength=0.9, handleheight=0.9)
+        legend_above(axes)
     return figure
 
 

@@ -55,3 +55,22 @@ def test_dollar_signs_in_names_are_not_read_as_mathematics() -> None:
     assert b"a$b$" in base64.b64decode(
         figures.svg(figures.heat_map(["a$b$", "b"], np.array([[1.0, 0.2], [0.4, 1.0]]))).split(",")[1]
     )
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        figures.vote_histogram(np.array([9, 5, 20]), np.array([0, 3, 20])),
+        figures.composition(["a", "b", "c"], np.array([0.3, 0.3, 0.4]), np.array([0.1, 0.1, 0.8])),
+        figures.composition(["a", "b", "c"], np.array([0.8, 0.1, 0.1]), np.array([0.3, 0.3, 0.4])),
+    ],
+    ids=["votes", "composition, long at the bottom", "composition, long at the top"],
+)
+def test_the_legend_covers_nothing(figure: Figure) -> None:
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    box = legend.get_window_extent()
+    others = [*axes.texts, *axes.patches, *axes.get_xticklabels(), *axes.get_yticklabels()]
+    assert others and not [other for other in others if other.get_window_extent().overlaps(box)]
