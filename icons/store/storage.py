@@ -7,6 +7,7 @@ and a disk takes many at once for little more. Object stores are durable by them
 """
 
 import asyncio
+import errno
 import importlib
 import os
 import threading
@@ -255,7 +256,7 @@ def write_file(root: Path, key: str, parts: Sequence[Any], exclusive: bool) -> P
     Raises:
         FileNotFoundError: `root` is gone.
         FileExistsError: `exclusive`, and the key exists.
-        OSError: whatever the disk says (full, read-only); nothing is left behind then.
+        OSError: whatever the disk says (full, read-only, `exclusive` without hard links); nothing is left behind then.
     """
     path = root / key
     make_parents(root, path.parent)
@@ -265,13 +266,27 @@ def write_file(root: Path, key: str, parts: Sequence[Any], exclusive: bool) -> P
             file.writelines(parts)
         if not exclusive:
             return partial.replace(path)
-        os.link(partial, path)
+        link(partial, path)
         partial.unlink()
         return path
     except BaseException as error:
         partial.unlink(missing_ok=True)
         raise_if_vanished(root, error)
         raise
+
+
+def link(partial: Path, path: Path) -> None:
+    """The rename that fails if the name is taken, also when two processes try at once."""
+    try:
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        message = (
+            f"{path.parent}: this file system has no hard links, by which runs agree on who computes what; expected one "
+            "that has them (ext4, XFS, NFS, Lustre, ...): put the store there, or give an object store by its URL (s3://)"
+        )
+        raise OSError(error.errno, message) from error
 
 
 def raise_if_vanished(root: Path, error: BaseException) -> None:

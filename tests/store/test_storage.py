@@ -70,6 +70,16 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "s").iterdir()) == []
 
 
+def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", unable)
+    with pytest.raises(PermissionError, match="this file system has no hard links.*expected one that has them"):
+        GradientStore.create(tmp_path / "s", num_rows=4, dim=6)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = GradientStore.create(tmp_path / "s", num_rows=8, dim=6, chunk_rows=4)
     events: list[str] = []
