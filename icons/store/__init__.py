@@ -6,9 +6,10 @@
     chunk.py                            one chunk of one array, as bytes
     encoding.py                         float32 results -> the stored dtype
     manifest.py                         what a store was made from, and whether two agree
-    storage.py                          folders and object stores: whole files, durable when it counts
+    storage.py                          whole keys, in an object store or a
+    folder.py                           folder: atomic files, durable when it counts
     lease.py                            which run is computing which unit
-    unit_writer.py                      rows -> units -> the store, from a background thread
+    unit_writer.py                      rows -> units -> the store, from background threads
     verify.py                           is every chunk there, whole, and in agreement with its status?
 
 Only files of this folder name zarr.

@@ -11,9 +11,10 @@ import zarr
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store.chunk import NATIVE, chunk_key, from_bytes, to_parts
+from icons.store.folder import PARTIAL
 from icons.store.layout import READABLE_STATUS, Column, documents
 from icons.store.manifest import plain
-from icons.store.storage import PARTIAL, Storage
+from icons.store.storage import Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
 FORMAT = 1

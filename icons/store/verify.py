@@ -7,9 +7,9 @@ import numpy as np
 
 from icons.batch import Status
 from icons.store.chunk import chunk_key
+from icons.store.folder import PARTIAL
 from icons.store.gradient_store import GradientStore
 from icons.store.row_store import RowStore
-from icons.store.storage import PARTIAL
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import icons.store.storage
+import icons.store.folder
 from icons.store import GradientStore
 from icons.store.lease import Leases
 from icons.store.storage import Storage
@@ -75,7 +75,7 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", unable)
-    with pytest.raises(PermissionError, match="this file system has no hard links.*expected one that has them"):
+    with pytest.raises(PermissionError, match=r"this file system has no hard links.*expected one that has them"):
         GradientStore.create(tmp_path / "s", num_rows=4, dim=6)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -83,7 +83,7 @@ def test_a_file_system_without_hard_links_is_named(tmp_path: Path, monkeypatch: 
 def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = GradientStore.create(tmp_path / "s", num_rows=8, dim=6, chunk_rows=4)
     events: list[str] = []
-    write, flush = icons.store.storage.write_file, icons.store.storage.flush_path
+    write, flush = icons.store.folder.write_file, icons.store.folder.flush_path
 
     def writing(root: Path, key: str, *rest: Any, **options: Any) -> Path:
         events.append(f"write {key}")
@@ -93,8 +93,8 @@ def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monke
         events.append(f"flush {path.relative_to(tmp_path / 's')}")
         flush(path)
 
-    monkeypatch.setattr(icons.store.storage, "write_file", writing)
-    monkeypatch.setattr(icons.store.storage, "flush_path", flushing)
+    monkeypatch.setattr(icons.store.folder, "write_file", writing)
+    monkeypatch.setattr(icons.store.folder, "flush_path", flushing)
     store.write_unit(1, results(np.arange(4, 8)))
     rows = ["gradients/c/1/0", "norm/c/1", "loss/c/1", "tokens/c/1"]
     assert events[:4] == [f"write {key}" for key in rows] and events[-1] == "write status/c/1"
@@ -110,7 +110,7 @@ def test_a_flush_that_fails_writes_no_status_then_or_later(tmp_path: Path, monke
     def failing(path: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(icons.store.storage, "flush_path", failing)
+    monkeypatch.setattr(icons.store.folder, "flush_path", failing)
     for unit in (0, 1):
         with pytest.raises(OSError, match="Input/output error"):
             store.write_unit(unit, results(np.arange(4)))

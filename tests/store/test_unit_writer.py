@@ -15,7 +15,7 @@ import kill_driver
 import numpy as np
 import pytest
 
-import icons.store.storage
+import icons.store.folder
 from icons.store import GradientStore
 from icons.store.unit_writer import UNCOMMITTED, UnitWriter
 from icons.store.verify import verify
@@ -175,7 +175,7 @@ def test_each_units_rows_are_durable_before_its_status_is_written_however_many_w
     store: GradientStore, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, str]] = []
-    write, flush = icons.store.storage.write_file, icons.store.storage.flush_path
+    write, flush = icons.store.folder.write_file, icons.store.folder.flush_path
 
     def writing(root: Path, key: str, *rest: Any, **options: Any) -> Path:
         found = write(root, key, *rest, **options)
@@ -187,8 +187,8 @@ def test_each_units_rows_are_durable_before_its_status_is_written_however_many_w
         flush(path)
         events.append(("durable", str(path.relative_to(store.path))))
 
-    monkeypatch.setattr(icons.store.storage, "write_file", writing)
-    monkeypatch.setattr(icons.store.storage, "flush_path", flushing)
+    monkeypatch.setattr(icons.store.folder, "write_file", writing)
+    monkeypatch.setattr(icons.store.folder, "flush_path", flushing)
     writer = make(store, queue_units=6)
     writer.collect(np.arange(22), results(np.arange(22)))
     writer.finish()
