@@ -99,9 +99,6 @@ class Storage:
     def exists(self, key: str) -> bool:
         return (self.folder.root / key).is_file() if self.folder else run(self.zarr_store.exists(key))
 
-    def size(self, key: str) -> int:
-        return run(self.zarr_store.getsize(key))
-
     def list(self, prefix: str) -> list[str]:
         """Every key that lies below `prefix`, sorted."""
         return run(collect(self.zarr_store, prefix))
