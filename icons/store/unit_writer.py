@@ -1,8 +1,8 @@
-"""UnitWriter: collects rows into units and stores finished units from two background threads.
+"""UnitWriter: collects rows into units and stores finished units from background threads.
 
-One thread writes a unit's rows and gives back its memory at once. The other waits for the disk: it makes durable
-whatever has been written meanwhile, however many units that are, and then writes their status. So nothing is computed,
-or held in memory, for longer because a disk takes its time to be sure.
+Some write the rows of units and give back their memory at once. One waits for the disk: it makes durable whatever has
+been written meanwhile, however many units that are, and then writes their status. So no row is computed later, and
+none is held in memory for longer, because a disk takes its time to be sure.
 """
 
 import queue
@@ -18,6 +18,7 @@ from icons.store.lease import Leases
 
 Columns = dict[str, np.ndarray]
 Item = TypeVar("Item")
+WRITERS = 2  # so that one copies while the other makes checksums, or waits for an object store
 UNCOMMITTED = 8  # written units that may wait until they are made durable
 
 
@@ -41,8 +42,8 @@ class OpenUnit:
 class UnitWriter:
     """Stores units while the next ones are computed.
 
-    Memory: `queue_units` finished units that wait, the one that is being written, and those being collected (one, where
-    batches come unit after unit), whatever the number of rows.
+    Memory: `queue_units` finished units that wait, `WRITERS` that are being written, and those being collected (one,
+    where batches come unit after unit), whatever the number of rows.
 
     Args:
         store: opened for writing.
@@ -69,11 +70,9 @@ class UnitWriter:
         self.error: BaseException | None = None
         self.waiting: queue.Queue[tuple[int, Columns] | None] = queue.Queue(queue_units)
         self.written: queue.Queue[tuple[int, np.ndarray] | None] = queue.Queue(UNCOMMITTED)
-        self.threads = [
-            threading.Thread(target=work, name=f"icons-{work.__name__}", daemon=True)
-            for work in (self.write_units, self.commit_units)
-        ]
-        for thread in self.threads:
+        self.writers = [threading.Thread(target=self.write_units, daemon=True) for _ in range(WRITERS)]
+        self.committer = threading.Thread(target=self.commit_units, daemon=True)
+        for thread in (*self.writers, self.committer):
             thread.start()
 
     def claim(self, unit: int, patient: bool = False) -> bool:
@@ -152,8 +151,7 @@ class UnitWriter:
                         self.written.put((unit, columns["status"].copy()))
                     self.spare.append(columns)
                 except BaseException as error:
-                    self.error = error
-        self.written.put(None)
+                    self.error = self.error or error
 
     def commit_units(self) -> None:
         """A background thread: makes durable what is written, as much at once as there is, and says that it is done.
@@ -199,10 +197,12 @@ class UnitWriter:
 
     def close(self) -> None:
         """Waits until everything that was passed on is stored; gives back the leases of units that are not finished."""
-        if any(thread.is_alive() for thread in self.threads):
+        if self.committer.is_alive():
             self.waiting.put(None)
-            for thread in self.threads:
+            for thread in self.writers:
                 thread.join()
+            self.written.put(None)
+            self.committer.join()
         try:
             self.store.storage.flush()
         finally:
@@ -233,17 +233,21 @@ class UnitWriter:
 
 
 def drained(items: "queue.Queue[Item | None]") -> Iterator[Item]:
-    """What a queue brings, until it brings None."""
+    """What a queue brings, until it brings None, which stays there for other threads."""
     while (item := items.get()) is not None:
         yield item
+    items.put(None)
 
 
 def drained_together(items: "queue.Queue[Item | None]") -> Iterator[list[Item]]:
-    """What a queue brings, all that is ready at once, until it brings None."""
+    """What a queue brings, as much at once as is ready and the queue can hold, until it brings None."""
     for item in drained(items):
         group: list[Item] = [item]
         with suppress(queue.Empty):
-            while (more := items.get_nowait()) is not None:
+            while len(group) < items.maxsize:
+                more = items.get_nowait()
+                if more is None:
+                    items.put(None)  # seen too early: it is to end the outer loop
+                    break
                 group.append(more)
-            items.put(None)  # seen too early: it ends the outer loop
         yield group
