@@ -19,7 +19,7 @@ from rich.console import Console
 from icons.commands.warmup import warmup
 from icons.datamodules.records import RecordIndex
 from icons.modules.checkpoint import open_warmup
-from icons.modules.interruption import RESUME
+from icons.modules.interruption import RESUME, Interruption
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 
@@ -172,11 +172,12 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
 @contextlib.contextmanager
 def forwarded(processes: Sequence[Any]) -> Any:
     """While it lasts, SIGTERM goes on to the processes, which save and end."""
-    former = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in processes])
+    interruption = Interruption(lambda: [process.terminate() for process in processes])
+    interruption.watch()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        interruption.give_back()
 
 
 def work(retrainer: Retrainer, retrainings: list[Retraining], place: int, threads: int) -> None:

@@ -19,7 +19,7 @@ class Interruption:
     unless all of them have got the signal. Outside the main thread, where no handler can be set, it does nothing.
     """
 
-    def __init__(self, ask_to_stop: Callable[[], None]) -> None:
+    def __init__(self, ask_to_stop: Callable[[], object]) -> None:
         self.ask_to_stop = ask_to_stop
         self.former: Any = None
 

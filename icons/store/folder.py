@@ -67,6 +67,7 @@ class DurableLocalStore(LocalStore):
             return None
 
     def read_array(self, key: str) -> np.ndarray | None:
+        """The bytes of `key`, `[bytes]` uint8, in memory of their own."""
         try:
             return np.fromfile(self.root / key, np.uint8)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
@@ -155,8 +156,11 @@ def link(partial: Path, path: Path) -> None:
 def raise_if_vanished(root: Path, error: BaseException) -> None:
     """A missing file means nothing to the user; that the whole store is missing does."""
     if isinstance(error, FileNotFoundError) and not (root / "zarr.json").exists():
-        message = f"store {root}: has vanished while it was being written; put it back, or start anew"
-        raise FileNotFoundError(message) from error
+        raise vanished(root) from error
+
+
+def vanished(store: Path | str) -> FileNotFoundError:
+    return FileNotFoundError(f"store {store}: has vanished while it was being written; put it back, or start anew")
 
 
 def make_parents(root: Path, folder: Path) -> None:
@@ -164,7 +168,7 @@ def make_parents(root: Path, folder: Path) -> None:
     if folder.is_dir():
         return
     if not root.is_dir():
-        raise FileNotFoundError(f"store {root}: has vanished while it was being written; put it back, or start anew")
+        raise vanished(root)
     if folder != root:
         make_parents(root, folder.parent)
         folder.mkdir(exist_ok=True)

@@ -200,7 +200,7 @@ class GradientStore(RowStore):
         Raises:
             ValueError: a shape is not that of the unit, an array is missing or unknown, or a status is 0.
         """
-        self.write_columns({unit: encode_rows(results, self.dtype)})
+        self.write_columns(unit, encode_rows(results, self.dtype))
 
     def __repr__(self) -> str:
         counts = self.counts()

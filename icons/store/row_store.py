@@ -11,7 +11,7 @@ import zarr
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store.chunk import NATIVE, chunk_key, from_bytes, to_parts
-from icons.store.folder import PARTIAL
+from icons.store.folder import PARTIAL, DurableLocalStore, vanished
 from icons.store.layout import READABLE_STATUS, Column, documents
 from icons.store.manifest import plain
 from icons.store.storage import Storage
@@ -137,18 +137,15 @@ class RowStore:
         """Bytes of all arrays, uncompressed, once everything is written."""
         return sum(int(array.nbytes) for array in self.arrays.values())
 
-    def write_columns(self, units: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-        """Writes units: their arrays in the given order, then, once these are durable, each unit's `status`.
+    def write_columns(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
+        """Writes a unit: its arrays in the given order, then, once these are durable, its `status`.
 
         Raises:
             ValueError: a shape is not that of the unit, or an array is missing or unknown.
             FileNotFoundError: the store has vanished.
         """
-        for unit, values in units.items():
-            self.check_values(unit, values)
-        for unit, values in units.items():
-            self.write_rows(unit, values)
-        self.commit({unit: values["status"] for unit, values in units.items()})
+        self.write_rows(unit, values)
+        self.commit({unit: values["status"]})
 
     def write_rows(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
         """Writes the arrays of a unit except `status`: until `commit` the unit counts as not written.
@@ -159,9 +156,7 @@ class RowStore:
         """
         self.check_values(unit, values)
         if not self.storage.exists("zarr.json"):
-            raise FileNotFoundError(
-                f"store {self.path}: has vanished while it was being written; put it back, or start anew"
-            )
+            raise vanished(self.path)
         self.unwrite([unit])
         for name, value in values.items():
             if name != "status":
@@ -193,28 +188,29 @@ class RowStore:
         assert step == 1
         units = range(start // self.partition.chunk_rows, -(-stop // self.partition.chunk_rows))
         try:
-            if self.storage.folder is None or not is_plain(array):  # an object store answers zarr many chunks at once
+            folder = self.storage.folder
+            if folder is None or not is_plain(array):  # an object store answers zarr many chunks at once
                 return np.asarray(array[start:stop])
             if len(units) == 1:
                 first = self.partition.unit_rows(units[0]).start
-                chunk = self.read_chunk(name, units[0])
+                chunk = self.read_chunk(folder, name, units[0])
                 found = chunk[start - first : stop - first]
                 return found if 2 * len(found) > len(chunk) else found.copy()  # a few rows do not keep a chunk alive
             found = np.empty((max(0, stop - start), *array.shape[1:]), array.dtype)
             for unit in units:
                 of_unit = self.partition.unit_rows(unit)
                 low, high = max(start, of_unit.start), min(stop, of_unit.stop)
-                part = self.read_chunk(name, unit)
+                part = self.read_chunk(folder, name, unit)
                 found[low - start : high - start] = part[low - of_unit.start : high - of_unit.start]
             return found
         except (ValueError, RuntimeError) as error:
             raise self.damaged(name, error) from error
 
-    def read_chunk(self, name: str, unit: int) -> np.ndarray:
-        """A whole chunk of a folder's array, rows beyond the last one included."""
+    def read_chunk(self, folder: DurableLocalStore, name: str, unit: int) -> np.ndarray:
+        """A whole chunk, rows beyond the last one included."""
         array = self.arrays[name]
         key = chunk_key(name, unit, array.ndim)
-        content = self.storage.get_array(key)
+        content = folder.read_array(key)
         if content is None:
             return np.full(array.chunks, array.fill_value, array.dtype)
         try:

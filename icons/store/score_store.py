@@ -90,7 +90,7 @@ class ScoreStore(RowStore):
             ValueError: a shape is not that of the unit, or an array is missing or unknown.
         """
         values = {"influence": influence, "stderr": stderr, **extra, "status": status}
-        self.write_columns({unit: {name: np.asarray(value) for name, value in values.items()}})
+        self.write_columns(unit, {name: np.asarray(value) for name, value in values.items()})
 
     def __repr__(self) -> str:
         counts = self.counts()

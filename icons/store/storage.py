@@ -6,7 +6,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import zarr
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
@@ -52,13 +51,6 @@ class Storage:
             return self.folder.read(key)
         found = run(self.zarr_store.get(key, default_buffer_prototype()))
         return None if found is None else found.to_bytes()
-
-    def get_array(self, key: str) -> np.ndarray | None:
-        """The bytes of `key`, `[bytes]` uint8, in memory of their own."""
-        if self.folder:
-            return self.folder.read_array(key)
-        found = self.get(key)
-        return None if found is None else np.frombuffer(bytearray(found), np.uint8)
 
     def put(self, key: str, value: bytes) -> None:
         run(self.zarr_store.set(key, as_buffer(value)))

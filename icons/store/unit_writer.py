@@ -70,8 +70,10 @@ class UnitWriter:
         self.error: BaseException | None = None
         self.waiting: queue.Queue[tuple[int, Columns] | None] = queue.Queue(queue_units)
         self.written: queue.Queue[tuple[int, np.ndarray] | None] = queue.Queue(UNCOMMITTED)
-        self.writers = [threading.Thread(target=self.write_units, daemon=True) for _ in range(WRITERS)]
-        self.committer = threading.Thread(target=self.commit_units, daemon=True)
+        self.writers = [
+            threading.Thread(target=self.write_units, name="icons-writer", daemon=True) for _ in range(WRITERS)
+        ]
+        self.committer = threading.Thread(target=self.commit_units, name="icons-commit", daemon=True)
         for thread in (*self.writers, self.committer):
             thread.start()
 

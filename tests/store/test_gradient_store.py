@@ -179,7 +179,7 @@ def test_a_unit_of_another_shape_or_with_other_arrays_is_an_error(tmp_path: Path
     with pytest.raises(ValueError, match=r"unit 2: gradients has shape \(4, 6\); expected \(2, 6\)"):
         store.write_unit(2, results(range(8, 12)))
     with pytest.raises(ValueError, match=r"unit 0: got \['status'\]; expected \['gradients', 'loss', "):
-        store.write_columns({0: {"status": np.ones(4, np.uint8)}})
+        store.write_columns(0, {"status": np.ones(4, np.uint8)})
     assert store.missing() == [0, 1, 2]
 
 
