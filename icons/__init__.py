@@ -7,17 +7,17 @@ The pipeline by name, in the order of the method:
     preconditioner.py         the step Adam would take, and
     projection.py             a seeded random projection P -> K, into
     store/                  one Zarr array per data set: row i is record i, always
-    influence/              per task, the mean cosine similarity of each training row with the task's validation rows
+    scores/                 influence: per task, each training row's mean cosine similarity with the validation rows
     consensus/              each task votes for its top share; the rows with most votes are the selection
 
-Names are loaded when they are first used, so that `import icons` costs little more than `import torch`.
+Around them: datamodules/ (records, images, conversations), models/ (folders, loading, LoRA, Adam's state, export),
+validation/ (does influence predict?), report/ (pictures and the page), cli/ (the `icons` command), demo/.
+
+Names are loaded when they are first used, so that `import icons` imports neither torch nor anything else that is slow.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-# Not lazily: the function has its package's name; whoever imports that first would leave the package in its place.
-from icons.influence import influence as influence
 
 if TYPE_CHECKING:
     from icons.consensus import Selection as Selection
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
     from icons.gradients import exact_influence as exact_influence
     from icons.gradients import per_sample_gradients as per_sample_gradients
     from icons.gradients import projected_gradients as projected_gradients
+    from icons.models.adam_state import load_adam_state as load_adam_state
     from icons.modules.extractor import GradientExtractor as GradientExtractor
     from icons.modules.warmup import WarmupModule as WarmupModule
     from icons.modules.writer import GradientWriter as GradientWriter
-    from icons.optimizer_state import load_adam_state as load_adam_state
     from icons.preconditioner import AdamPreconditioner as AdamPreconditioner
     from icons.projection import CountSketch as CountSketch
     from icons.projection import Gaussian as Gaussian
     from icons.projection import Identity as Identity
     from icons.projection import Rademacher as Rademacher
+    from icons.scores import influence as influence
     from icons.store import GradientStore as GradientStore
     from icons.store import ScoreStore as ScoreStore
 
@@ -52,12 +53,13 @@ HOME = {
     "Selection": "icons.consensus",
     "WarmupModule": "icons.modules.warmup",
     "exact_influence": "icons.gradients",
-    "load_adam_state": "icons.optimizer_state",
+    "influence": "icons.scores",
+    "load_adam_state": "icons.models.adam_state",
     "per_sample_gradients": "icons.gradients",
     "projected_gradients": "icons.gradients",
     "select": "icons.consensus",
 }
-__all__ = [*HOME, "influence"]
+__all__ = [*HOME]
 
 
 def __getattr__(name: str) -> Any:

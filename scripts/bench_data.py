@@ -21,9 +21,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPImageProcessorPil
 
+from icons.datamodules.chat.templates import CHAT, IMAGE_PLACE, TEMPLATES, Turn
+from icons.datamodules.chat.tokenizer import load_tokenizer
 from icons.datamodules.records import RecordIndex
-from icons.datamodules.templates import CHAT, IMAGE_PLACE, TEMPLATES, Turn
-from icons.datamodules.tokenizer import load_tokenizer
 
 IGNORE = -100
 MEGABYTE = 1e6
@@ -161,7 +161,7 @@ def loader_figures(folder: Path, count: int = 192) -> dict[str, tuple[str, str]]
     """Two workers against two workers: all that the data set does besides decoding and resizing."""
     from icons.datamodules.dataset import ConversationDataset
     from icons.datamodules.preprocessing import Preprocessing
-    from icons.model_folder import ModelFolder
+    from icons.models.folder import ModelFolder
 
     clip = folder / "clip"
     pictures = Pictures(folder, count)

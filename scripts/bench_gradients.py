@@ -30,9 +30,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from icons.batch import model_inputs, sample_losses
 from icons.gradients import TaskMatrix, per_sample_gradients, projected_gradients, scored_gradients
+from icons.models.llava import Llava
+from icons.models.lora import LoraSettings, add_lora
 from icons.modules.extractor import GradientExtractor
-from icons.modules.llava import Llava
-from icons.modules.lora import LoraSettings, add_lora
 from icons.modules.writer import GradientWriter
 from icons.preconditioner import AdamPreconditioner
 from icons.projection import CountSketch, Projector, Rademacher

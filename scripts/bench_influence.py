@@ -25,7 +25,7 @@ import torch
 
 from icons.consensus import select
 from icons.datamodules.records import RecordIndex
-from icons.influence import Scorer, influence
+from icons.scores import Scorer, influence
 from icons.store import GradientStore
 
 DIM, NUM_TASKS, NUM_VALIDATION = 5120, 10, 100

@@ -13,11 +13,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from icons.commands.gradients import gradients
-from icons.commands.influence import influence
-from icons.commands.score import score
-from icons.commands.validate import validate
-from icons.commands.warmup import warmup
+from icons.cli.gradients import gradients
+from icons.cli.influence import influence
+from icons.cli.score import score
+from icons.cli.validate import validate
+from icons.cli.warmup import warmup
 from icons.datamodules.easy_vqa import make_demo_data
 
 NUM_POOL, NUM_VALIDATION = 1000, 200

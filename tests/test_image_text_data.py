@@ -30,13 +30,13 @@ from transformers.utils import logging
 
 from icons.batch import IGNORE_INDEX, model_inputs, sample_losses
 from icons.cli import main
+from icons.datamodules.chat.processor import load_processor
 from icons.datamodules.datamodule import ConversationDataModule
-from icons.datamodules.processor import load_processor
 from icons.gradients import per_sample_gradients
-from icons.model_folder import ModelFolder
+from icons.models.folder import ModelFolder
+from icons.models.loading import load_model
+from icons.models.lora import LoraSettings
 from icons.modules.extractor import GradientExtractor
-from icons.modules.lora import LoraSettings
-from icons.modules.model import load_model
 from icons.modules.writer import GradientWriter
 from icons.projection import Identity
 from icons.store import GradientStore

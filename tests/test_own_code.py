@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, dynamic_module_utils
 
 from icons.cli import main
-from icons.model_folder import own_code
+from icons.models.folder import own_code
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CODE = "from transformers import PreTrainedTokenizerFast\n\n\nclass OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"

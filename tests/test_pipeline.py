@@ -8,9 +8,9 @@ import pytest
 from lightning import Trainer
 
 import icons
-from icons import cli
-from icons.commands.source import ModelSource
-from icons.model_folder import ModelFolder
+from icons.cli import command_line as cli
+from icons.cli.model_source import ModelSource
+from icons.models.folder import ModelFolder
 
 DATA = Path(__file__).parent / "data" / "original_llava"
 ROWS, DIM = 6, 64

@@ -12,9 +12,9 @@ import icons
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.easy_vqa import make_demo_data
 from icons.gradients import per_sample_gradients
-from icons.model_folder import ModelFolder
-from icons.modules.lora import LoraSettings
-from icons.modules.model import load_model
+from icons.models.folder import ModelFolder
+from icons.models.loading import load_model
+from icons.models.lora import LoraSettings
 from icons.projection import CountSketch
 
 START = Path(icons.__file__).parent / "configs" / "demo_start"

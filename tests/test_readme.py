@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from icons import cli
+from icons.cli import command_line as cli
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "original_llava"

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from icons import cli
+from icons.cli import command_line as cli
 from icons.cli import main
-from icons.commands.gradients import gradients
-from icons.commands.influence import influence
-from icons.commands.plan import plan_gradients_run
-from icons.commands.select import select
-from icons.datamodules.tasks import BENCHMARKS
-from icons.model_folder import ModelFolder
+from icons.cli.estimate import plan_gradients_run
+from icons.cli.gradients import gradients
+from icons.cli.influence import influence
+from icons.cli.select import select
+from icons.datamodules.benchmarks import BENCHMARKS
+from icons.models.folder import ModelFolder
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "icons" / "configs"

@@ -1,14 +1,15 @@
 """Scores per task -> votes -> the selected rows: the generalist stage (arXiv 2501.00654, section 3).
 
-voting.py           each task votes for its best rows; those with most votes are selected
-aggregation.py      the vote, and the other ways from scores per task to one number per row, by
+votes.py            each task votes for its best rows; those with most votes are selected
+rules.py            the vote, and the other ways from scores per task to one number per row, by
 ranking.py          exact, stable ranks
 budget.py           how many rows, and which: tokens, quotas, lists
 duplicates.py       near-duplicates of better rows
 border.py           which part of a selection is certain
 overlap.py          of two selections, and of the tasks
+selection_file.py   a selection on disk
 """
 
-from icons.consensus.voting import ALL_METHODS, Scores, Selection, matrix_of, select
+from icons.consensus.votes import ALL_METHODS, Scores, Selection, matrix_of, select
 
 __all__ = ["ALL_METHODS", "Scores", "Selection", "matrix_of", "select"]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from icons.consensus.voting import Selection
+from icons.consensus.votes import Selection
 
 CERTAIN = 1.96
 """Standard errors on either side of a 95 % interval."""

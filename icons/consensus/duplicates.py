@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from icons.influence.gradient_rows import Source, as_rows, blocks, ranges
+from icons.scores.rows import Source, as_rows, blocks, ranges
 
 SKETCH_DIM = 512
 BLOCK_ROWS = 512

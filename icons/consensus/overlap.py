@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from icons.consensus.aggregation import Columns, threshold
-from icons.consensus.voting import Scores, matrix_of
+from icons.consensus.rules import Columns, threshold
+from icons.consensus.votes import Scores, matrix_of
 
 BLOCK_ROWS = 1 << 20
 

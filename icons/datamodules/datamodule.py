@@ -13,7 +13,7 @@ from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordIndex
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.datamodules.training import TrainingLoader, TrainingSampler, modality_and_length
-from icons.model_folder import ModelFolder
+from icons.models.folder import ModelFolder
 from icons.partition import Partition, UnitPlan
 
 

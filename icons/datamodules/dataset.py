@@ -10,13 +10,13 @@ import torch
 from torch.utils.data import Dataset
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Status
+from icons.datamodules.chat.processor import ProcessorSamples, join
+from icons.datamodules.chat.templates import IMAGE_PLACE, TEMPLATES, TemplateError, Turn, put_image_first
+from icons.datamodules.chat.tokenizer import load_tokenizer
 from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, names_of
 from icons.datamodules.preprocessing import Preprocessing
-from icons.datamodules.processor import ProcessorSamples, join
 from icons.datamodules.records import RecordIndex
-from icons.datamodules.templates import IMAGE_PLACE, TEMPLATES, TemplateError, Turn, put_image_first
-from icons.datamodules.tokenizer import load_tokenizer
-from icons.model_folder import ModelFolder
+from icons.models.folder import ModelFolder
 
 HUMAN = {"human": True, "user": True, "gpt": False, "assistant": False}
 

@@ -1,0 +1,1 @@
+"""Lightning modules and callbacks: warm-up, extractor, exact scorer, writers, metrics."""

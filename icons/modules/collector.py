@@ -5,7 +5,7 @@ from typing import Any, Literal
 from torch import nn
 
 from icons.batch import Batch, supervised_tokens
-from icons.gradients.representation import losses, represented, width_of, with_noise_images
+from icons.gradients.features import losses, represented, width_of, with_noise_images
 from icons.modules.extractor import Fields, GradientExtractor
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector

@@ -1,7 +1,6 @@
 """What a fit leaves behind: the trained weights whole, and Adam's moments by parameter name, under any strategy."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,20 +14,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
-
-@dataclass(frozen=True)
-class Trained:
-    """The trained parameters and AdamW's state, on the CPU, by the parameter's name in the model.
-
-    Under DeepSpeed the moments are empty: they are in its own checkpoint, which `load_adam_state` reads.
-    """
-
-    weights: dict[str, Tensor]
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-    step: int
-    betas: tuple[float, float]
-    eps: float
+from icons.models.warmup_folder import Trained
 
 
 def gather(trainer: Trainer, module: LightningModule) -> Trained | None:

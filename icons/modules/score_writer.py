@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
+from icons.modules.exact_scorer import InfluenceScorer
 from icons.modules.former_scores import FormerScores
-from icons.modules.scorer import InfluenceScorer
 from icons.modules.writer import GradientWriter
 from icons.store import ScoreStore
 from icons.store.manifest import check_compatible

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from icons.influence import Reduce, Scorer
-from icons.influence.task_vectors import Normalize
 from icons.partition import assign
+from icons.scores import Reduce, Scorer
+from icons.scores.task_means import Normalize
 from icons.store import GradientStore, ScoreStore, check_compatible
 from icons.store.manifest import versions
 
@@ -42,7 +42,7 @@ class Scoring:
         train: gradient stores of the training rows, one per checkpoint.
         tasks: name -> gradient stores of its validation rows, one per checkpoint.
         out: the score store; one that exists is gone on with.
-        normalize, task_normalize, weights, groups, reduce: as for `icons.influence.influence`.
+        normalize, task_normalize, weights, groups, reduce: as for `icons.influence`.
         pairwise: also store every training row's product with every validation row, `pairwise_TASK [N, M]`.
         top_pairs: validation rows to keep for each training row and task: `top_rows_TASK` and `top_influence_TASK`
             `[N, k]`, the strongest first.

@@ -11,7 +11,8 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, Batch, model_inputs, sample_losses, supervised_tokens
-from icons.modules.moments import Trained, gather
+from icons.models.warmup_folder import Trained
+from icons.modules.moments import gather
 
 PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
 LEAST_FALL = 0.05

@@ -11,11 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
+from icons.consensus.selection_file import SavedSelection
+from icons.datamodules.record_lists import source_of
 from icons.report import comparison, sections
 from icons.report.numbers import ScoreNumbers, count
 from icons.report.page import Ends, Fact, Page, Section, ShownRow
-from icons.report.rows import composition, source_of, thumbnail, turns
-from icons.selection import SavedSelection
+from icons.report.rows import composition, thumbnail, turns
 from icons.store import ScoreStore
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
+from icons.datamodules.record_lists import source_of
 from icons.report.page import Turn
 
 THUMBNAIL = 216
@@ -52,28 +53,6 @@ def thumbnail(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def source_of(record: Record, field: str | None) -> str:
-    """Where a record comes from: its `field` (dots reach inside), or else the first folder of its image.
-
-    >>> source_of({"provenance": {"kind": "wrong"}}, "provenance.kind")
-    'wrong'
-    >>> source_of({"image": "coco/train2017/1.jpg"}, None), source_of({"image": ""}, None)
-    ('coco', 'text only')
-    """
-    if field is not None:
-        value: Any = record
-        for key in field.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return "(none)" if value is None else str(value)
-    image = record.get("image")
-    if isinstance(image, list):
-        image = image[0] if image else None
-    if not isinstance(image, str) or image.strip().lower() in ("", "none", "nan"):
-        return "text only"
-    folder, slash, _ = image.strip("/").partition("/")
-    return folder if slash else "images"
 
 
 def composition(

@@ -9,7 +9,7 @@ import torch
 
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
-from icons.model_folder import ModelFolder
+from icons.models.folder import ModelFolder
 from icons.partition import Partition, UnitPlan
 
 ROWS = 11

@@ -16,7 +16,7 @@ from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.images import PixelMaker
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordIndex
-from icons.model_folder import ModelFolder
+from icons.models.folder import ModelFolder
 
 ORIGINAL = Path(__file__).parents[1] / "data" / "original_llava"
 TOKENS = 16  # per image, of this tiny tower

@@ -38,7 +38,7 @@ from icons.gradients import (
     weighted_gradient,
 )
 from icons.gradients.capture import SlowerPathWarning
-from icons.modules.llava import Llava
+from icons.models.llava import Llava
 from icons.preconditioner import AdamPreconditioner, Sign
 from icons.projection import CountSketch, Identity, Rademacher
 

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from icons.consensus import select
+from icons.consensus.selection_file import open_selection, save_manifest
 from icons.report.build import Chosen, Pool
-from icons.selection import open_selection, save_manifest
 from icons.store import ScoreStore
 
 NUM_ROWS = 300

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from icons.consensus.selection_file import SavedSelection, open_selection
 from icons.report.build import Chosen, Pool, build, image_names
 from icons.report.page import Page, render
 from icons.report.sections import provenance
-from icons.selection import SavedSelection, open_selection
 from icons.store import ScoreStore
 
 TASKS = ["vqav2", "gqa", "textvqa", "pope", "mmbench"]

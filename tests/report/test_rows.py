@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icons.datamodules.record_lists import source_of
 from icons.report.page import Turn
-from icons.report.rows import composition, flat, source_of, thumbnail, turns
+from icons.report.rows import composition, flat, thumbnail, turns
 
 
 def test_long_texts_and_many_turns_are_cut() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from icons import cli
-from icons.datamodules.tasks import BENCHMARKS
+from icons.cli import command_line as cli
+from icons.datamodules.benchmarks import BENCHMARKS
 
 SLURM = Path(__file__).parent.parent.parent / "scripts" / "slurm"
 FILES = sorted(SLURM.glob("*.sbatch"))
@@ -57,7 +57,7 @@ def submit(tmp_path: Path) -> Submit:
 
 def parsed(words: list[str]) -> dict[str, Any]:
     """The options of an `icons` line; fails on one that does not exist."""
-    command = getattr(importlib.import_module(f"icons.commands.{words[1]}"), words[1])
+    command = getattr(importlib.import_module(f"icons.cli.{words[1]}"), words[1])
     return cli.parse(words[1], command, (), words[2:])
 
 

@@ -1,0 +1,5 @@
+"""The `icons` command."""
+
+from icons.cli.command_line import main
+
+__all__ = ["main"]

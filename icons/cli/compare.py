@@ -1,0 +1,129 @@
+"""`icons compare A B`: what two selections, or a selection and a published list, have in common."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from icons.consensus import matrix_of
+from icons.consensus.overlap import Overlap, overlap, task_overlap
+from icons.consensus.selection_file import manifest_path, open_selection
+from icons.datamodules.record_lists import entries_of
+from icons.store import ScoreStore
+
+POSITIONAL = ("a", "b")
+console = Console()
+
+
+def compare(
+    a: Path,
+    b: Path,
+    by: Literal["auto", "row", "id"] = "auto",
+    scores: str | None = None,
+    fraction: float | None = None,
+    out: Path | None = None,
+) -> int:
+    """Prints the overlap of two selections, and of the tasks that voted for them.
+
+    Args:
+        a: a selection made by `icons select`, or a list: row numbers (.txt), or ids or records with ids (.json, .jsonl)
+            such as LLAVA-ICONS-133K.
+        b: another.
+        by: compare row numbers or ids; auto: rows if both know theirs and come from the same data, otherwise ids.
+        scores: score store for the overlap of tasks; default: the one A was selected from, if it is still there.
+        fraction: share of the rows that each task votes for in the overlap of tasks; default: A's, or 0.2.
+        out: also write the numbers as JSON.
+    """
+    one, other = Listed.open(a), Listed.open(b)
+    key = by if by != "auto" else ("row" if one.same_rows(other) else "id")
+    found = overlap(one.entries(key), other.entries(key))
+    pool = one.num_rows or other.num_rows
+    show(found, one, other, key, pool)
+    numbers: dict[str, Any] = {
+        "a": str(a), "b": str(b), "by": key, "num_a": found.num_a, "num_b": found.num_b, "shared": found.shared,
+        "share_of_a": found.share_of_a, "share_of_b": found.share_of_b, "jaccard": found.jaccard,
+        "shared_by_chance": found.by_chance(pool) if pool else None,
+    }  # fmt: skip
+    place = scores or one.scores_path
+    if place is not None and (scores is not None or Path(place).is_dir()):
+        store = ScoreStore.open(place)
+        share = fraction if fraction is not None else float(one.manifest.get("fraction", 0.2))
+        matrix, tasks = matrix_of(store)
+        shared = task_overlap(matrix, share)
+        show_tasks(tasks, shared, share)
+        numbers["tasks"] = {"names": tasks, "fraction": share, "overlap": shared.tolist()}
+    if out is not None:
+        out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One side of a comparison: rows from a selection's manifest, or the entries of a list."""
+
+    path: Path
+    rows: list[int] | None
+    manifest: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: Path) -> "Listed":
+        if manifest_path(path).exists():
+            saved = open_selection(path)
+            return cls(path, saved.rows.tolist(), saved.manifest)
+        entries = entries_of(path)
+        rows = [entry for entry in entries if isinstance(entry, int)]
+        return cls(path, rows if len(rows) == len(entries) else None, {})
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows of the pool, where a manifest tells."""
+        return self.manifest.get("num_rows")
+
+    @property
+    def scores_path(self) -> str | None:
+        return self.manifest.get("scores", {}).get("path")
+
+    def same_rows(self, other: "Listed") -> bool:
+        """Whether row numbers mean the same records on both sides."""
+        if self.rows is None or other.rows is None:
+            return False
+        data = [side.manifest.get("data", {}).get("fingerprint") for side in (self, other)]
+        return None in data or data[0] == data[1]
+
+    def entries(self, key: str) -> list[int] | list[str]:
+        """Row numbers, or ids.
+
+        Raises:
+            ValueError: this side has none.
+        """
+        if key == "row":
+            if self.rows is None:
+                raise ValueError(f"{self.path}: holds ids, no row numbers; compare with --by id")
+            return self.rows
+        if self.path.suffix == ".txt":
+            raise ValueError(f"{self.path}: holds row numbers, no ids; compare with --by row")
+        ids = [entry for entry in entries_of(self.path) if isinstance(entry, str)]
+        if not ids:
+            raise ValueError(f"{self.path}: holds no ids; compare with --by row")
+        return ids
+
+
+def show(found: Overlap, a: Listed, b: Listed, key: str, pool: int | None) -> None:
+    table = Table("", key + "s", "shared", "share", title=f"overlap by {key}")
+    table.add_row(a.path.name, f"{found.num_a:,}", f"{found.shared:,}", f"{100 * found.share_of_a:.1f} %")
+    table.add_row(b.path.name, f"{found.num_b:,}", f"{found.shared:,}", f"{100 * found.share_of_b:.1f} %")
+    console.print(table)
+    chance = f"; chance would share {found.by_chance(pool):,.0f}" if pool else ""
+    console.print(f"Jaccard {found.jaccard:.3f}{chance}")
+
+
+def show_tasks(tasks: list[str], shared: np.ndarray, fraction: float) -> None:
+    title = f"of a task's top {100 * fraction:.3g} %, the share (%) in another's; chance {100 * fraction:.3g}"
+    table = Table("task", *tasks, title=title)
+    for name, row in zip(tasks, shared, strict=True):
+        table.add_row(name, *(f"{100 * share:.1f}" for share in row))
+    console.print(table)

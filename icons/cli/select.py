@@ -1,0 +1,256 @@
+"""`icons select`: a score store -> the selected rows, and the selected part of the data file."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from icons.cli.pairs import parse
+from icons.consensus import Selection
+from icons.consensus import select as select_rows
+from icons.consensus.border import Border, border
+from icons.consensus.duplicates import NearDuplicates
+from icons.consensus.ranking import ordered
+from icons.consensus.selection_file import save_manifest, write_table
+from icons.datamodules.record_lists import ids_of, rows_of, sources_of
+from icons.datamodules.records import RecordIndex
+from icons.store import GradientStore, ScoreStore
+
+console = Console()
+Method = Literal[
+    "vote", "mean", "max", "rank", "norm", "borda", "round_robin", "direct_merge", "random", "loss", "grad_norm"
+]
+
+
+def select(
+    scores: str,
+    data: Path,
+    out: Path,
+    fraction: float = 0.2,
+    method: Method = "vote",
+    num_rows: int | None = None,
+    vote_fraction: float | None = None,
+    weight: list[str] | None = None,
+    task_quota: list[str] | None = None,
+    source_field: str | None = None,
+    source_weight: list[str] | None = None,
+    source_quota: list[str] | None = None,
+    max_tokens: int | None = None,
+    include: Path | None = None,
+    exclude: Path | None = None,
+    near_duplicates: float | None = None,
+    train: str | None = None,
+    seed: int = 0,
+    table: Path | None = None,
+) -> int:
+    """Selects the rows that help most tasks at once, and writes them in the data file's own form and order.
+
+    Beside --out lies its manifest (OUT.manifest.json), with the selected rows and what they were selected by. Rows that
+    failed are never selected.
+
+    Args:
+        scores: score store made by `icons influence` or `icons score`.
+        data: the data file that the scores belong to (LLaVA JSON or JSONL).
+        out: the selected records, byte for byte as they were.
+        fraction: share of the rows to select.
+        method: vote; the paper's other aggregations mean, max, rank, norm; borda (points within each task's votes),
+            round_robin (each task picks in turn), direct_merge (one pool of validation rows); or a baseline: random,
+            loss (highest first), grad_norm (highest first).
+        num_rows: rows to select, in place of --fraction.
+        vote_fraction: share that each task votes for, if not the selected share.
+        weight: TASK=NUMBER, the weight of a task; again for each.
+        task_quota: TASK=SHARE, at least this share of the selection from rows the task votes for; again for each.
+        source_field: field of the records that names their source; a dotted name looks inside. Default: the first
+            folder of the image's path.
+        source_weight: SOURCE=NUMBER, factor on the votes of a source's rows; again for each.
+        source_quota: SOURCE=SHARE, at most this share of the selection from a source; again for each.
+        max_tokens: supervised tokens of the whole selection, at most.
+        include: file of rows that are always in: row numbers, one a line (.txt), or a JSON list of row numbers, of ids,
+            or of records with ids.
+        exclude: file of rows that are never in; likewise.
+        near_duplicates: leave out rows whose gradient has at least this cosine with a better selected row's.
+        train: gradient store for --near-duplicates; default: the one the scores were made from.
+        seed: of the method random.
+        table: also write a table of the selected rows, the best first (.csv or .parquet): rank, row, id, votes, score,
+            each task's influence.
+    """
+    store = ScoreStore.open(scores)
+    index = RecordIndex.open(data)
+    check_data(store, index, data)
+    loaded = Loaded.of(store)
+    sources = sources_of(index, source_field) if source_weight or source_quota else None
+    included = rows_of(include, index) if include else []
+    budget: dict[str, Any] = {
+        "include": included,
+        "exclude": rows_of(exclude, index) if exclude else [],
+        "task_quotas": numbers(task_quota, "--task-quota"),
+        "source_quotas": numbers(source_quota, "--source-quota"),
+        "sources": sources,
+        "max_tokens": max_tokens,
+        "tokens": loaded.array("tokens"),
+    }
+    settings: dict[str, Any] = {
+        "fraction": fraction,
+        "method": method,
+        "num_rows": num_rows,
+        "vote_fraction": vote_fraction,
+        "weights": numbers(weight, "--weight") or None,
+        "source_weights": numbers(source_weight, "--source-weight") or None,
+        "seed": seed,
+    }
+    chosen = select_rows(loaded, budget=budget, **settings)
+    num_near = 0
+    if near_duplicates is not None:
+        gradients = GradientStore.open(train or store.manifest["train"][0]["path"])
+        before = chosen
+        chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, near_duplicates)
+        num_near = len(np.setdiff1d(before.rows, chosen.rows))
+    found = border(chosen, loaded.influence, loaded.stderr, store.manifest.get("dim"))
+    if table is not None:
+        write_table(table, columns(chosen, loaded, index))
+    index.write_selection(chosen.rows.tolist(), out)
+    given = {"source_field": source_field, "max_tokens": max_tokens, "near_duplicates": near_duplicates, **settings}
+    given |= {name: budget[name] for name in ("task_quotas", "source_quotas")}
+    given |= {"include": str(include) if include else None, "exclude": str(exclude) if exclude else None}
+    save_manifest(out, chosen.rows, manifest(chosen, store, index, found, given))
+    summary(chosen, store, out, found, num_near)
+    return 0
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A score store whose scores are in memory once."""
+
+    influence: np.ndarray
+    stderr: Any
+    tasks: list[str]
+    manifest: Mapping[str, Any]
+    arrays: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, store: ScoreStore) -> "Loaded":
+        return cls(np.asarray(store.influence[:]), store.stderr, store.tasks, store.manifest, store.arrays)
+
+    def array(self, name: str) -> np.ndarray | None:
+        return np.asarray(self.arrays[name][:]) if name in self.arrays else None
+
+
+def check_data(store: ScoreStore, index: RecordIndex, data: Path) -> None:
+    """Refuses a score store that is not whole, or that belongs to other data: the rows would be other records."""
+    missing = store.counts()["missing"]
+    if missing:
+        raise ValueError(
+            f"scores {store.path}: {missing:,} of {store.num_rows:,} rows are not scored yet; run the same `icons "
+            "influence` line again to finish them"
+        )
+    if len(index) != store.num_rows:
+        raise ValueError(
+            f"data {data}: has {len(index):,} records, the scores {store.path} have {store.num_rows:,} rows; expected "
+            "the file that the gradients were computed from"
+        )
+    known = (store.manifest.get("data") or {}).get("fingerprint")
+    if known is not None and known != index.fingerprint:
+        raise ValueError(
+            f"data {data}: has fingerprint {index.fingerprint}, the scores {store.path} were made from {known}; "
+            "expected the file that the gradients were computed from, unchanged"
+        )
+
+
+def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
+    """NAME=NUMBER options.
+
+    >>> numbers(["gqa=2"], "--weight")
+    {'gqa': 2.0}
+    """
+    found = {}
+    for name, value in parse(pairs or [], option).items():
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise ValueError(f"{option} {name}={value}: expected NAME=NUMBER") from None
+    return found
+
+
+def without_near_duplicates(
+    chosen: Selection,
+    loaded: Loaded,
+    budget: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    gradients: GradientStore,
+    cosine: float,
+) -> Selection:
+    """Drops near-duplicates of better rows and fills up with the next best, until none is left."""
+    dropped: list[int] = list(budget["exclude"])
+    included = np.asarray(budget["include"], dtype=np.int64)
+    seen = np.zeros(len(chosen.votes), bool)
+    with NearDuplicates(gradients, cosine) as near:
+        while True:
+            new = chosen.rows[~seen[chosen.rows]]
+            if len(new) == 0:
+                return chosen
+            first = included[~seen[included]]
+            rest = ordered(np.setdiff1d(new, first), chosen.score, chosen.percentile_rank)
+            order = np.concatenate([first, rest])
+            seen[order] = True
+            dropped += order[near.add(order, keep=len(first))].tolist()
+            chosen = select_rows(loaded, budget={**budget, "exclude": dropped}, **settings)
+
+
+def columns(chosen: Selection, loaded: Loaded, index: RecordIndex) -> dict[str, np.ndarray]:
+    """The table's columns: the selected rows, the best first."""
+    order = ordered(chosen.rows, chosen.score, chosen.percentile_rank)
+    found: dict[str, np.ndarray] = {"rank": np.arange(1, len(order) + 1), "row": order}
+    found |= {"id": np.array(ids_of(index, order.tolist()), dtype=object), "votes": chosen.votes[order]}
+    found |= {"score": chosen.score[order], "percentile_rank": chosen.percentile_rank[order]}
+    return found | {f"influence_{task}": loaded.influence[order, place] for place, task in enumerate(loaded.tasks)}
+
+
+def manifest(
+    chosen: Selection, store: ScoreStore, index: RecordIndex, found: Border | None, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the selection was made from and with."""
+    uncertain: dict[str, Any] = {}
+    if found is not None:
+        uncertain = {"certain": found.certain, "may_leave": found.may_leave, "may_enter": found.may_enter}
+        uncertain |= {"certain_at_4_dim": found.certain_at_4_dim, "dim": found.dim, "verdict": found.verdict()}
+    return {
+        "num_rows": len(chosen.votes),
+        "num_selected": len(chosen.rows),
+        "method": chosen.method,
+        "fraction": chosen.settings["vote_fraction"],
+        "thresholds": dict(zip(chosen.tasks, chosen.thresholds.tolist(), strict=True)),
+        "border": uncertain,
+        "settings": dict(settings),
+        "data": {"path": str(index.path), "fingerprint": index.fingerprint, "num_rows": len(index)},
+        "scores": {"path": store.path, **store.manifest},
+        "warnings": store.manifest.get("warnings", []),
+    }
+
+
+def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | None, num_near: int) -> None:
+    """Prints the votes, and what is certain."""
+    pool = np.bincount(chosen.votes[np.isfinite(chosen.score)], minlength=len(chosen.tasks) + 1)
+    taken = np.bincount(chosen.votes[chosen.rows], minlength=len(chosen.tasks) + 1)
+    table = Table("votes", *(f"{votes}" for votes in range(len(pool))))
+    table.add_row("pool", *(f"{rows:,}" for rows in pool))
+    table.add_row("selected", *(f"{rows:,}" for rows in taken))
+    console.print(table)
+    failed = store.counts()["failed"]
+    said = f"{out}: {len(chosen.rows):,} of {len(chosen.votes):,} rows selected by {chosen.method}"
+    said += f"; {failed:,} failed rows cannot be" if failed else ""
+    console.print(said, markup=False, soft_wrap=True)
+    if num_near:
+        console.print(f"near-duplicates: {num_near:,} rows left out, the next best taken")
+    if found is not None:
+        console.print(
+            f"certain at 95 %: {100 * found.share:.1f} % of the selection ({found.certain:,} rows); "
+            f"{found.may_leave:,} selected rows could swap places with {found.may_enter:,} others. {found.verdict()}",
+            soft_wrap=True,
+        )
+    for text in store.manifest.get("warnings", []):
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)

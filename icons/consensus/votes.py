@@ -1,0 +1,250 @@
+"""Scores per task -> votes -> the selected rows: the generalist stage (arXiv 2501.00654, section 3)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from icons.consensus.budget import Budget, Sources
+from icons.consensus.rules import METHODS, Columns, survey
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """What a score store offers here."""
+
+    @property
+    def influence(self) -> Any: ...
+    @property
+    def tasks(self) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Selected rows, and what they were selected by.
+
+    Attributes:
+        rows: the selected rows, int64, ascending.
+        votes: tasks that vote for a row, int32; 0 for a row without a score.
+        score: what the method ranks by, float64, higher is better; NaN for a row without a score. For `vote`: the
+            votes (times the tasks' weights).
+        percentile_rank: mean over tasks of the row's percentile rank, float64 in (0, 1): breaks ties of `score`. NaN
+            for a row without a score.
+        thresholds: each task's, in the dtype of the scores.
+        tasks: their names.
+        method: by which `score` was made.
+        settings: the arguments, as they were understood.
+    """
+
+    rows: Int[np.ndarray, " selected"]
+    votes: Int[np.ndarray, " rows"]
+    score: Float[np.ndarray, " rows"]
+    percentile_rank: Float[np.ndarray, " rows"]
+    thresholds: Float[np.ndarray, " tasks"]
+    tasks: list[str]
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+BASELINES = ("random", "loss", "grad_norm")
+ALL_METHODS = (*METHODS, "direct_merge", *BASELINES)
+
+
+def select(
+    scores: Scores | Float[np.ndarray, "rows tasks"] | Float[Tensor, "rows tasks"],
+    fraction: float = 0.2,
+    method: str = "vote",
+    *,
+    num_rows: int | None = None,
+    vote_fraction: float | None = None,
+    weights: Mapping[str, float] | Sequence[float] | None = None,
+    source_weights: Mapping[str, float] | None = None,
+    budget: Mapping[str, Any] | None = None,
+    values: Shaped[np.ndarray, " rows"] | None = None,
+    num_validation: Sequence[int] | None = None,
+    seed: int = 0,
+) -> Selection:
+    """The rows that help most tasks at once.
+
+    By default each task votes for the rows at or above its own (100 - p)-th percentile, p = 100 `fraction`, and the
+    `int(fraction * N)` rows with the most votes are selected. The threshold is `numpy.percentile` (linear
+    interpolation) over the rows that have a score, compared with `>=`: votes equal the original's. Rows with equal
+    votes, which the original leaves to an unstable sort, are ordered by their mean percentile rank over the tasks, then
+    by row.
+
+    A row with NaN for any task has no score: it is in no percentile, has no vote and is never selected. `fraction` is
+    a share of all N rows, so that a failed row makes room for the next best.
+
+    Args:
+        scores: influence `[N, S]`: an array, a tensor, or a score store.
+        fraction: share of the rows to select, 0 to 1.
+        method: `vote`; the paper's other aggregations `mean`, `max`, `rank` (mean percentile rank) and `norm` (mean of
+            standardised scores); `borda` (points within each task's own votes), `round_robin` (each task picks in
+            turn), `direct_merge` (one pool of all validation rows); or a baseline: `random` (seeded), `loss` (highest
+            first), `grad_norm` (highest first).
+        num_rows: rows to select, in place of `fraction`.
+        vote_fraction: the share that each task votes for, if not the selected share.
+        weights: of the tasks, by name or in order; default 1 each.
+        source_weights: source -> factor on the score of its rows (methods whose scores are never negative); needs
+            `sources` in `budget`.
+        budget: further fields of `icons.consensus.budget.Budget`: lists, quotas, a token budget.
+        values: `[N]` losses or norms for the baselines; default: the score store's.
+        num_validation: validation rows per task, for `direct_merge`; default: the score store's.
+        seed: for `random`.
+
+    Raises:
+        ValueError: an unknown method, task or source; a share outside 0 to 1; no row has a score; or what a method
+            needs is missing.
+
+    Source: arXiv 2501.00654, section 3 (stage 2).
+
+    >>> influence = np.array([[0.9, 0.1], [0.8, 0.9], [0.1, 0.8], [0.2, 0.2]], dtype=np.float32)
+    >>> chosen = select(influence, fraction=0.5)
+    >>> chosen.rows.tolist(), chosen.votes.tolist()
+    ([0, 1], [1, 2, 1, 0])
+    """
+    if method not in ALL_METHODS:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(ALL_METHODS)}")
+    matrix, tasks = matrix_of(scores)
+    columns = Columns(matrix, tasks)
+    size = int(fraction * columns.num_rows) if num_rows is None else num_rows
+    share = fraction if num_rows is None else num_rows / columns.num_rows
+    share = share if vote_fraction is None else vote_fraction
+    for name, value in (("fraction", fraction), ("vote fraction", share)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: got {value}; expected a share of the rows, 0 to 1")
+    weight = weights_of(weights, columns.tasks)
+    limits = Budget(num_rows=size, **(budget or {}))
+
+    settings: dict[str, Any] = {
+        "num_rows": size,
+        "vote_fraction": share,
+        "is_bounded": limits.is_bounded or bool(source_weights),
+    }
+    settings |= {"weights": dict(zip(tasks, weight.tolist(), strict=True)), "seed": seed}
+    thresholds, counted, tie = survey(columns, share, weight)
+    if method == "vote" and (weight == 1).all():
+        score = counted
+    elif method in METHODS:
+        score = METHODS[method](columns, thresholds, weight)
+    elif method == "direct_merge":
+        merged = merge_weights(scores, num_validation, columns.num_tasks)
+        settings["merge_weights"] = dict(zip(tasks, merged.tolist(), strict=True))
+        score = METHODS["mean"](columns, thresholds, merged)
+    else:
+        score = baseline(method, scores, values, seed, columns.num_rows)[columns.scored]
+    if source_weights:
+        score = score * source_factors(source_weights, limits.sources, columns.scored, score)
+    everywhere = {name: spread(part, columns.scored, np.nan) for name, part in (("score", score), ("tie", tie))}
+    votes = spread(counted, columns.scored, 0.0)
+    chosen = limits.take(
+        columns.scored, everywhere["score"], everywhere["tie"], voters_of(columns, limits.task_quotas, thresholds)
+    )
+    return Selection(
+        rows=chosen,
+        votes=votes,
+        score=everywhere["score"],
+        percentile_rank=everywhere["tie"],
+        thresholds=thresholds,
+        tasks=columns.tasks,
+        method=method,
+        settings=settings,
+    )
+
+
+def matrix_of(scores: Any) -> tuple[Float[np.ndarray, "rows tasks"], list[str]]:
+    """The scores as an array in their own precision (half precision as float32), and the tasks' names."""
+    if isinstance(scores, Scores):
+        return np.asarray(scores.influence[:]), list(scores.tasks)
+    if isinstance(scores, Tensor):
+        scores = scores.detach().cpu()
+        scores = scores.numpy() if scores.dtype.itemsize >= 4 else scores.float().numpy()
+    matrix = np.asarray(scores)
+    matrix = matrix if matrix.dtype in (np.float32, np.float64) else matrix.astype(np.float32)
+    if matrix.ndim != 2:
+        raise ValueError(f"scores: got shape {matrix.shape}; expected [rows, tasks]")
+    return matrix, [str(task) for task in range(matrix.shape[1])]
+
+
+def weights_of(
+    weights: Mapping[str, float] | Sequence[float] | None, tasks: Sequence[str]
+) -> Float[np.ndarray, " tasks"]:
+    if isinstance(weights, Mapping):
+        unknown = [task for task in weights if task not in tasks]
+        if unknown:
+            raise ValueError(f"weights: no task {unknown[0]!r}; expected some of {', '.join(tasks)}")
+        weights = [weights.get(task, 1.0) for task in tasks]
+    found = np.ones(len(tasks)) if weights is None else np.asarray(weights, np.float64)
+    if found.shape != (len(tasks),) or not (found >= 0).all() or not found.any():
+        raise ValueError(f"weights: got {found.tolist()}; expected {len(tasks)} numbers >= 0, one for each task")
+    return found
+
+
+def merge_weights(scores: Any, num_validation: Sequence[int] | None, num_tasks: int) -> Float[np.ndarray, " tasks"]:
+    """Validation rows per task: the mean over one pool of rows is the mean of the tasks' means, so weighted."""
+    counts = num_validation
+    if counts is None and isinstance(scores, Scores):
+        counts = getattr(scores, "manifest", {}).get("num_validation")
+    if counts is None or len(counts) != num_tasks:
+        raise ValueError(
+            f"direct_merge: got num_validation={counts}; expected the validation rows of {num_tasks} tasks"
+        )
+    return np.asarray(counts, np.float64)
+
+
+def baseline(
+    method: str, scores: Any, values: Shaped[np.ndarray, " rows"] | None, seed: int, num_rows: int
+) -> Shaped[np.ndarray, " rows"]:
+    """A number per row that owes nothing to influence: chance, the loss, or the gradient's norm."""
+    if method == "random":
+        return np.random.default_rng(seed).permutation(num_rows)
+    name = {"loss": "loss", "grad_norm": "norm"}[method]
+    if values is None and name in getattr(scores, "arrays", {}):
+        values = np.asarray(scores.arrays[name][:])
+    if values is None or values.shape != (num_rows,):
+        raise ValueError(f"{method}: got no {name} per row; expected a score store that has it, or values [{num_rows}]")
+    return np.nan_to_num(values.astype(np.float64), nan=-np.inf)
+
+
+def source_factors(
+    factors: Mapping[str, float],
+    sources: Sources | None,
+    scored: Bool[np.ndarray, " rows"],
+    score: Shaped[np.ndarray, " scored"],
+) -> Float[np.ndarray, " scored"]:
+    if sources is None:
+        raise ValueError("source weights: got no sources; expected budget={'sources': Sources(...)}")
+    if score.min() < 0:
+        raise ValueError("source weights: this method has negative scores, which a factor would turn about; use vote")
+    factor = np.ones(len(sources.names))
+    for name, value in factors.items():
+        if value < 0:
+            raise ValueError(f"weight of source {name}: got {value}; expected a number >= 0")
+        factor[sources.place(name)] = value
+    return factor[sources.code[scored]]
+
+
+def voters_of(
+    columns: Columns, tasks: Mapping[str, float], thresholds: Float[np.ndarray, " tasks"]
+) -> dict[str, Bool[np.ndarray, " rows"]]:
+    """The rows that each of the given tasks votes for."""
+    found = {}
+    for task in tasks:
+        if task not in columns.tasks:
+            raise ValueError(f"quota: no task {task!r}; expected some of {', '.join(columns.tasks)}")
+        place = columns.tasks.index(task)
+        found[task] = columns.scored & (columns.scores[:, place] >= thresholds[place])
+    return found
+
+
+def spread(part: Shaped[np.ndarray, " scored"], scored: Bool[np.ndarray, " rows"], fill: float) -> np.ndarray:
+    """Values of the scored rows, put back among all rows."""
+    dtype = part.dtype if not np.isnan(fill) else np.dtype(np.float64)
+    if scored.all():
+        return part.astype(dtype, copy=False)
+    whole = np.full(len(scored), fill, dtype)
+    whole[scored] = part
+    return whole

@@ -1,0 +1,79 @@
+"""Charts, documents and infographics: ChartQA, DocVQA, InfoVQA (three of the paper's unseen tasks)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from icons.datamodules.benchmarks.benchmark import Benchmark, Example, locate, read_json, short_answer
+
+SINGLE_WORD = "Answer the question with a single word."
+
+
+def read_chartqa(source: Path, split: str) -> Iterator[Example]:
+    """LLaVA does not evaluate on it; the request is lmms-eval's, as all of these benchmarks' is."""
+    images = locate(source, f"{split}/png")
+    for part in ("human", "augmented"):
+        for number, one in enumerate(read_json(images.parent / f"{split}_{part}.json")):
+            name = one["imgname"]
+            prompt = f"{one['query']}\n{SINGLE_WORD}"
+            yield Example(f"{part}_{number}", images / name, name, prompt, str(one["label"]))
+
+
+def read_docvqa(source: Path, split: str) -> Iterator[Example]:
+    """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
+    path = locate(source, f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
+    images = locate(source, "documents", "spdocvqa_images")
+    for one in read_json(path)["data"]:
+        name = Path(one["image"]).name
+        yield Example(str(one["questionId"]), images / name, name, short_answer(one["question"]), one["answers"][0])
+
+
+def read_infovqa(source: Path, split: str) -> Iterator[Example]:
+    """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
+    path = locate(source, f"infographicsVQA_{split}_v1.0_withQT.json", f"infographic*VQA_{split}_v1.0.json")
+    images = locate(source, "infographicsvqa_images", "infographic*images")
+    for one in read_json(path)["data"]:
+        name = one["image_local_name"]
+        yield Example(str(one["questionId"]), images / name, name, short_answer(one["question"]), one["answers"][0])
+
+
+RRC = "https://rrc.cvc.uab.es/?ch=17&com=downloads"
+
+DOCUMENTS = (
+    Benchmark(
+        "chartqa",
+        "ChartQA: questions about charts",
+        (
+            ("ChartQA Dataset/val/val_human.json", "https://github.com/vis-nlp/ChartQA (the folder of this name)"),
+            ("ChartQA Dataset/val/val_augmented.json", "the same"),
+            ("ChartQA Dataset/val/png/", "the same"),
+        ),
+        "question, single-word line -> the label",
+        ("val", "train", "test"),
+        ("test",),
+        read_chartqa,
+    ),
+    Benchmark(
+        "docvqa",
+        "DocVQA: questions about scanned documents (task 1)",
+        (
+            ("spdocvqa_qas/val_v1.0_withQT.json", f"{RRC} (Single Document VQA, annotations)"),
+            ("spdocvqa_images/", f"{RRC} (Single Document VQA, images)"),
+        ),
+        "question, short-answer line -> the first accepted answer",
+        ("val", "train"),
+        ("val",),
+        read_docvqa,
+    ),
+    Benchmark(
+        "infovqa",
+        "InfoVQA: questions about infographics (task 3)",
+        (
+            ("infographicsVQA_val_v1.0_withQT.json", f"{RRC} (Infographics VQA, annotations)"),
+            ("infographicsvqa_images/", f"{RRC} (Infographics VQA, images)"),
+        ),
+        "question, short-answer line -> the first accepted answer",
+        ("val", "train"),
+        ("val",),
+        read_infovqa,
+    ),
+)

@@ -1,0 +1,137 @@
+"""Lettered options: ScienceQA (questions with an image), MMBench in English and Chinese, AI2D."""
+
+import base64
+import csv
+from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import takewhile
+from pathlib import Path
+
+from icons.datamodules.benchmarks.benchmark import (
+    OPTION_LETTER,
+    Benchmark,
+    Example,
+    letter,
+    locate,
+    multiple_choice,
+    read_json,
+)
+
+CHINESE_OPTION_LETTER = "请直接回答选项字母。"
+EMPTY = {"", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan"}
+EMPTY |= {"none", "null"}
+"""What pandas, with which LLaVA reads MMBench's tables, takes for an empty field."""
+LONGEST_FIELD = 1 << 27
+"""Characters of an MMBench field: an encoded image is far above the csv module's own limit."""
+
+
+def read_scienceqa(source: Path, split: str) -> Iterator[Example]:
+    """LLaVA's form CQM-A (context, question, options in one line) and then its option-letter line.
+
+    Source: LLaVA's scripts/convert_sqa_to_llava_base_prompt.py, llava/eval/model_vqa_science.py.
+    """
+    problems = read_json(locate(source, "problems.json"))
+    images = locate(source, f"images/{split}", split)
+    for number in read_json(locate(source, "pid_splits.json"))[split]:
+        one = problems[number]
+        if not one["image"]:
+            continue
+        options = " ".join(f"({letter(i)}) {choice}" for i, choice in enumerate(one["choices"]))
+        prompt = f"Context: {one['hint'].strip() or 'N/A'}\nQuestion: {one['question']}\nOptions: {options}\n"
+        prompt = prompt.replace("  ", " ").strip()
+        name = f"{number}/{one['image']}"
+        yield Example(number, images / name, name, f"{prompt}\n{OPTION_LETTER}", letter(one["answer"]))
+
+
+def read_mmbench(source: Path, split: str, *, files: tuple[str, ...], instruction: str) -> Iterator[Example]:
+    """Options end at the first empty one. Source: LLaVA's llava/eval/model_vqa_mmbench.py."""
+    csv.field_size_limit(max(LONGEST_FIELD, csv.field_size_limit()))
+    with locate(source, *files).open(encoding="utf-8", newline="") as table:
+        rows = {row["index"]: row for row in csv.DictReader(table, delimiter="\t")}
+    for index, row in rows.items():
+        if is_empty(row.get("answer")):
+            continue
+        options = list(takewhile(lambda option: not is_empty(option), (row.get(name, "") for name in "ABCD")))
+        question = row["question"] if is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
+        # a question that shares its image names the row that holds it (from version 1.1 on)
+        encoded = rows[row["image"]]["image"] if row["image"] in rows else row["image"]
+        prompt = multiple_choice(question, options, instruction)
+        yield Example(index, partial(base64.b64decode, encoded), f"{index}.jpg", prompt, row["answer"].strip())
+
+
+def is_empty(field: str | None) -> bool:
+    return (field or "").strip().lower() in EMPTY
+
+
+def read_ai2d(source: Path, split: str) -> Iterator[Example]:
+    """Questions about letters in the diagram need its version with letters drawn in, from `abc_images/` where it is.
+
+    Without that folder, those questions are left out.
+    """
+    tested = set(locate(source, "ai2d_test_ids.csv").read_text(encoding="utf-8").split())
+    questions = locate(source, "questions")
+    for path in sorted(questions.glob("*.json")):
+        diagram = read_json(path)
+        name = diagram["imageName"]
+        if (Path(name).stem in tested) != (split == "test"):
+            continue
+        for text, one in diagram["questions"].items():
+            yield from ai2d_question(questions.parent, name, text, one)
+
+
+def ai2d_question(source: Path, name: str, text: str, one: Mapping[str, object]) -> Iterator[Example]:
+    folder = source / ("abc_images" if one.get("abcLabel") else "images")
+    options, correct = one["answerTexts"], one["correctAnswer"]
+    assert isinstance(options, list) and isinstance(correct, int)
+    if folder.is_dir():
+        image_name = f"{folder.name}/{name}"
+        prompt = multiple_choice(text, [str(option) for option in options])
+        yield Example(str(one["questionId"]), folder / name, image_name, prompt, letter(correct))
+
+
+MMBENCH = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
+SCIENCEQA = "https://github.com/lupantech/ScienceQA (data/scienceqa; images by its tools/download.sh)"
+
+OPTIONS = (
+    Benchmark(
+        "scienceqa",
+        "ScienceQA: school questions, those with an image",
+        (("problems.json", SCIENCEQA), ("pid_splits.json", SCIENCEQA), ("images/val/", SCIENCEQA)),
+        "context, question, options in one line, option-letter line -> the letter",
+        ("val", "train", "test"),
+        ("test",),
+        read_scienceqa,
+    ),
+    Benchmark(
+        "mmbench",
+        "MMBench (English): abilities by multiple choice",
+        (("mmbench_dev_20230712.tsv", f"{MMBENCH}/mmbench_dev_20230712.tsv"),),
+        "hint, question, one line per option, option-letter line -> the letter",
+        ("dev",),
+        ("dev",),
+        partial(read_mmbench, files=("mmbench_dev_2*.tsv", "MMBench_DEV_EN*.tsv"), instruction=OPTION_LETTER),
+    ),
+    Benchmark(
+        "mmbench_cn",
+        "MMBench (Chinese): the same questions translated",
+        (("mmbench_dev_cn_20231003.tsv", f"{MMBENCH}/mmbench_dev_cn_20231003.tsv"),),
+        "hint, question, one line per option, option-letter line in Chinese -> the letter",
+        ("dev",),
+        ("dev",),
+        partial(read_mmbench, files=("mmbench_dev_cn*.tsv", "MMBench_DEV_CN*.tsv"), instruction=CHINESE_OPTION_LETTER),
+    ),
+    Benchmark(
+        "ai2d",
+        "AI2D: school-book diagrams",
+        (
+            ("questions/", "https://ai2-public-datasets.s3.amazonaws.com/diagrams/ai2d-all.zip"),
+            ("images/", "https://ai2-public-datasets.s3.amazonaws.com/diagrams/ai2d-all.zip"),
+            ("ai2d_test_ids.csv", "https://s3-us-east-2.amazonaws.com/prior-datasets/ai2d_test_ids.csv"),
+            ("abc_images/ (if you have it)", "diagrams with letters in place of the labels"),
+        ),
+        "question, one line per option, option-letter line -> the letter",
+        ("train", "test"),
+        ("test",),
+        read_ai2d,
+    ),
+)

@@ -1,0 +1,91 @@
+"""Yes or no: POPE (does the photograph show it?) and MME's subtasks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from icons.datamodules.benchmarks.benchmark import Benchmark, Example, capital, locate, read_lines, short_answer
+
+POPE_PARTS = ("adversarial", "popular", "random")
+MME_SUBTASKS = (
+    *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "OCR"),
+    *("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+)
+"""The 13 that the original code of ICONS takes the maximum over. MME's fourteenth, `artwork`, is not among them."""
+MME_REQUEST = "Please answer yes or no."
+
+
+def read_pope(source: Path, split: str) -> Iterator[Example]:
+    images = locate(source, "val2014")
+    for part in POPE_PARTS:
+        for one in read_lines(locate(source, f"coco_pope_{part}.json")):
+            name = one["image"]
+            number = f"{part}_{one['question_id']}"
+            yield Example(number, images / name, name, short_answer(one["text"]), capital(one["label"]))
+
+
+def read_mme(source: Path, split: str) -> Iterator[Example]:
+    """Questions lie as `IMAGE.txt`, one `question TAB Yes|No` a line: beside the images, or in a folder of their own.
+
+    LLaVA asks without MME's "Please answer yes or no." and with its own short-answer line.
+    """
+    root = locate(source, MME_SUBTASKS[0]).parent
+    for subtask in MME_SUBTASKS:
+        folder = root / subtask
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no {subtask}/ in {root}")
+        split_folders = (folder / "images").is_dir()
+        questions = folder / "questions_answers_YN" if split_folders else folder
+        images = folder / "images" if split_folders else folder
+        pictures = {path.stem: path for path in sorted(images.iterdir()) if path.suffix != ".txt"}
+        for path in sorted(questions.glob("*.txt")):
+            if path.stem not in pictures:
+                raise FileNotFoundError(
+                    f"no image {path.stem}.jpg or .png in {images} for the questions in {path.name}"
+                )
+            picture = pictures[path.stem]
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+                if not line.strip():
+                    continue
+                question, _, answer = line.rpartition("\t")
+                question = question.replace(MME_REQUEST, "").strip()
+                yield Example(
+                    f"{subtask}_{path.stem}_{number}",
+                    picture,
+                    f"{subtask}/{picture.name}",
+                    short_answer(question),
+                    capital(answer.strip().lower()),
+                    subtask,
+                )
+
+
+POPE = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
+
+YES_NO = (
+    Benchmark(
+        "pope",
+        "POPE: objects that a photograph shows, or does not",
+        (
+            *((f"coco_pope_{part}.json", POPE) for part in POPE_PARTS),
+            ("val2014/", "http://images.cocodataset.org/zips/val2014.zip"),
+        ),
+        "question, short-answer line -> Yes or No",
+        ("test",),
+        ("test",),
+        read_pope,
+    ),
+    Benchmark(
+        "mme",
+        "MME: perception and cognition, a group of 13 subtasks",
+        (
+            (
+                "MME_Benchmark_release_version/",
+                "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation",
+            ),
+        ),
+        "question, short-answer line -> Yes or No; one file per subtask",
+        ("test",),
+        ("test",),
+        read_mme,
+        MME_SUBTASKS,
+    ),
+)

@@ -1,0 +1,1 @@
+"""The parts of `icons demo` that are not the command itself."""

@@ -1,0 +1,1 @@
+"""Models: what a folder holds, loading, LoRA, parameter names, Adam's state, export."""

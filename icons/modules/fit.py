@@ -1,0 +1,192 @@
+"""A fit from its settings to its folder: resuming, `Trainer.fit`, what is written down, what is said."""
+
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from icons.models.warmup_folder import MANIFEST
+from icons.modules.fit_checkpoint import LAST, FitCheckpoint, Interrupted
+from icons.modules.interruption import interrupted_status
+from icons.modules.warmup import WarmupModule, hardly_moved
+
+PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+TRAINER: dict[str, Any] = {
+    "gradient_clip_val": 1.0,  # as in LLaVA: Hugging Face's default
+    "num_sanity_val_steps": -1,  # measures all tasks before training
+    "check_val_every_n_epoch": 1_000_000,  # WarmupModule measures when training ends; in between nobody looks
+    "use_distributed_sampler": False,  # the datamodule's batches are each rank's own
+    "logger": False,
+    "enable_checkpointing": False,  # FitCheckpoint does it
+    "enable_model_summary": False,
+}
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+console = Console()
+
+
+@rank_zero_only
+def say(text: Any) -> None:
+    """Prints on one rank of many."""
+    console.print(text)
+
+
+def resolved_dtype(dtype: Dtype) -> Literal["float32", "bfloat16", "float16"]:
+    """`auto` is bfloat16 on a GPU, and float32 on a CPU, where half precision is slower and not tested as well."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if torch.cuda.is_available() else "float32"
+
+
+def ranks_of(trainer: Mapping[str, Any] | None) -> int:
+    """Processes that Trainer flags ask for: devices x nodes, `auto` and -1 counted on this machine."""
+    flags = trainer or {}
+    devices = flags.get("devices", "auto")
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        count = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        count = torch.cuda.device_count() if flags.get("accelerator", "auto") in ("auto", "gpu", "cuda") else 1
+    else:
+        count = len(str(devices).split(",")) if "," in str(devices) else int(devices)
+    return max(1, count) * int(flags.get("num_nodes", 1))
+
+
+def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype: str) -> dict[str, Any]:
+    """Lightning's flags for a fit; what the user gives wins, but for what other options say.
+
+    Several processes run under DDP that looks for unused parameters: a batch without images leaves the projector so.
+
+    Raises:
+        ValueError: a flag contradicts an option.
+    """
+    owned = {"max_epochs": "--epochs", "accumulate_grad_batches": "--accumulate", "precision": "--dtype"}
+    for flag, option in owned.items():
+        if flag in given:
+            raise ValueError(f"--trainer.{flag} {given[flag]}: use {option} in its place")
+    fixed = {"use_distributed_sampler": False, "num_sanity_val_steps": -1}
+    for flag, value in fixed.items():
+        if given.get(flag, value) != value:
+            raise ValueError(f"--trainer.{flag} {given[flag]}: expected {value}, or the option left out")
+    flags = TRAINER | {"max_epochs": epochs, "accumulate_grad_batches": accumulate, "precision": PRECISION[dtype]}
+    flags |= given
+    if ranks_of(given) > 1 and flags.get("strategy", "auto") in ("auto", "ddp"):
+        flags["strategy"] = "ddp_find_unused_parameters_true"
+    return flags
+
+
+def already_done(out: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether `out` holds the finished fit of these very settings.
+
+    Raises:
+        ValueError: it holds a finished fit of other settings; names the first with both values.
+    """
+    if not (out / MANIFEST).is_file():
+        return False
+    kept = json.loads((out / MANIFEST).read_text()).get("settings", {})
+    for name, value in json.loads(json.dumps(dict(settings))).items():
+        if kept.get(name) != value:
+            raise ValueError(
+                f"--out {out}: holds a finished fit with {name} {kept.get(name)!r}, now it is {value!r}; give another "
+                "folder, or --resume false to replace it"
+            )
+    return True
+
+
+def run_fit(
+    module: WarmupModule,
+    datamodule: LightningDataModule,
+    flags: Mapping[str, Any],
+    out: Path,
+    *,
+    minutes: float,
+    seed: int,
+    resume: bool,
+) -> Trainer | int:
+    """Trains, from `out/last.ckpt` if that is there and `resume`.
+
+    Returns:
+        The Trainer when training has ended; the exit status when it was interrupted and saved.
+    """
+    last = out / LAST
+    if not resume:
+        clear(out)
+    if last.exists():
+        say(f"going on with the interrupted fit in {escape(str(last))}")
+    callbacks = [FitCheckpoint(out, minutes, seed), *(flags.get("callbacks") or [])]
+    if flags.get("enable_progress_bar", True):
+        callbacks.append(RichProgressBar())
+    with quiet():
+        runner = Trainer(**{**flags, "default_root_dir": flags.get("default_root_dir", out), "callbacks": callbacks})
+        try:
+            runner.fit(module, datamodule=datamodule, ckpt_path=last if last.exists() else None)
+        except Interrupted as stop:
+            say(f"[yellow]{escape(str(stop))}; run the same line again to go on[/]")
+            return interrupted_status(runner)
+    return runner
+
+
+@rank_zero_only
+def clear(out: Path) -> None:
+    """Takes away what a former fit has left, so that nothing of it can be mistaken for the new one's."""
+    (out / MANIFEST).unlink(missing_ok=True)
+    remove(out / LAST)
+
+
+def remove(checkpoint: Path) -> None:
+    """A checkpoint is a file, under DeepSpeed and sharded FSDP a folder."""
+    if checkpoint.is_dir():
+        shutil.rmtree(checkpoint)
+    else:
+        checkpoint.unlink(missing_ok=True)
+
+
+def losses_of(module: WarmupModule) -> dict[str, Any]:
+    """The manifest's part: loss and exact matches of each task, before and after."""
+    sides = {"before": module.before, "after": module.after}
+    return {
+        "losses": {side: {task: found["loss"] for task, found in tasks.items()} for side, tasks in sides.items()},
+        "accuracy": {side: {task: found["accuracy"] for task, found in tasks.items()} for side, tasks in sides.items()},
+    }
+
+
+def show_losses(module: WarmupModule) -> None:
+    """Prints the tasks' losses and exact matches; loudly, when the loss has hardly moved."""
+    if module.after:
+        table = Table("task", "rows", "loss before", "after", "exact before", "after")
+        for task, after in module.after.items():
+            before = module.before.get(task, {})
+            loss, exact = before.get("loss", float("nan")), before.get("accuracy", float("nan"))
+            numbers = [f"{loss:.4f}", f"{after['loss']:.4f}", f"{exact:.1%}", f"{after['accuracy']:.1%}"]
+            table.add_row(task, f"{after['rows']:,.0f}", *numbers)
+        console.print(table)
+    warning = hardly_moved(*losses_of(module)["losses"].values())
+    if warning:
+        console.print(f"[bold red]warning:[/] {escape(warning)}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's advertising, and without the warnings that nobody can act on."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*does not have many workers")
+            warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.", category=FutureWarning)
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no tasks
+            warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,11 @@
+"""How much each training row helps each task: the specialist stage (arXiv 2501.00654, section 3).
+
+scorer.py           products of training rows with
+task_means.py       each task's mean validation row, read by
+rows.py             blocks of rows from a store or an array;
+stderr.py           the standard error that the projection leaves
+"""
+
+from icons.scores.scorer import Reduce, ScoredRows, Scorer, influence
+
+__all__ = ["Reduce", "ScoredRows", "Scorer", "influence"]

@@ -1,0 +1,266 @@
+"""How much each training row helps each task: the specialist stage (arXiv 2501.00654, section 3).
+
+The influence of a training row on a task is the mean over the task's validation rows of the cosine between the two
+gradients. A mean of products is a product with a mean, so each block of rows is multiplied once, with one averaged
+vector per task, whatever the number of validation rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icons.scores.rows import Block, Source, StoredRows, as_rows, blocks, ranges
+from icons.scores.stderr import covariance, standard_error
+from icons.scores.task_means import Normalize, TaskVectors, check_agree, check_whole, row_factor, task_vectors
+
+Reduce: TypeAlias = Literal["max", "mean"]
+Sources: TypeAlias = Source | Sequence[Source]
+
+
+def influence(
+    train: Sources,
+    tasks: Mapping[str, Sources],
+    *,
+    normalize: Normalize = "projected",
+    task_normalize: Normalize | None = None,
+    weights: Sequence[float] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
+    reduce: Reduce = "max",
+    device: str | torch.device = "cpu",
+) -> Float[Tensor, "rows tasks"]:
+    """Mean cosine similarity of each training row with each task's validation rows.
+
+    Products and sums are float32. A row that failed is NaN for every task; a gradient of zeros has influence 0. A
+    failed validation row is left out of its task's mean.
+
+    Args:
+        train: gradients of the training rows, `[N, K]`: a gradient store, an array or a tensor. Several checkpoints: a
+            list of them.
+        tasks: name -> gradients of the task's validation rows, `[M, K]`; with several checkpoints a list, one for each.
+        normalize: what a training row is divided by: its projected norm (as the original and LESS do), the exact norm
+            that the store holds, or nothing.
+        task_normalize: the same for validation rows; default: as for training rows.
+        weights: of the checkpoints; the result is the sum of weight times influence (in LESS, weights are learning
+            rates). Default: the mean.
+        groups: name -> tasks that are reduced to one column of this name, as the original does with MME's subtasks.
+        reduce: `max` (the original's) or `mean` over a group's tasks.
+        device: where the products are computed.
+
+    Returns:
+        `[N, S]` float32 on the CPU; tasks in the order given, a group at the place of its first task.
+
+    Raises:
+        ValueError: no task; an empty task or one without a usable row; sources of another model, projector or size; or
+            units that are not written yet.
+
+    Source: arXiv 2501.00654, section 3 (stage 1); LESS, arXiv 2402.04333, section 3.
+
+    >>> train = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    >>> influence(train, {"qa": torch.tensor([[1.0, 0.0], [0.0, 5.0]])}).tolist()
+    [[0.5], [0.5]]
+    """
+    scorer = Scorer.of(
+        train,
+        tasks,
+        normalize=normalize,
+        task_normalize=task_normalize,
+        weights=weights,
+        groups=groups,
+        reduce=reduce,
+        device=device,
+    )
+    return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))])
+
+
+class ScoredRows(NamedTuple):
+    """Influence and its standard error for some consecutive rows, on the CPU; NaN for failed rows."""
+
+    rows: range
+    influence: Float[Tensor, "block tasks"]
+    stderr: Float[Tensor, "block tasks"]
+    pairs: dict[str, Float[Tensor, "block validation"]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Training rows and task vectors of one checkpoint of the warm-up, and its weight."""
+
+    train: StoredRows
+    tasks: TaskVectors
+    weight: float
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Everything that is fixed before the first row is read; `score` then goes over any rows.
+
+    Attributes:
+        checkpoints: one, or several whose scores are added.
+        tasks: names of the columns.
+        groups: column -> the places of the task vectors that are reduced to it (with `max`).
+        normalize, task_normalize: as for `influence`.
+        pairwise: also give every training row's product with every validation row.
+        device: where the products are computed.
+    """
+
+    checkpoints: list[Checkpoint]
+    tasks: list[str]
+    groups: dict[str, list[int]]
+    normalize: Normalize
+    task_normalize: Normalize
+    pairwise: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def of(
+        cls,
+        train: Sources,
+        tasks: Mapping[str, Sources],
+        *,
+        normalize: Normalize = "projected",
+        task_normalize: Normalize | None = None,
+        weights: Sequence[float] | None = None,
+        groups: Mapping[str, Sequence[str]] | None = None,
+        reduce: Reduce = "max",
+        pairwise: bool = False,
+        device: str | torch.device = "cpu",
+    ) -> "Scorer":
+        """Checks that everything fits together and averages the validation rows. Arguments as for `influence`."""
+        trains = [as_rows(source) for source in listed(train)]
+        if not tasks:
+            raise ValueError("influence: got no task; expected at least one")
+        on = {name: [as_rows(source) for source in listed(sources)] for name, sources in tasks.items()}
+        for name, sources in on.items():
+            if len(sources) != len(trains):
+                raise ValueError(
+                    f"task {name}: got {len(sources)} gradient stores for {len(trains)} checkpoints of the training "
+                    "rows; expected one for each, in the same order"
+                )
+        weight = [1 / len(trains)] * len(trains) if weights is None else list(weights)
+        if len(weight) != len(trains):
+            raise ValueError(f"weights: got {len(weight)} for {len(trains)} checkpoints; expected one for each")
+        for place, source in enumerate(trains):
+            check_whole(source, "the training rows")
+            if place:
+                check_agree(trains[0], source, ("data.fingerprint",), "the first checkpoint", f"checkpoint {place + 1}")
+        of_group = {task: name for name, members in (groups or {}).items() for task in members}
+        unknown = [task for task in of_group if task not in on]
+        if unknown:
+            raise ValueError(f"group {of_group[unknown[0]]}: no task {unknown[0]!r}; expected some of {', '.join(on)}")
+        task_norm = normalize if task_normalize is None else task_normalize
+        where = torch.device(device)
+        checkpoints = []
+        for place, source in enumerate(trains):
+            vectors = task_vectors(
+                source, {name: found[place] for name, found in on.items()}, task_norm, where, pairwise
+            )
+            if reduce == "mean":
+                vectors = vectors.pooled(of_group)
+            checkpoints.append(Checkpoint(source, vectors, weight[place]))
+        names = checkpoints[0].tasks.names
+        columns: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            columns.setdefault(of_group.get(name, name), []).append(place)
+        return cls(checkpoints, list(columns), columns, normalize, task_norm, pairwise, where)
+
+    @property
+    def num_rows(self) -> int:
+        return self.checkpoints[0].train.partition.num_rows
+
+    def score(self, rows: range) -> Iterator[ScoredRows]:
+        """Scores of consecutive rows, block by block in order."""
+        pieces = ranges(rows, self.checkpoints[0].train)
+        streams = [blocks(checkpoint.train, pieces, self.device) for checkpoint in self.checkpoints]
+        for several in zip(*streams, strict=True):
+            yield self.score_block(several)
+
+    def score_block(self, several: Sequence[Block]) -> ScoredRows:
+        """One block of rows, as each checkpoint has it."""
+        factors = [row_factor(block, self.normalize) for block in several]
+        parts = [
+            self.product(block, factor, place)
+            for place, (block, factor) in enumerate(zip(several, factors, strict=True))
+        ]
+        total = sum(part * c.weight for part, c in zip(parts, self.checkpoints, strict=True))
+        assert isinstance(total, Tensor)
+        variance = self.variance(several, factors, parts)
+        done = torch.stack([block.done for block in several]).all(dim=0)
+        influence, stderr = self.reduced(total, variance.clamp(min=0).sqrt())
+        pairs = self.pairs(several, factors, done) if self.pairwise else {}
+        failed = ~done[:, None]
+        return ScoredRows(
+            several[0].rows,
+            influence.masked_fill(failed, torch.nan).cpu(),
+            stderr.masked_fill(failed, torch.nan).cpu(),
+            pairs,
+        )
+
+    def product(self, block: Block, factor: Tensor, vectors: int) -> Float[Tensor, "block vectors"]:
+        # this way round, the skinny product is twice as fast on a CPU
+        return (self.checkpoints[vectors].tasks.mean @ block.gradient.T).T * factor[:, None]
+
+    def variance(
+        self, several: Sequence[Block], factors: Sequence[Tensor], parts: Sequence[Tensor]
+    ) -> Float[Tensor, "block vectors"]:
+        """Variance of the weighted sum of the checkpoints' scores."""
+        total = torch.zeros_like(parts[0])
+        for place, (checkpoint, block) in enumerate(zip(self.checkpoints, several, strict=True)):
+            if not checkpoint.tasks.exact:
+                vectors = checkpoint.tasks
+                length = block.length * factors[place]
+                error = standard_error(
+                    parts[place],
+                    length.square(),
+                    vectors.square,
+                    vectors.overlap,
+                    block.gradient.shape[1],
+                    self.normalize == "projected",
+                    self.task_normalize == "projected",
+                )
+                total += checkpoint.weight**2 * error.square()
+        for left in range(len(several)):
+            for right in range(left + 1, len(several)):
+                total += 2 * self.cross(several, factors, left, right)
+        return total
+
+    def cross(
+        self, several: Sequence[Block], factors: Sequence[Tensor], left: int, right: int
+    ) -> Float[Tensor, "block vectors"] | float:
+        """Covariance of two checkpoints' weighted scores; none if their projections differ."""
+        a, b = self.checkpoints[left], self.checkpoints[right]
+        if a.tasks.exact or b.tasks.exact or a.train.manifest.get("projector") != b.train.manifest.get("projector"):
+            return 0.0
+        rows = (several[left].gradient * several[right].gradient).sum(dim=1) * factors[left] * factors[right]
+        vectors = (a.tasks.mean * b.tasks.mean).sum(dim=1)
+        one = self.product(several[left], factors[left], right)
+        other = self.product(several[right], factors[right], left)
+        return a.weight * b.weight * covariance(rows, vectors, one, other, several[left].gradient.shape[1])
+
+    def reduced(self, influence: Tensor, stderr: Tensor) -> tuple[Tensor, Tensor]:
+        """Groups of task vectors -> columns: the highest, with its own standard error."""
+        if all(len(places) == 1 for places in self.groups.values()):
+            return influence, stderr
+        scores, errors = [], []
+        for places in self.groups.values():
+            highest, which = influence[:, places].max(dim=1, keepdim=True)
+            scores.append(highest)
+            errors.append(stderr[:, places].gather(1, which))
+        return torch.cat(scores, dim=1), torch.cat(errors, dim=1)
+
+    def pairs(self, several: Sequence[Block], factors: Sequence[Tensor], done: Tensor) -> dict[str, Tensor]:
+        """Per task, each row's product with each validation row; NaN for failed rows on either side."""
+        found: dict[str, Tensor] = {}
+        for checkpoint, block, factor in zip(self.checkpoints, several, factors, strict=True):
+            for name, rows in checkpoint.tasks.rows.items():
+                part = (block.gradient @ rows.T) * factor[:, None] * checkpoint.weight
+                found[name] = part if name not in found else found[name] + part
+        return {name: part.masked_fill(~done[:, None], torch.nan).cpu() for name, part in found.items()}
+
+
+def listed(sources: Any) -> list[Any]:
+    """One source, or one per checkpoint, as a list."""
+    return list(sources) if isinstance(sources, list | tuple) else [sources]

@@ -1,0 +1,171 @@
+"""What a task's validation rows come down to: one averaged vector per task, and what its error bars need."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from icons.batch import Status
+from icons.scores.rows import Block, StoredRows, blocks, ranges
+from icons.scores.stderr import mean_squared_cosine
+
+Normalize: TypeAlias = Literal["projected", "exact", "none"]
+NORMALIZE = ("projected", "exact", "none")
+MUST_AGREE = ("collect", "projector", "model.fingerprint", "adapter.fingerprint", "target")
+SAMPLE_ROWS = 256
+"""Validation rows, evenly spaced, from which the mean squared cosine between a task's rows is estimated."""
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """The tasks of one checkpoint.
+
+    Attributes:
+        names: of the tasks.
+        mean: each task's average validation row after normalisation, `[V, K]` float32.
+        num_rows: validation rows in each average.
+        overlap: mean squared cosine over all pairs of a task's rows, each with itself included.
+        sample: the rows it was estimated from.
+        exact: the projection is the identity, so that scores have no error.
+        rows: all validation rows after normalisation, if they were asked for; NaN for a failed row.
+    """
+
+    names: list[str]
+    mean: Float[Tensor, "vectors dim"]
+    num_rows: list[int]
+    overlap: Float[Tensor, " vectors"]
+    sample: list[Float[Tensor, "_ dim"]]
+    exact: bool
+    rows: dict[str, Float[Tensor, "_ dim"]] = field(default_factory=dict)
+
+    @property
+    def square(self) -> Float[Tensor, " vectors"]:
+        """Squared norm of each average."""
+        return self.mean.square().sum(dim=1)
+
+    def pooled(self, group: Mapping[str, str]) -> "TaskVectors":
+        """With the tasks of a group replaced by one vector, the mean of their means, whatever their sizes."""
+        members: dict[str, list[int]] = {}
+        for place, name in enumerate(self.names):
+            members.setdefault(group.get(name, name), []).append(place)
+        samples = [torch.cat([self.sample[place] for place in places]) for places in members.values()]
+        return TaskVectors(
+            names=list(members),
+            mean=torch.stack([self.mean[places].mean(dim=0) for places in members.values()]),
+            num_rows=[sum(self.num_rows[place] for place in places) for places in members.values()],
+            overlap=overlaps(samples),
+            sample=samples,
+            exact=self.exact,
+            rows=self.rows,
+        )
+
+
+def task_vectors(
+    train: StoredRows,
+    tasks: Mapping[str, StoredRows],
+    normalize: Normalize,
+    device: torch.device,
+    keep_rows: bool = False,
+) -> TaskVectors:
+    """Averages each task's usable validation rows, and checks that they can be multiplied with the training rows.
+
+    Raises:
+        ValueError: an unknown normalisation; a task without rows, without a usable row or with units not yet written;
+            or one of another model, projector or dimension than the training rows.
+    """
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalisation {normalize!r}: expected one of {', '.join(NORMALIZE)}")
+    means, counts, samples, rows = [], [], [], {}
+    for name, source in tasks.items():
+        check_task(train, source, name)
+        total = torch.zeros(source.gradients.shape[1], dtype=torch.float64, device=device)
+        num_usable, sample, kept = 0, [], []
+        step = -(-source.partition.num_rows // SAMPLE_ROWS)
+        for block in blocks(source, ranges(range(source.partition.num_rows), source), device):
+            normalised = block.gradient * row_factor(block, normalize)[:, None]
+            usable = normalised[block.done]
+            total += usable.sum(dim=0, dtype=torch.float64)
+            sample.append(usable[-num_usable % step :: step])
+            num_usable += len(usable)
+            if keep_rows:
+                kept.append(normalised.masked_fill(~block.done[:, None], torch.nan))
+        if num_usable == 0:
+            raise ValueError(
+                f"task {name}: none of its {source.partition.num_rows} validation rows is usable; expected at least one"
+            )
+        means.append((total / num_usable).float())
+        counts.append(num_usable)
+        samples.append(torch.cat(sample))
+        if keep_rows:
+            rows[name] = torch.cat(kept)
+    exact = train.manifest.get("projector", {}).get("kind") == "identity"
+    return TaskVectors(list(tasks), torch.stack(means), counts, overlaps(samples), samples, exact, rows)
+
+
+def overlaps(samples: Sequence[Float[Tensor, "_ dim"]]) -> Float[Tensor, " vectors"]:
+    return torch.tensor([mean_squared_cosine(rows) for rows in samples], device=samples[0].device)
+
+
+def row_factor(block: Block, normalize: Normalize) -> Float[Tensor, " block"]:
+    """What each row of a block is multiplied by; 0 for a gradient of zeros."""
+    if normalize == "none":
+        return block.scale
+    length = block.length if normalize == "projected" else block.norm
+    numerator = torch.ones_like(block.scale) if normalize == "projected" else block.scale
+    return torch.where(length > 0, numerator / length, torch.zeros_like(length))
+
+
+def check_task(train: StoredRows, task: StoredRows, name: str) -> None:
+    if task.partition.num_rows == 0:
+        raise ValueError(f"task {name}: has no validation rows; expected at least one")
+    dims = train.gradients.shape[1], task.gradients.shape[1]
+    if dims[0] != dims[1]:
+        raise ValueError(
+            f"dim: the training rows have {dims[0]} numbers each, task {name} has {dims[1]}; they must agree: compute "
+            "both with the same --dim"
+        )
+    check_whole(task, f"task {name}")
+    check_agree(train, task, MUST_AGREE, "the training rows", f"task {name}")
+
+
+def check_whole(source: StoredRows, what: str) -> None:
+    """Refuses rows that are not written yet: their zeros are no gradients."""
+    unwritten = int((source.stored("status", slice(None)) == Status.NOT_WRITTEN).sum())
+    if unwritten:
+        raise ValueError(
+            f"{what}: {unwritten} of {source.partition.num_rows} rows of {getattr(source, 'path', source)} are not "
+            "written yet; run the same `icons gradients` line again to finish it"
+        )
+
+
+def check_agree(left: StoredRows, right: StoredRows, fields: Sequence[str], what_left: str, what_right: str) -> None:
+    """Compares two sources' manifests in the given fields, and their rows where the data must agree. A source without a
+    manifest, such as an array, agrees with all.
+
+    Raises:
+        ValueError: the first field that differs, with both values.
+    """
+    if "data.fingerprint" in fields and left.partition.num_rows != right.partition.num_rows:
+        raise ValueError(
+            f"rows: {what_left} has {left.partition.num_rows}, {what_right} has {right.partition.num_rows}; they must "
+            "agree: every checkpoint needs gradients of the same data"
+        )
+    if not left.manifest or not right.manifest:
+        return
+    for name in fields:
+        one, other = entry(left.manifest, name), entry(right.manifest, name)
+        if one != other:
+            raise ValueError(
+                f"{name}: {what_left} has {one!r}, {what_right} has {other!r}; they must agree: compute both with the "
+                "same settings"
+            )
+
+
+def entry(manifest: Any, name: str) -> Any:
+    """A manifest's entry by its dotted name; None if it is not there."""
+    for part in name.split("."):
+        manifest = manifest.get(part) if isinstance(manifest, Mapping) else None
+    return manifest

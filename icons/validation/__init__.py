@@ -1,0 +1,1 @@
+"""Does influence predict? Retrainings, and the statistics that judge scores and rules by them."""

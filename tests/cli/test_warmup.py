@@ -1,0 +1,220 @@
+"""`icons warmup` on a tiny LLaVA: what is drawn, trained, measured, written, resumed and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from safetensors.torch import load_file
+
+from icons.cli import main
+from icons.cli.warmup import draw, parse_tasks, warmup
+from icons.models.adam_state import load_adam_state
+from icons.models.loading import load_model
+from icons.models.warmup_folder import open_warmup
+from icons.modules.fit import trainer_flags
+
+LLAVA = Path(__file__).parents[1] / "data" / "original_llava"
+MODEL = {"model": LLAVA / "vicuna-tiny", "vision_tower": LLAVA / "clip", "mm_projector": LLAVA / "mm_projector.bin"}
+NUM_ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 rows: of each three one with an image, one without, one that cannot be read."""
+    records = []
+    for row in range(NUM_ROWS):
+        question, answer = f"What is number {row % 4}?", ("A red bus.", "hi", "Three")[row % 3]
+        image = {"image": "img0.png"} if row % 3 == 0 else {"image": "gone.png"} if row % 3 == 2 else {}
+        question = f"<image>\n{question}" if image else question
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        records.append({"id": row, **image, "conversations": turns})
+    file = tmp_path_factory.mktemp("data") / "train.json"
+    file.write_text(json.dumps(records))
+    return file
+
+
+def options(data: Path, out: Path, **more: Any) -> dict[str, Any]:
+    few = {"lora_rank": 2, "lora_alpha": 4.0, "batch_size": 4, "learning_rate": 1e-2, "min_rows": 1}
+    flags = {"accelerator": "cpu", "enable_progress_bar": False} | more.pop("trainer", {})
+    return MODEL | {"data": data, "out": out, "images": LLAVA, "trainer": flags} | few | more
+
+
+def words(data: Path, out: Path, *more: str) -> list[str]:
+    """The same, as one types it."""
+    given = options(data, out)
+    given |= {f"trainer.{name}": value for name, value in given.pop("trainer").items()}
+    return ["warmup", *[f"--{name}={value}" for name, value in given.items()], *more]
+
+
+def test_the_warmup_folder_holds_what_later_stages_need(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "out", LLAVA / "data.json"
+    task = ["--task", f"a={file}:{LLAVA}", "--task", f"b={data}:{LLAVA}"]
+    assert main(words(data, out, "--fraction=0.5", "--epochs=6", *task)) == 0
+    text = capsys.readouterr().out
+    assert "training on 12 of 24 rows (50.0%), 6 epochs" in text and "18 steps" in text
+    opened = open_warmup(out)
+    manifest = opened.manifest
+    assert manifest["used"] == {"rows": 12, "fraction": 0.5, "steps": 18}
+    assert manifest["data"]["num_rows"] == NUM_ROWS and manifest["preprocessing"]["template"] == "v1"
+    assert manifest["lora"]["rank"] == 2 and manifest["settings"]["seed"] == 0 and manifest["versions"]["torch"]
+    for task_name in ("a", "b"):
+        before, after = (manifest["losses"][side][task_name] for side in ("before", "after"))
+        assert 0 < after < before
+        assert set(manifest["accuracy"]["after"]) == {"a", "b"}
+    assert not (out / "last.ckpt").exists()
+    network = load_model(opened.model_folder, adapter=opened.adapter, target="trainable")
+    trained = {name for name, value in network.named_parameters() if value.requires_grad}
+    assert len(trained) == 2 * 2 * 7 + 4  # A and B on 7 layers of 2 blocks; the projector's two layers
+    adam = load_adam_state(out, network)
+    assert set(adam.exp_avg) == trained and adam.step == 18 and adam.betas == (0.9, 0.999)
+    assert all(value.abs().sum() > 0 for name, value in adam.exp_avg_sq.items())
+    assert main(words(data, out, "--fraction=0.5", "--epochs=6", *task)) == 0
+    assert "nothing to do" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_finished_fit_of_other_settings_is_not_overwritten(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(words(data, out)) == 0
+    assert main(words(data, out, "--seed=3")) == 1
+    assert "holds a finished fit with lora {" in capsys.readouterr().err
+    assert main(words(data, out, "--seed=3", "--resume=false")) == 0
+    assert json.loads((out / "icons.json").read_text())["settings"]["seed"] == 3
+
+
+def test_without_tasks_rows_are_held_out(data: Path, tmp_path: Path) -> None:
+    assert warmup(**options(data, tmp_path, held_out=0.2)) == 0
+    manifest = json.loads((tmp_path / "icons.json").read_text())
+    assert manifest["used"]["rows"] == NUM_ROWS - 5 and manifest["settings"]["held_out"] == 5
+    assert list(manifest["losses"]["before"]) == list(manifest["losses"]["after"]) == ["held-out"]
+    assert warmup(**options(data, tmp_path / "all", held_out=0.0)) == 0
+    manifest = json.loads((tmp_path / "all" / "icons.json").read_text())
+    assert manifest["used"]["rows"] == NUM_ROWS and manifest["losses"] == {"before": {}, "after": {}}
+
+
+def test_a_warmup_that_learns_nothing_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert warmup(**options(data, tmp_path, learning_rate=1e-9, projector_learning_rate=1e-9)) == 0
+    assert "warning: the warm-up has hardly learned" in capsys.readouterr().out
+
+
+def test_a_small_share_is_raised_and_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert warmup(**options(data, tmp_path, fraction=0.05, min_rows=8, dry_run=True)) == 0
+    text = capsys.readouterr().out.replace("\n", " ")
+    assert "5.0% of 24 rows is little to learn from: taking 8 of 24 rows (33.3%)" in text
+    assert not list(tmp_path.iterdir())
+
+
+class Terminate(Callback):
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if (trainer.current_epoch, batch_idx) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_terminated_fit_goes_on_to_the_same_adapter(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit: dict[str, Any] = {"epochs": 3, "lora_dropout": 0.3}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert warmup(**options(data, whole, **fit)) == 0
+    callbacks: dict[str, Any] = {"callbacks": [Terminate()]}
+    assert warmup(**options(data, parts, **fit, trainer=callbacks)) == 75
+    assert "run the same line again to go on" in capsys.readouterr().out.replace("\n", " ")
+    assert (parts / "last.ckpt").exists() and not (parts / "icons.json").exists()
+    with pytest.raises(ValueError, match=r"epochs: the interrupted fit had 3, now it is 4"):
+        warmup(**options(data, parts, **fit | {"epochs": 4}, trainer={"callbacks": []}))
+    assert warmup(**options(data, parts, **fit, trainer={"callbacks": []})) == 0
+    assert "going on with the interrupted fit" in capsys.readouterr().out.replace("\n", " ")
+    for name in ("adapter_model.safetensors", "non_lora.safetensors", "adam.safetensors"):
+        first, second = load_file(whole / name), load_file(parts / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(value, second[key]) for key, value in first.items()), name
+    manifests = [json.loads((folder / "icons.json").read_text()) for folder in (whole, parts)]
+    for part in ("losses", "accuracy", "used"):
+        assert manifests[0][part] == manifests[1][part]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_are_stopped_and_go_on(data: Path, tmp_path: Path) -> None:
+    line = [sys.executable, "-m", "icons", *words(data, tmp_path, "--epochs=12", "--checkpoint-minutes=0.001")]
+    line += ["--trainer.devices=2", "--batch-size=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    begun = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + 120
+    while not (tmp_path / "last.ckpt").exists() and begun.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    begun.terminate()
+    text, _ = begun.communicate(timeout=60)
+    assert begun.returncode == 75, text
+    step = torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"]
+    assert 0 < step < 72
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((tmp_path / "icons.json").read_text())
+    assert manifest["used"] == {"rows": 23, "fraction": 23 / 24, "steps": 72}
+    assert manifest["losses"]["after"]["held-out"] < manifest["losses"]["before"]["held-out"]
+
+
+def test_rows_are_drawn_from_one_order() -> None:
+    rows, held = draw(1000, 0.05, 1, 0.02, seed=7)
+    assert (len(rows), len(held)) == (50, 20) and not set(rows) & set(held)
+    assert rows == sorted(rows) and set(rows) < set(draw(1000, 0.2, 1, 0.02, seed=7)[0])
+    assert draw(1000, 0.05, 1, 0.02, seed=8)[0] != rows
+    assert [len(part) for part in draw(1000, 0.05, 300, 0.0, seed=7)] == [300, 0]
+    assert [len(part) for part in draw(10, 0.05, 300, 0.1, seed=7)] == [9, 1]
+    assert [len(part) for part in draw(10**6, 1.0, 1, 0.02, seed=7)] == [10**6 - 256, 256]
+    assert [len(part) for part in draw(1, 1.0, 1, 0.02, seed=7)] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"fraction": 0.0}, r"--fraction 0\.0: expected a share of the rows, above 0"),
+        ({"fraction": 1.5}, r"--fraction 1\.5: expected a share"),
+        ({"held_out": 1.0}, r"--held-out 1\.0: expected a share of the rows, from 0 to below 1"),
+    ],
+)
+def test_shares_out_of_range_are_refused(given: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        draw(10, **{"fraction": 0.5, "min_rows": 1, "held_out": 0.0, "seed": 0} | given)  # type: ignore[arg-type]
+
+
+def test_tasks_are_named_files(tmp_path: Path) -> None:
+    file = tmp_path / "gqa.json"
+    file.write_text("[]")
+    expected = {"gqa": (file, None), "pope": (file, tmp_path)}
+    assert parse_tasks([f"gqa={file}", f"pope={file}:{tmp_path}"]) == expected
+    with pytest.raises(ValueError, match="expected NAME=FILE or NAME=FILE:IMAGES"):
+        parse_tasks(["gqa"])
+    with pytest.raises(ValueError, match="the name gqa is given twice"):
+        parse_tasks([f"gqa={file}", f"gqa={file}"])
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.json; expected LLaVA JSON or JSONL"):
+        parse_tasks([f"gqa={tmp_path}/none.json"])
+
+
+def test_trainer_flags_that_contradict_options_are_refused() -> None:
+    for flag, option in (("max_epochs", "--epochs"), ("precision", "--dtype"), ("accumulate_grad_batches", "--acc")):
+        with pytest.raises(ValueError, match=rf"--trainer\.{flag} 2: use {option}"):
+            trainer_flags({flag: 2}, 1, 1, "float32")
+    with pytest.raises(ValueError, match=r"--trainer\.use_distributed_sampler True: expected False"):
+        trainer_flags({"use_distributed_sampler": True}, 1, 1, "float32")
+
+
+def test_trainer_flags_are_passed_on() -> None:
+    flags = trainer_flags({"devices": 2, "gradient_clip_val": 0.3}, epochs=4, accumulate=5, dtype="bfloat16")
+    assert flags["strategy"] == "ddp_find_unused_parameters_true"  # a batch without images leaves the projector unused
+    assert (flags["max_epochs"], flags["accumulate_grad_batches"], flags["precision"]) == (4, 5, "bf16-mixed")
+    assert flags["gradient_clip_val"] == 0.3
+    for strategy in ("fsdp", "deepspeed_stage_2"):
+        assert trainer_flags({"devices": 2, "strategy": strategy}, 1, 1, "float32")["strategy"] == strategy
+    assert "strategy" not in trainer_flags({"devices": 1}, 1, 1, "float32")
