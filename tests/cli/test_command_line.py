@@ -97,7 +97,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_recipe_of_the_package_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = str(Path(cli.__file__).parent / "configs" / "warmup.yaml")
+    recipe = str(Path(cli.__file__).parent.parent / "configs" / "warmup.yaml")
     assert cli.shipped_recipes(["--config", "warmup", "--out", "warmup"]) == ["--config", recipe, "--out", "warmup"]
     assert cli.shipped_recipes(["--config=warmup"]) == ["--config", recipe]
     (tmp_path / "warmup").write_text("")  # a file of that name comes first
