@@ -1,4 +1,4 @@
-"""`icons validate`: models trained on random subsets tell whether scores predict what data teaches."""
+"""`icons validate`: models trained on subsets tell whether scores predict, or which rule selects best (`--rule`)."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from rich.console import Console
-from rich.table import Table
 
+from icons.cli.bakeoff import bakeoff, pools_of
 from icons.cli.pairs import parse
+from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, warmup
 from icons.datamodules.records import RecordIndex
 from icons.models.folder import ModelFolder
@@ -18,6 +19,7 @@ from icons.models.pinned_settings import claim
 from icons.modules.interruption import RESUME
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
+from icons.validation.bakeoff import Measure
 from icons.validation.datamodel import (
     datamodelling_score,
     draw_subsets,
@@ -45,6 +47,10 @@ def validate(
     images: Path | None = None,
     vision_tower: Path | None = None,
     mm_projector: Path | None = None,
+    rule: list[str] | None = None,
+    fraction: list[float] | None = None,
+    pool: list[str] | None = None,
+    measure: Measure = "accuracy",
     subsets: int = 60,
     share: float = 0.5,
     seeds: int = 1,
@@ -68,18 +74,28 @@ def validate(
     Every training is a folder in --out and is kept: the same line, run again, goes on. The table is printed, and
     written to OUT/validation.json for `icons report --validation`.
 
+    With --rule it trains on what the rules select instead, and on random rows and the vote's, and prints the paired
+    differences with 95 % intervals; the table is OUT/bakeoff.json. Files to measure on should be others than those the
+    scores were made with.
+
     Args:
         model: the start that every training begins from.
         data: the pool that was scored.
-        scores: NAME=STORE, a score store of the pool; again for each variant to compare.
-        task: NAME=FILE or NAME=FILE:IMAGES, the tasks' files to measure losses on; named as in the score stores.
+        scores: NAME=STORE, a score store of the pool; again for each variant to compare (with --rule a single one).
+        task: NAME=FILE or NAME=FILE:IMAGES, the tasks' files to measure losses on; named as in the score stores (with
+            --rule as you like).
         out: folder for the trainings and the table.
         images: image folder of the pool.
         vision_tower: CLIP folder of an original LLaVA model.
         mm_projector: mm_projector.bin of an original LLaVA model.
+        rule: a method of `icons select` to train on the selection of; again for each. Only these are then trained.
+        fraction: with --rule, share of the pool to select; again for each; default 0.2.
+        pool: with --rule, NAME=DATA,SCORES or NAME=DATA,SCORES,IMAGES: a further pool with its own scores; again for
+            each. Intervals are then over pools.
+        measure: with --rule, what is compared: exact matches, or the loss.
         subsets: number of random subsets to train on.
         share: of the pool, in each subset.
-        seeds: trainings of each subset, whose losses are averaged.
+        seeds: trainings of each subset, whose losses are averaged; of each rule, which are paired.
         counterfactual: share left out at the top, at the bottom, and at random; 0 leaves this part out.
         counterfactual_seeds: trainings of each of these, for the intervals; the random rows differ from seed to seed.
         source_field: field of the records that tells which are bad.
@@ -96,16 +112,29 @@ def validate(
         shard: I/N: only train this share of the models (array jobs); without it all, and then the table.
         trainer: flags of Lightning's Trainer.
     """
+    settings = {
+        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "lora_rank": lora_rank,
+        "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
+    }  # fmt: skip
+    start: dict[str, Any] = {"model": model, "vision_tower": vision_tower, "mm_projector": mm_projector}
+    if seeds < 1 or counterfactual_seeds < 1:
+        raise ValueError(
+            f"--seeds {seeds}, --counterfactual-seeds {counterfactual_seeds}: expected at least 1 training of each"
+        )
+    if rule:
+        return bakeoff(
+            pools_of(data, scores, images, pool or []), rule, out, start=start, settings=settings, task=task,
+            fractions=fraction or [0.2], seeds=range(seed, seed + seeds), measure=measure, workers=workers,
+            shard=shard, trainer=trainer,
+        )  # fmt: skip
+    if fraction or pool:
+        raise ValueError("--fraction and --pool: belong to --rule, which is not given")
     index = RecordIndex.open(data)
     stores = {name: ScoreStore.open(path) for name, path in parse(scores, "--scores").items()}
     tasks = parse_tasks(task)
     methods = {name: checked(name, store, list(tasks), len(index)) for name, store in stores.items()}
     first = next(iter(methods))
     methods |= baselines(stores[first], len(tasks), seed)
-    if seeds < 1 or counterfactual_seeds < 1:
-        raise ValueError(
-            f"--seeds {seeds}, --counterfactual-seeds {counterfactual_seeds}: expected at least 1 training of each"
-        )
     drawn = draw_subsets(len(index), subsets, share, seed)
     trainings = [
         Retraining(numbered(f"subset-{place:03d}", again), rows, seed + again)
@@ -116,22 +145,18 @@ def validate(
         for again in range(counterfactual_seeds):
             parts = without(methods[first], counterfactual, seed + again)
             trainings += [Retraining(numbered(name, again), rows, seed + again) for name, rows in parts.items()]
-    settings = {
-        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "lora_rank": lora_rank,
-        "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
-    }  # fmt: skip
     claim(
         out / SETTINGS,
         settings
         | {
             "data": index.fingerprint,
-            "model": ModelFolder.open(model, vision_tower=vision_tower, mm_projector=mm_projector).fingerprint(),
+            "model": ModelFolder.open(**start).fingerprint(),
             "tasks": {name: RecordIndex.open(file).fingerprint for name, (file, _) in tasks.items()},
         },
         "trainings",
     )
-    start = {"model": model, "images": images, "vision_tower": vision_tower, "mm_projector": mm_projector}
-    retrainer = Retrainer(data, out, start | settings | {"min_rows": 1, "task": task, "trainer": trainer}, warmup)
+    options = start | settings | {"images": images, "min_rows": 1, "task": task, "trainer": trainer}
+    retrainer = Retrainer(data, out, options, warmup)
     part = (0, 1) if shard is None else parse_shard(shard)
     mine = [trainings[place] for place in assign(range(len(trainings)), part[1], part[0])]
     status = side_by_side(retrainer, mine, workers)
@@ -267,23 +292,3 @@ def changes(losses: Losses, tasks: Sequence[str], method: str, share: float) -> 
     )
     columns = ["change of the loss", "without the top", "without the bottom", "without random rows"]
     return {"columns": columns, "rows": rows, "note": note}
-
-
-def show(content: Mapping[str, Any]) -> None:
-    for part in (content, content.get("counterfactual")):
-        if part is None:
-            continue
-        shown = Table(*part["columns"])
-        for row in part["rows"]:
-            shown.add_row(*(said(cell) for cell in row))
-        console.print(shown)
-    console.print(content["text"], content.get("counterfactual", {}).get("note", ""), soft_wrap=True)
-
-
-def said(cell: Any) -> str:
-    """A cell of the table.
-
-    >>> said([0.5, 0.25, 0.75]), said(0.31), said("ours")
-    ('0.5 (0.25 to 0.75)', '0.31', 'ours')
-    """
-    return "{:.3g} ({:.3g} to {:.3g})".format(*cell) if isinstance(cell, list) else str(cell)

@@ -10,9 +10,10 @@ Validation (`--validation FILE`, as `icons validate` writes it):
 
     {"columns": ["method", "LDS", ...], "rows": [["exact, Adam", [0.41, 0.33, 0.48], ...], ...],
      "title": "...", "text": "...", "note": "...",
-     "counterfactual": {"columns": [...], "rows": [...], "note": "..."}}
+     "counterfactual": {"columns": [...], "rows": [...], "note": "..."}, "tables": [...]}
 
-where `counterfactual` is optional and a table likewise, and three numbers in a list are an estimate with its interval.
+where `counterfactual` is optional and a table likewise, `tables` are further ones, and three numbers in a list are an
+estimate with its interval. A bake-off of rules (`icons validate --rule`) has the same form.
 """
 
 import json
@@ -116,6 +117,7 @@ def validation(path: Path) -> Section:
     tables = [measured_table(path, content)]
     if "counterfactual" in content:
         tables.append(measured_table(path, content["counterfactual"]))
+    tables += [measured_table(path, further) for further in content.get("tables", [])]
     columns, rows = list(content["columns"]), list(content["rows"])
     pictures = []
     for i, column in enumerate(columns):

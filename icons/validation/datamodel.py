@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy import stats
 
 
 def draw_subsets(num_rows: int, num_subsets: int, share: float, seed: int = 0) -> list[Int[np.ndarray, " chosen"]]:
@@ -143,10 +144,6 @@ def share_in_lowest(score: Float[np.ndarray, " rows"], bad: Bool[np.ndarray, " r
     return float(bad[lowest].sum() / bad[known].sum()) if bad[known].any() else float("nan")
 
 
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
 def mean_interval(values: Float[np.ndarray, " seeds"]) -> list[float]:
     """Mean with its 95 % interval by Student's t; of a single value the ends are NaN.
 
@@ -156,6 +153,5 @@ def mean_interval(values: Float[np.ndarray, " seeds"]) -> list[float]:
     mean, freedom = float(values.mean()), len(values) - 1
     if freedom == 0:
         return [mean, float("nan"), float("nan")]
-    quantile = STUDENT[freedom - 1] if freedom <= len(STUDENT) else 1.96 + 2.6 / freedom
-    half = quantile * float(values.std(ddof=1)) / float(np.sqrt(len(values)))
+    half = float(stats.t.ppf(0.975, freedom)) * float(values.std(ddof=1)) / float(np.sqrt(len(values)))
     return [mean, mean - half, mean + half]

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,12 +17,12 @@ from jaxtyping import Int
 from rich.console import Console
 
 from icons.datamodules.records import RecordIndex
-from icons.models.warmup_folder import open_warmup
+from icons.models.warmup_folder import MANIFEST, open_warmup
 from icons.modules.interruption import RESUME, Interruption
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 
-LOSSES, ROWS = "losses.json", "rows.npy"
+LOSSES, ROWS, FIT = "losses.json", "rows.npy", "fit"
 console = Console()
 
 
@@ -70,10 +70,10 @@ class Retrainer:
         np.save(folder / ROWS, retraining.rows)
         file = folder / f"data{self.data.suffix}"
         RecordIndex.open(self.data).write_selection(retraining.rows.tolist(), file)
-        status = self.warmup(data=file, out=folder / "fit", seed=retraining.seed, **self.settings)
+        status = self.warmup(data=file, out=folder / FIT, seed=retraining.seed, **self.settings)
         if status == 0:
             partial = folder / (LOSSES + ".partial")
-            partial.write_text(json.dumps(open_warmup(folder / "fit").manifest["losses"]["after"]))
+            partial.write_text(json.dumps(open_warmup(folder / FIT).manifest["losses"]["after"]))
             partial.replace(folder / LOSSES)
         return status
 
@@ -92,6 +92,19 @@ class Retrainer:
                 "before: give another --out, or delete this folder"
             )
         found: dict[str, float] = json.loads((folder / LOSSES).read_text())
+        return found
+
+    def measured(self, retraining: Retraining, measure: Literal["accuracy", "loss"]) -> dict[str, float] | None:
+        """Each task's exact matches (a share) or loss after training; None: not trained yet.
+
+        Raises:
+            ValueError: it was trained on other rows.
+        """
+        losses = self.losses(retraining)
+        if losses is None or measure == "loss":
+            return losses
+        manifest = json.loads((self.out / retraining.name / FIT / MANIFEST).read_text())
+        found: dict[str, float] = manifest["accuracy"]["after"]
         return found
 
     def run(self, retrainings: Sequence[Retraining], said: str = "") -> int:
