@@ -1,0 +1,174 @@
+"""What a command writes: never over what is not its own, and whole or not at all."""
+
+import json
+import os
+import stat
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+PARTIAL, MARK = ".partial", ".icons.json"
+Place = Path | str
+Places = Mapping[str, Place | Sequence[Place] | None]
+"""Option -> what was given for it."""
+
+
+def check_output(
+    out: Place,
+    option: str = "--out",
+    *,
+    kind: Literal["file", "folder"],
+    inputs: Places,
+    searched: Places | None = None,
+    ours: Callable[[Path], bool],
+    overwrite: bool = False,
+) -> None:
+    """Refuses a place to write to, unless it is new, empty, or holds this command's own former output.
+
+    Files are compared by device and inode, so that neither a link nor another spelling hides an input. URLs are
+    compared as they are spelled; whether an object store may be written is for the store to check.
+
+    Args:
+        out: where the command would write.
+        option: that named it.
+        kind: of what is written there.
+        inputs: what the command reads. An output neither is one of them, nor lies in one that is a folder, nor is a
+            folder that one lies in.
+        searched: folders that only named files are read from (images): a new output may lie in one.
+        ours: whether what lies there is this command's own former output.
+        overwrite: the user's word that what lies there may be replaced: an input that is a file, too, but never a
+            folder that is read while it would be written.
+
+    Raises:
+        ValueError: the place is an input, in one or around one, or holds something else.
+    """
+    here = Path(out)
+    if not is_url(out):
+        check_kind(here, option, kind)
+    for given, place in flat({**inputs, **(searched or {})}):
+        if is_url(out) or is_url(place):
+            if str(out).rstrip("/") == str(place).rstrip("/"):
+                raise ValueError(f"{option} {out}: is what {given} names; expected another place: give one")
+        elif same(here, Path(place)):
+            if here.is_dir():
+                raise ValueError(f"{option} {out}: is the folder that {given} names; expected another place: give one")
+            if not overwrite:
+                raise refusal(f"{option} {out}: is the file that {given} names")
+        elif not overwrite:
+            if Path(place).is_dir() and inside(here, Path(place)) and given not in (searched or {}):
+                raise refusal(f"{option} {out}: lies in the folder {place} that {given} names")
+            if here.is_dir() and inside(Path(place), here):
+                raise refusal(f"{option} {out}: is around {place}, which {given} names")
+    if not is_url(out) and not overwrite and not is_empty(here) and not ours(here):
+        what = f"holds {first_entry(here)}, and is" if here.is_dir() else "is there already, and is"
+        raise refusal(f"{option} {out}: {what} no former output of this command")
+
+
+def check_kind(here: Path, option: str, kind: str) -> None:
+    """Refuses a pipe or a device, and a file where a folder is to be, or a folder where a file is."""
+    try:
+        mode = here.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise ValueError(f"{option} {here}: is neither a file nor a folder; expected a {kind}: give another place")
+    if stat.S_ISDIR(mode) != (kind == "folder"):
+        got = "folder" if stat.S_ISDIR(mode) else "file"
+        raise ValueError(f"{option} {here}: is a {got}; expected a {kind}: give another place")
+
+
+def refusal(what: str) -> ValueError:
+    return ValueError(
+        f"{what}; expected a new or empty place: give another, or --overwrite to write there all the same"
+    )
+
+
+def is_url(place: Place) -> bool:
+    return "://" in str(place)
+
+
+def flat(places: Places) -> Iterator[tuple[str, Place]]:
+    for option, given in places.items():
+        if given is not None:
+            for place in [given] if isinstance(given, Path | str) else given:
+                yield option, place
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two paths are one file or folder; never for one that does not exist."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, which need not exist, lies somewhere below `folder`."""
+    return any(same(parent, folder) for parent in Path(os.path.realpath(path)).parents)
+
+
+def is_empty(here: Path) -> bool:
+    """Whether nothing would be lost there. What a killed run left half-written is nothing."""
+    if here.is_dir():
+        return not first_entry(here)
+    return not here.exists() or here.stat().st_size == 0
+
+
+def first_entry(folder: Path) -> str:
+    return min((entry.name for entry in folder.iterdir() if not is_partial(entry.name)), default="")
+
+
+def is_partial(name: str) -> bool:
+    return name.startswith(".") and Path(name).stem.endswith(PARTIAL)
+
+
+def mark(folder: Path, command: str) -> None:
+    """Makes the folder, and notes in it whose output it is, before anything else is written there."""
+    with whole_file(folder / MARK) as partial:
+        partial.write_text(json.dumps({"command": command}) + "\n")
+
+
+def is_marked(folder: Path, command: str) -> bool:
+    """Whether a folder says that this command made it."""
+    return read_object(folder / MARK).get("command") == command
+
+
+def read_object(file: Path) -> dict[str, object]:
+    """A small JSON file's object; an empty one for whatever is none."""
+    try:
+        found = json.loads(file.read_bytes()) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, with its suffix; in `path`'s place when the block ends, gone when it fails.
+
+    Readers see the old file or the new one, never a part. Missing folders are made. A link stays: what it leads to is
+    replaced.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with whole_file(Path(folder) / "new" / "a.txt") as partial:
+    ...         _ = partial.write_text("whole")
+    ...     (Path(folder) / "new" / "a.txt").read_text()
+    'whole'
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}{target.suffix[:16]}")
+    try:
+        yield partial
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def put(path: Path, content: str | bytes) -> None:
+    """Writes a file whole or not at all; text as UTF-8."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
