@@ -10,6 +10,7 @@ A *batch* is a mapping. Fields with a meaning here:
 | `row` | `[B]` int64 | the record's position in the data file |
 | `failed_row` | `[F]` int64 | rows of this batch that could not be read; absent means none |
 | `failed_status` | `[F]` uint8 | their `Status` |
+| `failed_reason` | list of F texts | the sentence that says why; `failed_id` likewise: the records' ids |
 
 Every other entry (`pixel_values`, `image_sizes`, ...) goes to the model's forward as it is. A batch whose rows all
 failed has `B = 0`.
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
-OWN_FIELDS = ("labels", "row", "failed_row", "failed_status")
+OWN_FIELDS = ("labels", "row", "failed_row", "failed_status", "failed_reason", "failed_id")
 
 Batch = Mapping[str, Any]
 

@@ -14,7 +14,7 @@ from icons.cli.pairs import parse
 from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, warmup
 from icons.consensus import select
-from icons.datamodules.records import RecordIndex
+from icons.datamodules.records import open_records
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
 from icons.modules.interruption import RESUME
@@ -47,7 +47,7 @@ class Pool:
         Raises:
             ValueError: the scores are not finished or of other data, the rule is unknown, or it selects no row.
         """
-        store, index = ScoreStore.open(self.scores), RecordIndex.open(self.data)
+        store, index = ScoreStore.open(self.scores), open_records(self.data)
         if store.num_rows != len(index):
             raise ValueError(
                 f"scores {self.scores}: {store.num_rows} rows, {self.data} has {len(index)}; expected the same file"
@@ -110,9 +110,9 @@ def bakeoff(
     for pool in pools:
         folder = pool.folder(out)
         content = {
-            "data": RecordIndex.open(pool.data).fingerprint,
+            "data": open_records(pool.data).fingerprint,
             "model": ModelFolder.open(**start).fingerprint(),
-            "tasks": {name: RecordIndex.open(file).fingerprint for name, (file, _) in files.items()},
+            "tasks": {name: open_records(file).fingerprint for name, (file, _) in files.items()},
         }
         claim(folder / SETTINGS, {**settings, **content}, "trainings")
         options = {**start, **settings, "images": pool.images, "min_rows": 1, "task": task, "trainer": trainer}

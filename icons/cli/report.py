@@ -4,14 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from PIL import Image
 from rich.console import Console
 
 from icons.batch import Status
 from icons.consensus.selection_file import open_selection
-from icons.datamodules.images import FailedRowError, ImageSource
-from icons.datamodules.records import RecordIndex
+from icons.datamodules.conversation import ImageRef
+from icons.datamodules.failed_row import FailedRowError
+from icons.datamodules.images import ImageSource
+from icons.datamodules.records import RecordError, RecordSource, open_records
 from icons.report.build import Chosen, Pool, build
 from icons.report.page import render, write_pictures
 from icons.store import ScoreStore
@@ -55,13 +56,13 @@ def report(
     if rows_shown < 1:
         raise ValueError(f"--rows-shown {rows_shown}: expected at least 1")
     source = ImageSource(images)
-    store, index = ScoreStore.open(scores), RecordIndex.open(data)
+    store, index = ScoreStore.open(scores), open_records(data)
     chosen = Chosen.of(open_selection(selection), store)
     check_data(chosen, index)
     page = build(
         store,
         chosen,
-        Pool(data.name, lambda row: record(index, row), lambda name: open_image(source, name), images is not None),
+        Pool(data.name, lambda row: record(index, row), lambda image: open_image(source, image), images is not None),
         title=title,
         source_fields=source_field or [],
         num_ends=rows_shown,
@@ -79,7 +80,7 @@ def report(
     return 0
 
 
-def check_data(chosen: Chosen, index: RecordIndex) -> None:
+def check_data(chosen: Chosen, index: RecordSource) -> None:
     """Refuses a data file that the selection was not made from: its rows would be other records."""
     made_from = chosen.manifest["data"]
     for what, expected, got in (
@@ -93,19 +94,19 @@ def check_data(chosen: Chosen, index: RecordIndex) -> None:
             )
 
 
-def record(index: RecordIndex, row: int) -> Mapping[str, Any] | None:
+def record(index: RecordSource, row: int) -> Mapping[str, Any] | None:
     """A row's record; None for one that is not a JSON object."""
     try:
         found = index[row]
-    except msgspec.DecodeError:
+    except RecordError:
         return None
     return found if isinstance(found, Mapping) else None
 
 
-def open_image(images: ImageSource, name: str) -> Image.Image:
+def open_image(images: ImageSource, image: ImageRef) -> Image.Image:
     """An image as training sees it. One that is missing raises `FileNotFoundError`, a broken one `ValueError`."""
     try:
-        return images.open(name)
+        return images.open(image)
     except FailedRowError as error:
         kind = FileNotFoundError if error.status == Status.IMAGE_MISSING else ValueError
         raise kind(str(error)) from error

@@ -18,7 +18,7 @@ from icons.consensus.duplicates import NearDuplicates
 from icons.consensus.ranking import ordered
 from icons.consensus.selection_file import save_manifest, write_table
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
-from icons.datamodules.records import RecordIndex
+from icons.datamodules.records import RecordSource, open_records
 from icons.store import GradientStore, ScoreStore
 
 console = Console()
@@ -80,7 +80,7 @@ def select(
             each task's influence.
     """
     store = ScoreStore.open(scores)
-    index = RecordIndex.open(data)
+    index = open_records(data)
     check_data(store, index, data)
     loaded = Loaded.of(store)
     sources = sources_of(index, source_field) if source_weight or source_quota else None
@@ -140,7 +140,7 @@ class Loaded:
         return np.asarray(self.arrays[name][:]) if name in self.arrays else None
 
 
-def check_data(store: ScoreStore, index: RecordIndex, data: Path) -> None:
+def check_data(store: ScoreStore, index: RecordSource, data: Path) -> None:
     """Refuses a score store that is not whole, or that belongs to other data: the rows would be other records."""
     missing = store.counts()["missing"]
     if missing:
@@ -201,7 +201,7 @@ def without_near_duplicates(
             chosen = select_rows(loaded, budget={**budget, "exclude": dropped}, **settings)
 
 
-def columns(chosen: Selection, loaded: Loaded, index: RecordIndex) -> dict[str, np.ndarray]:
+def columns(chosen: Selection, loaded: Loaded, index: RecordSource) -> dict[str, np.ndarray]:
     """The table's columns: the selected rows, the best first."""
     order = ordered(chosen.rows, chosen.score, chosen.percentile_rank)
     found: dict[str, np.ndarray] = {"rank": np.arange(1, len(order) + 1), "row": order}
@@ -211,7 +211,7 @@ def columns(chosen: Selection, loaded: Loaded, index: RecordIndex) -> dict[str, 
 
 
 def manifest(
-    chosen: Selection, store: ScoreStore, index: RecordIndex, found: Border | None, settings: Mapping[str, Any]
+    chosen: Selection, store: ScoreStore, index: RecordSource, found: Border | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the selection was made from and with."""
     uncertain: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from icons.cli.bakeoff import bakeoff, pools_of
 from icons.cli.pairs import parse
 from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, warmup
-from icons.datamodules.records import RecordIndex
+from icons.datamodules.records import RecordSource, open_records
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
 from icons.modules.interruption import RESUME
@@ -129,7 +129,7 @@ def validate(
         )  # fmt: skip
     if fraction or pool:
         raise ValueError("--fraction and --pool: belong to --rule, which is not given")
-    index = RecordIndex.open(data)
+    index = open_records(data)
     stores = {name: ScoreStore.open(path) for name, path in parse(scores, "--scores").items()}
     tasks = parse_tasks(task)
     methods = {name: checked(name, store, list(tasks), len(index)) for name, store in stores.items()}
@@ -151,7 +151,7 @@ def validate(
         | {
             "data": index.fingerprint,
             "model": ModelFolder.open(**start).fingerprint(),
-            "tasks": {name: RecordIndex.open(file).fingerprint for name, (file, _) in tasks.items()},
+            "tasks": {name: open_records(file).fingerprint for name, (file, _) in tasks.items()},
         },
         "trainings",
     )
@@ -229,12 +229,12 @@ def without(scores: Float[np.ndarray, "rows tasks"], share: float, seed: int) ->
     return {name: np.sort(rows) for name, rows in (kept | {"without-random": shuffled[count:]}).items()}
 
 
-def provenance(index: RecordIndex, field: str) -> np.ndarray:
+def provenance(index: RecordSource, field: str) -> np.ndarray:
     """Each record's field, as text; empty where it has none."""
     found = []
     for row in range(len(index)):
         try:
-            record = index[row]
+            record = index.light(row)
         except ValueError:
             record = None
         found.append(str(record.get(field, "")) if isinstance(record, dict) else "")

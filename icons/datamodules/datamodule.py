@@ -1,6 +1,7 @@
 """ConversationDataModule: a data file for warm-up, gradients, validation and fine-tune alike."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.preprocessing import Preprocessing
-from icons.datamodules.records import RecordIndex
+from icons.datamodules.records import open_records
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.datamodules.training import TrainingLoader, TrainingSampler, modality_and_length
 from icons.models.folder import ModelFolder
@@ -33,6 +34,7 @@ class ConversationDataModule(LightningDataModule):
         held_out: rows kept for validation.
         seed: of the order of training.
         trust_remote_code: whether tokenizer and processor may be code of the model's folder.
+        dialect: how the records are written; see `icons.datamodules.dialects`. Tasks' files are detected.
 
     `plan` is what `predict_dataloader` goes through; GradientWriter sets it. Without one it is every row, as one unit.
     """
@@ -52,6 +54,7 @@ class ConversationDataModule(LightningDataModule):
         held_out: Sequence[int] | None = None,
         seed: int = 0,
         trust_remote_code: bool = False,
+        dialect: str = "auto",
     ) -> None:
         super().__init__()
         self.data, self.folder = Path(data), model_folder
@@ -59,18 +62,19 @@ class ConversationDataModule(LightningDataModule):
         self.batch_size, self.max_tokens, self.num_workers = batch_size, max_tokens, num_workers
         self.rows, self.tasks, self.held_out, self.seed = rows, dict(tasks or {}), held_out, seed
         self.trust_remote_code = trust_remote_code
-        self.dataset = self.make_dataset(data, images)
+        self.dataset = self.make_dataset(data, images, dialect)
         self.preprocessing = self.dataset.preprocessing  # with the template that "auto" has become
         self.plan: UnitPlan | None = None
 
-    def make_dataset(self, data: Path, images: Path | None) -> ConversationDataset:
-        records = RecordIndex.open(Path(data))
-        return ConversationDataset(records, images, self.folder, self.preprocessing, self.trust_remote_code)
+    def make_dataset(self, data: Path, images: Path | None, dialect: str = "auto") -> ConversationDataset:
+        return ConversationDataset(
+            open_records(data), images, self.folder, self.preprocessing, self.trust_remote_code, dialect
+        )
 
     def train_dataloader(self) -> TrainingLoader:
         """Every chosen row once an epoch, shared out to the ranks; remembers its place for a resumed fit."""
         rows = range(len(self.dataset)) if self.rows is None else self.rows
-        with_image, words = modality_and_length(self.dataset.records, rows)
+        with_image, words = modality_and_length(partial(self.dataset.conversation, light=True), rows)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = TrainingSampler(rows, words, with_image, self.batch_size, rank, world_size, self.seed)
         return TrainingLoader(self.dataset, sampler, collate_fn=self.dataset.collate, num_workers=self.num_workers)

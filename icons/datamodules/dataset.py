@@ -1,11 +1,11 @@
 """ConversationDataset: a record -> tokens, labels and pixels; a batch of them -> tensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import msgspec
 import torch
 from torch.utils.data import Dataset
 
@@ -13,19 +13,23 @@ from icons.batch import IGNORE_INDEX, OWN_FIELDS, Status
 from icons.datamodules.chat.processor import ProcessorSamples, join
 from icons.datamodules.chat.templates import IMAGE_PLACE, TEMPLATES, TemplateError, Turn, put_image_first
 from icons.datamodules.chat.tokenizer import load_tokenizer
-from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, names_of
+from icons.datamodules.conversation import Conversation
+from icons.datamodules.dialects import DIALECTS, Dialect, detect, read_conversation
+from icons.datamodules.failed_row import FailedRowError, bad_record
+from icons.datamodules.images import ImageSource, PixelMaker
 from icons.datamodules.preprocessing import Preprocessing
-from icons.datamodules.records import RecordIndex
+from icons.datamodules.records import RecordError, RecordSource
 from icons.models.folder import ModelFolder
 
-HUMAN = {"human": True, "user": True, "gpt": False, "assistant": False}
+DETECTED_BY = 64  # records, evenly spaced over the file
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Samples of a data file by row; a record that cannot become one keeps its row and says why.
 
     `dataset[row]` is `{"row", "input_ids", "labels"}` with `pixel_values` or whatever else the model's own processor
-    gives, or `{"row", "failed": Status}`.
+    gives, or `{"row", "failed": Status, "reason": sentence, "id"}`. Whatever a record makes a processor or a template
+    raise is that row's failure.
 
     Args:
         records: the data file.
@@ -33,20 +37,25 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         folder: the model that the samples are for: its tokenizer, and how many positions an image takes.
         preprocessing: template, length and image handling; the attribute of this name has the template that "auto" is.
         trust_remote_code: whether tokenizer and processor may be code of the model's folder.
+        dialect: how the records are written (`icons.datamodules.dialects`); "auto": as most of 64 of them are. The
+            attribute of this name is the one that it has become.
 
     Raises:
-        ValueError: the file holds no record; the template is unknown, not the one that the model's processor has, or
-            chat where there is none.
+        ValueError: the file holds no record, or none that is a conversation; the dialect is unknown; the template is
+            unknown, not the one that the model's processor has, or chat where there is none.
     """
 
     def __init__(
         self,
-        records: RecordIndex,
+        records: RecordSource,
         images: Path | None,
         folder: ModelFolder,
         preprocessing: Preprocessing,
         trust_remote_code: bool = False,
+        dialect: str = "auto",
     ) -> None:
+        if dialect not in ("auto", *DIALECTS):
+            raise ValueError(f"dialect {dialect!r}; expected auto or one of {', '.join(DIALECTS)}")
         if not len(records):
             raise ValueError(f"{records.path}: holds no record; expected LLaVA JSON or JSONL with one at least")
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
@@ -73,15 +82,28 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if folder.kind == "llava":
             self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad)
         self.text_limit = preprocessing.text_limit(self.tokenizer.model_max_length)
+        self.dialect = self.detected() if dialect == "auto" else DIALECTS[dialect]
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def detected(self) -> Dialect:
+        """The dialect of the records."""
+        rows = range(0, len(self), max(1, len(self) // DETECTED_BY))
+        found = []
+        for row in rows[:DETECTED_BY]:
+            with suppress(RecordError):
+                found.append(self.records.light(row))
+        try:
+            return detect(found)
+        except ValueError as error:
+            raise ValueError(f"{self.records.path}: {error}") from None
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         try:
             return self.sample(row)
         except FailedRowError as failure:
-            return {"row": row, "failed": failure.status}
+            return {"row": row, "failed": failure.status, "reason": str(failure), "id": self.records.id(row)}
 
     def lengths(self, rows: Sequence[int]) -> list[int]:
         """Tokens of each row as the model will see them; 0 for one that fails.
@@ -92,52 +114,52 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         for row in rows:
             try:
                 if self.processor is None:
-                    found.append(len(self.tokens(self.record(row))[0]))
+                    with row_failure():
+                        found.append(len(self.tokens(self.conversation(row, light=True))[0]))
                 else:
                     found.append(len(self.sample(row)["input_ids"]))
             except FailedRowError:
                 found.append(0)
         return found
 
-    def record(self, row: int) -> Mapping[str, Any]:
-        """The record, checked to be a conversation.
+    def conversation(self, row: int, light: bool = False) -> Conversation:
+        """What the record says.
+
+        Args:
+            row: which.
+            light: leave the contents of embedded images out.
 
         Raises:
-            FailedRowError: not JSON, no object, or without conversations.
+            FailedRowError: the record cannot be read, or is no conversation in the file's dialect.
         """
         try:
-            record = self.records[row]
-        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-            raise FailedRowError(Status.BAD_RECORD, f"not valid JSON: {error}") from None
-        turns = record.get("conversations") if isinstance(record, dict) else None
-        if not isinstance(turns, list) or not turns:
-            raise FailedRowError(Status.BAD_RECORD, "no conversations")
-        return record
+            record = self.records.light(row) if light else self.records[row]
+        except RecordError as error:
+            raise FailedRowError(Status.BAD_RECORD, f"the record cannot be read: {error}") from None
+        return read_conversation(record, self.dialect)
 
-    def turns(self, record: Mapping[str, Any]) -> list[Turn]:
-        """The record's turns, image marks in front where the preset says so.
+    def turns(self, conversation: Conversation) -> list[Turn]:
+        """The conversation's turns from its first question on, image marks in front where the preset says so.
 
         Raises:
-            FailedRowError: a turn is not `{"from": "human" or "gpt", "value": text}`.
+            FailedRowError: an image stands before the first question.
         """
-        try:
-            turns = [Turn(HUMAN[turn["from"]], turn["value"]) for turn in record["conversations"]]
-        except (KeyError, TypeError):
-            raise FailedRowError(Status.BAD_RECORD, "a turn without `from` (human or gpt) and `value`") from None
-        if not all(isinstance(turn.text, str) and is_unicode(turn.text) for turn in turns):
-            raise FailedRowError(Status.BAD_RECORD, "a turn whose `value` is not a text")
-        names = names_of(record.get("image"))
-        if names and self.preprocessing.reorder:
-            return [Turn(turn.human, put_image_first(turn.text, several=len(names) > 1)) for turn in turns]
-        return turns
+        spoken = conversation.turns
+        if not spoken[0].human:  # what no template trains on
+            if spoken[0].images:
+                raise bad_record("has an image in an answer before the first question")
+            spoken = spoken[1:]
+        if conversation.system is not None:
+            raise bad_record(f"has a system text, for which the template {self.preprocessing.template} has no place")
+        images = len(conversation.images)
+        if images and self.preprocessing.reorder:
+            return [Turn(turn.human, put_image_first(turn.text, several=images > 1)) for turn in spoken]
+        return [Turn(turn.human, turn.text) for turn in spoken]
 
-    def tokens(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def tokens(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Ids and labels, images expanded to one position per feature, cut as LLaVA cuts: before and after."""
-        image, limit = bool(names_of(record.get("image"))), self.preprocessing.max_length
-        try:
-            ids, labels = self.template(self.tokenizer, self.turns(record), image, self.text_limit)
-        except TemplateError as error:
-            raise FailedRowError(Status.BAD_RECORD, str(error)) from None
+        image, limit = bool(conversation.images), self.preprocessing.max_length
+        ids, labels = self.template(self.tokenizer, self.turns(conversation), image, self.text_limit)
         if self.template is TEMPLATES["llama_3"]:  # xtuner leaves room for one image, also where there is none
             before = max(1, limit - self.folder.image_tokens)
             return self.expand(ids[:before], labels[:before])
@@ -165,34 +187,29 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         Raises:
             FailedRowError: see `Status`.
         """
-        record = self.record(row)
-        sample = self.llava_sample(record) if self.processor is None else self.processor_sample(record)
+        with row_failure():
+            conversation = self.conversation(row)
+            sample = self.llava_sample(conversation) if self.processor is None else self.processor_sample(conversation)
         if not bool((sample["labels"][1:] != IGNORE_INDEX).any()):
-            raise FailedRowError(Status.NO_SUPERVISED_TOKEN, "no supervised token")
+            raise FailedRowError(Status.NO_SUPERVISED_TOKEN, "no token of an answer is left to train on")
         return {"row": row, **sample}
 
-    def llava_sample(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        ids, labels = self.tokens(record)
+    def llava_sample(self, conversation: Conversation) -> dict[str, Any]:
+        ids, labels = self.tokens(conversation)
         sample: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        names = names_of(record.get("image"))
-        if names and self.pixels is not None:
+        if conversation.images and self.pixels is not None:
             positions = ids.count(cast(int, self.folder.image_token_id))
             needed = -(-positions // self.folder.image_tokens)  # images that the maximal length cuts away are not
-            if needed > len(names):
-                raise FailedRowError(Status.BAD_RECORD, f"{needed} image marks for {len(names)} images")
-            opened = [self.images.open(name) for name in names]  # also unused ones: a broken record is a broken record
+            opened = [self.images.open(image) for image in conversation.images]  # also unused ones: a broken record is
             if needed:
                 sample["pixel_values"] = self.pixels(opened[:needed])
         return sample
 
-    def processor_sample(self, record: Mapping[str, Any]) -> dict[str, Any]:
+    def processor_sample(self, conversation: Conversation) -> dict[str, Any]:
         assert self.processor is not None
-        turns = self.turns(record)
-        images = [self.images.open(name) for name in names_of(record.get("image"))]
-        try:
-            return self.processor(turns, images, self.preprocessing.max_length)
-        except TemplateError as error:
-            raise FailedRowError(Status.BAD_RECORD, str(error)) from None
+        turns = self.turns(conversation)
+        images = [self.images.open(image) for image in conversation.images]
+        return self.processor(turns, images, self.preprocessing.max_length)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `icons.batch` describes it; `pixel_values [images, 3, H, W]` in the order of rows and marks."""
@@ -213,6 +230,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             "row": torch.tensor([sample["row"] for sample in good], dtype=torch.int64),
             "failed_row": torch.tensor([sample["row"] for sample in failed], dtype=torch.int64),
             "failed_status": torch.tensor([int(sample["failed"]) for sample in failed], dtype=torch.uint8),
+            "failed_reason": [sample["reason"] for sample in failed],
+            "failed_id": [sample["id"] for sample in failed],
         }
         for name in {name: None for sample in good for name in sample if name not in (*OWN_FIELDS, "input_ids")}:
             parts = [sample[name] for sample in good if name in sample]
@@ -226,10 +245,19 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         return batch
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: half a surrogate pair, which JSON can hold, cannot."""
+@contextmanager
+def row_failure() -> Iterator[None]:
+    """Whatever a record makes a template, a tokenizer or a processor raise is the failure of its row.
+
+    Raises:
+        FailedRowError: in place of any other error; but what is wrong with the machine (memory, files) stays as it is.
+    """
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        yield
+    except (FailedRowError, MemoryError, OSError):
+        raise
+    except TemplateError as error:
+        raise FailedRowError(Status.BAD_RECORD, str(error)) from None
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise FailedRowError(Status.BAD_RECORD, f"the record cannot be prepared: {reason}") from error

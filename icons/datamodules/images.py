@@ -12,22 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoImageProcessor, CLIPImageProcessorPil
 
 from icons.batch import Status
+from icons.datamodules.conversation import ImageRef
+from icons.datamodules.failed_row import FailedRowError as FailedRowError
 
-NO_IMAGE = ("", "None", "none", "nan")  # Cambrian's ways to say that a record has no image
 ARCHIVES = (".tar", ".zip")
-
-
-class FailedRowError(Exception):
-    """A record that cannot become a sample, and why."""
-
-    def __init__(self, status: Status, reason: str) -> None:
-        super().__init__(reason)
-        self.status = status
 
 
 class ImageSource:
@@ -56,9 +49,10 @@ class ImageSource:
             self.archives[self.source] = Archive(self.source)
         self.root = self.source.resolve()
 
-    def open(self, name: str) -> Image.Image:
+    def open(self, image: ImageRef | str) -> Image.Image:
         """The image as RGB, see `read` and `decode`."""
-        return decode(self.read(name), name)
+        image = ImageRef(image) if isinstance(image, str) else image
+        return decode(self.read(image.name) if image.content is None else image.content, image.name)
 
     def read(self, name: str) -> bytes:
         """The file's bytes.
@@ -160,20 +154,6 @@ def plain(name: str) -> str:
     return name.removeprefix("./").lstrip("/")
 
 
-def names_of(found: Any) -> list[str]:
-    """The images that a record's `image` field names: none, one, or a list.
-
-    >>> names_of("None"), names_of(["a.jpg", "b.jpg"])
-    ([], ['a.jpg', 'b.jpg'])
-    """
-    if found is None or found == [] or str(found) in NO_IMAGE:
-        return []
-    names = found if isinstance(found, list) else [found]
-    if not all(isinstance(name, str) for name in names):
-        raise FailedRowError(Status.BAD_RECORD, f"image {found!r}; expected a file name or a list of them")
-    return names
-
-
 def decode(content: bytes, name: str) -> Image.Image:
     """The image as RGB: palettes and CMYK converted, 16 bits per channel reduced to 8, the first frame of several.
 
@@ -196,6 +176,8 @@ def decode(content: bytes, name: str) -> Image.Image:
                 return image.convert("RGB")
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise FailedRowError(Status.TOO_LARGE, f"image {name}: {error}") from None
+    except UnidentifiedImageError:
+        raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: is no image, or of an unknown format") from None
     except Exception as error:  # pillow's decoders raise whatever a broken file leads them to
         raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: {error}") from None
 

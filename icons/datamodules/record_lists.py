@@ -8,13 +8,11 @@ import msgspec
 import numpy as np
 
 from icons.consensus.budget import Sources
-from icons.datamodules.records import RecordIndex
-
-
-class Identified(msgspec.Struct):
-    """A record of which only the id is read."""
-
-    id: str | int | None = None
+from icons.datamodules.failed_row import FailedRowError
+from icons.datamodules.image_refs import images_of
+from icons.datamodules.records import RecordError, RecordSource
+from icons.datamodules.records.json_file import Identified
+from icons.datamodules.records.source import id_of
 
 
 def entries_of(path: Path) -> list[int | str]:
@@ -40,7 +38,12 @@ def entries_of(path: Path) -> list[int | str]:
             found = msgspec.json.Decoder(Identified | str | int).decode_lines(content)
     except msgspec.MsgspecError as error:
         raise ValueError(f"list {path}: {error}; expected row numbers, ids, or records with an id") from error
-    return [str(entry.id) if isinstance(entry, Identified) else entry for entry in found]
+    named = [id_of({"id": entry.id}) if isinstance(entry, Identified) else entry for entry in found]
+    if "" in named:
+        raise ValueError(
+            f"list {path}: entry {named.index('') + 1} has no id; expected row numbers, ids, or records with an id"
+        )
+    return named
 
 
 def as_row(word: str, path: Path) -> int:
@@ -49,7 +52,7 @@ def as_row(word: str, path: Path) -> int:
     return int(word)
 
 
-def rows_of(path: Path, index: RecordIndex) -> list[int]:
+def rows_of(path: Path, index: RecordSource) -> list[int]:
     """The rows that a list names, ascending; an id names every record that has it.
 
     Raises:
@@ -67,27 +70,19 @@ def rows_of(path: Path, index: RecordIndex) -> list[int]:
     return sorted(rows)
 
 
-def ids_of(index: RecordIndex, rows: Sequence[int]) -> list[str]:
+def ids_of(index: RecordSource, rows: Sequence[int]) -> list[str]:
     """The ids of the given records; empty for one that has none or cannot be read."""
-    decoder = msgspec.json.Decoder(Identified)
-    found = []
-    for row in rows:
-        try:
-            name = decoder.decode(index.raw(row)).id
-        except msgspec.DecodeError:
-            name = None
-        found.append("" if name is None else str(name))
-    return found
+    return [index.id(row) for row in rows]
 
 
-def sources_of(index: RecordIndex, field: str | None) -> Sources:
+def sources_of(index: RecordSource, field: str | None) -> Sources:
     """The source of every record: a field of it (dotted for one inside another), or the first folder of its image."""
     names: dict[str, int] = {}
     codes = np.empty(len(index), np.int32)
     for row in range(len(index)):
         try:
-            record = index[row]
-        except msgspec.DecodeError:
+            record = index.light(row)
+        except RecordError:
             record = None
         source = source_of(record, field) if isinstance(record, Mapping) else "(unreadable)"
         codes[row] = names.setdefault(source, len(names))
@@ -107,10 +102,13 @@ def source_of(record: Mapping[str, Any], field: str | None) -> str:
         for key in field.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
         return "(none)" if value is None else str(value)
-    image = record.get("image")
-    if isinstance(image, list):
-        image = image[0] if image else None
-    if not isinstance(image, str) or image.strip().lower() in ("", "none", "nan"):
+    try:
+        images = images_of(record)
+    except FailedRowError:
+        return "(unreadable)"
+    if not images:
         return "text only"
-    folder, slash, _ = image.strip("/").partition("/")
+    if images[0].name.startswith("data:"):
+        return "images"
+    folder, slash, _ = images[0].name.strip("/").partition("/")
     return folder if slash else "images"

@@ -1,13 +1,13 @@
 """The batches of a fit: shuffled by epoch, one modality to a batch, like lengths together, as LLaVA trains."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import msgspec
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from icons.datamodules.images import FailedRowError, names_of
+from icons.datamodules.conversation import Conversation
+from icons.datamodules.failed_row import FailedRowError
 
 
 class TrainingSampler(Sampler[list[int]]):
@@ -117,15 +117,14 @@ class TrainingLoader(DataLoader[Any]):
         self.order.skip = state["given"]
 
 
-def modality_and_length(records: Any, rows: Sequence[int]) -> tuple[list[bool], list[int]]:
+def modality_and_length(read: Callable[[int], Conversation], rows: Sequence[int]) -> tuple[list[bool], list[int]]:
     """Whether each row has an image, and its number of words, by which LLaVA groups; a broken record has none."""
     with_image, words = [], []
     for row in rows:
         try:
-            record = records[row]
-            with_image.append(bool(names_of(record.get("image"))))
-            words.append(sum(len(turn["value"].split()) for turn in record["conversations"]))
-        except (FailedRowError, msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-            with_image[len(words) :] = [False]
-            words.append(0)
+            conversation = read(row)
+        except FailedRowError:
+            conversation = None
+        with_image.append(conversation is not None and bool(conversation.images))
+        words.append(0 if conversation is None else conversation.num_words)
     return with_image, words

@@ -12,6 +12,9 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from icons.consensus.selection_file import SavedSelection
+from icons.datamodules.conversation import ImageRef
+from icons.datamodules.failed_row import FailedRowError
+from icons.datamodules.image_refs import images_of
 from icons.datamodules.record_lists import source_of
 from icons.report import comparison, sections
 from icons.report.numbers import ScoreNumbers, count
@@ -70,8 +73,8 @@ class Pool:
 
     name: str
     record: Callable[[int], Mapping[str, Any] | None]
-    image: Callable[[str], Image.Image]
-    """Opens an image by its name in the record; raises OSError or ValueError where it cannot."""
+    image: Callable[[ImageRef], Image.Image]
+    """Opens an image as the record names it; raises OSError or ValueError where it cannot."""
     has_images: bool = True
     """False: there is no image folder, and texts are shown alone."""
 
@@ -203,16 +206,16 @@ def shown_row(
 ) -> ShownRow:
     record = pool.record(row)
     image, problem = "", "" if record is not None else "this record cannot be read"
-    names = [] if record is None else image_names(record)
-    if names and pool.has_images:
+    images = [] if record is None else images_in(record)
+    if images and (pool.has_images or images[0].content is not None):
         try:
-            with opened(pool, names[0]) as picture:
+            with opened(pool, images[0]) as picture:
                 image = thumbnail(picture)
         except FileNotFoundError:
-            problem = f"image {names[0]} is not in the image folder"
+            problem = f"image {images[0].name} is not in the image folder"
         # whatever a broken file makes the decoder raise, the page says so and goes on
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-            problem = f"image {names[0]} cannot be decoded"
+            problem = f"image {images[0].name} cannot be decoded"
     score, stderr = (float(np.asarray(array[row, task])) for array in (scores.influence, scores.stderr))
     return ShownRow(
         row=row,
@@ -229,16 +232,17 @@ def shown_row(
 
 
 @contextmanager
-def opened(pool: Pool, name: str) -> Iterator[Image.Image]:
-    picture = pool.image(name)
+def opened(pool: Pool, image: ImageRef) -> Iterator[Image.Image]:
+    picture = pool.image(image)
     try:
         yield picture
     finally:
         picture.close()
 
 
-def image_names(record: Mapping[str, Any]) -> list[str]:
-    """The names of a record's images; the data sets' ways of saying "none" give an empty list."""
-    value = record.get("image")
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, str) and v.strip().lower() not in ("", "none", "nan")]
+def images_in(record: Mapping[str, Any]) -> list[ImageRef]:
+    """A record's images; none where they are not written as images are."""
+    try:
+        return images_of(record)
+    except FailedRowError:
+        return []

@@ -10,6 +10,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
+from icons.datamodules.conversation import IMAGE
+from icons.datamodules.dialects import dialect_of, read_conversation
+from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.record_lists import source_of
 from icons.report.page import Turn
 
@@ -23,17 +26,23 @@ Record = Mapping[str, Any]
 
 
 def turns(record: Record) -> list[Turn]:
-    """The first turns of a record's conversation, without the image mark, long ones cut.
+    """The first turns of a record's conversation, whatever its dialect, without the image mark, long ones cut.
 
     >>> turns({"conversations": [{"from": "human", "value": "<image>\\nRed?"}, {"from": "gpt", "value": "Yes"}]})
     [Turn(text='Red?', answer=False), Turn(text='Yes', answer=True)]
     """
-    said = [turn for turn in record.get("conversations") or [] if isinstance(turn, Mapping)]
+    dialect = dialect_of(record)
+    if dialect is None:
+        return []
+    try:
+        said = read_conversation(record, dialect).turns
+    except FailedRowError:
+        return []
     shown = []
     for turn in said[:MAX_TURNS]:
-        text = str(turn.get("value", "")).replace("<image>", "").strip()
+        text = turn.text.replace(IMAGE, "").strip()
         text = text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rstrip() + " …"
-        shown.append(Turn(text, turn.get("from") in ("gpt", "assistant")))
+        shown.append(Turn(text, not turn.human))
     if len(said) > MAX_TURNS:
         shown.append(Turn(f"… and {len(said) - MAX_TURNS} more turns", False))
     return shown

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from rich.console import Console
 
-from icons.datamodules.records import RecordIndex
+from icons.datamodules.records import open_records
 from icons.models.warmup_folder import MANIFEST, open_warmup
 from icons.modules.interruption import RESUME, Interruption
 from icons.store.lease import Leases
@@ -69,7 +69,7 @@ class Retrainer:
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / ROWS, retraining.rows)
         file = folder / f"data{self.data.suffix}"
-        RecordIndex.open(self.data).write_selection(retraining.rows.tolist(), file)
+        open_records(self.data).write_selection(retraining.rows.tolist(), file)
         status = self.warmup(data=file, out=folder / FIT, seed=retraining.seed, **self.settings)
         if status == 0:
             partial = folder / (LOSSES + ".partial")

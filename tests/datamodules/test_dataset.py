@@ -104,7 +104,8 @@ BAD: dict[str, Any] = {
     "no conversations": ({"id": "a"}, Status.BAD_RECORD),
     "empty conversations": ({"conversations": []}, Status.BAD_RECORD),
     "turns that are no objects": ({"conversations": ["a", "b"]}, Status.BAD_RECORD),
-    "unknown speaker": ({"conversations": [{"from": "system", "value": "a"}]}, Status.BAD_RECORD),
+    "unknown speaker": ({"conversations": [{"from": "narrator", "value": "a"}]}, Status.BAD_RECORD),
+    "a system turn alone": ({"conversations": [{"from": "system", "value": "a"}]}, Status.BAD_RECORD),
     "a value that is no text": ({"conversations": [{"from": "human", "value": 3}]}, Status.BAD_RECORD),
     "half a surrogate pair": (record("\ud83d"), Status.BAD_RECORD),
     "nested too deeply": ("[" * 100_000 + "]" * 100_000, Status.BAD_RECORD),
@@ -127,7 +128,8 @@ BAD: dict[str, Any] = {
 def test_a_bad_row_fails_with_its_reason_and_no_other_does(name: str, make: Make) -> None:
     entry, status = BAD[name]
     dataset = make([record(), entry, record()])
-    assert dataset[1] == {"row": 1, "failed": status}
+    assert dataset[1] == {"row": 1, "failed": status, "reason": dataset[1]["reason"], "id": dataset[1]["id"]}
+    assert len(dataset[1]["reason"]) > 15
     assert dataset.lengths([0])[0] == dataset.lengths([2])[0] > 0
     assert "failed" not in dataset[0]
     assert "failed" not in dataset[2]
@@ -172,7 +174,10 @@ def test_a_text_model_takes_text_rows_and_fails_image_rows(make: Make, text_fold
     dataset = make([record(), record("<image>", image="0.png")], folder=ModelFolder.open(text_folder), template="chat")
     text = dataset.tokenizer.decode(dataset[0]["input_ids"])
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nthere<|im_end|>\n"
-    assert dataset[1] == {"row": 1, "failed": Status.BAD_RECORD}
+    assert (dataset[1]["failed"], dataset[1]["reason"]) == (
+        Status.BAD_RECORD,
+        "the record has an image and the model takes none",
+    )
 
 
 def test_an_unknown_template_is_refused(make: Make) -> None:

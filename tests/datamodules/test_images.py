@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from icons.batch import Status
-from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, decode, names_of, processor_kind, square
+from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, decode, processor_kind, square
 
 CLIP = Path(__file__).parents[1] / "data" / "original_llava" / "clip"
 
@@ -190,16 +190,6 @@ def test_a_compressed_tar_is_refused(tmp_path: Path) -> None:
 def test_a_missing_image_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such image folder; expected a folder"):
         ImageSource(tmp_path / "none")
-
-
-@pytest.mark.parametrize("value", [None, "", "None", "none", "nan", float("nan"), []])
-def test_cambrians_ways_to_have_no_image(value: object) -> None:
-    assert names_of(value) == []
-
-
-@pytest.mark.parametrize("value", [3, {"path": "a.png"}, ["a.png", 3], [None]])
-def test_an_image_that_is_no_name_is_a_bad_record(value: object) -> None:
-    assert status_of(lambda: names_of(value)) == Status.BAD_RECORD
 
 
 def test_an_image_is_padded_to_the_middle_of_a_square() -> None:

@@ -1,6 +1,5 @@
 """The batches of a fit: every row once, one modality a step, like lengths together, the same after a resume."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
+from icons.datamodules.conversation import Conversation
+from icons.datamodules.dialects import DIALECTS, read_conversation
 from icons.datamodules.training import TrainingLoader, TrainingSampler, modality_and_length
 
 
@@ -98,23 +99,17 @@ def test_a_loader_goes_on_where_it_was(workers: int) -> None:
     assert list(resumed) == whole  # the next epoch is a whole one
 
 
-class Records:
-    def __init__(self, lines: Sequence[bytes]) -> None:
-        self.lines = lines
-
-    def __getitem__(self, row: int) -> Any:
-        return msgspec.json.decode(self.lines[row])
-
-
 def test_modality_and_words_are_counted() -> None:
-    records = Records(
-        [
-            b'{"image": "a.png", "conversations": [{"value": "<image> What is it?"}, {"value": "A cat."}]}',
-            b'{"image": "none", "conversations": [{"value": "Hello"}]}',
-            b"{broken",
-            b'{"image": "b.png"}',
-            b"[]",
-            b'{"conversations": [{"value": null}]}',
-        ]
-    )
-    assert modality_and_length(records, range(6)) == ([True, False, False, False, False, False], [6, 1, 0, 0, 0, 0])
+    lines = [
+        b'{"image": "a.png", "conversations": [{"from": "human", "value": "<image> What is it?"}, '
+        b'{"from": "gpt", "value": "A cat."}]}',
+        b'{"image": "none", "conversations": [{"from": "human", "value": "Hello"}]}',
+        b'{"image": "b.png"}',
+        b"[]",
+        b'{"conversations": [{"from": "human", "value": null}]}',
+    ]
+
+    def read(row: int) -> Conversation:
+        return read_conversation(msgspec.json.decode(lines[row]), DIALECTS["llava"])
+
+    assert modality_and_length(read, range(5)) == ([True, False, False, False, False], [6, 1, 0, 0, 0])

@@ -89,7 +89,7 @@ def pool(run: Path) -> Pool:
     def read(row: int) -> dict[str, Any] | None:
         return None if row == UNREADABLE else record(row)
 
-    return Pool("train.json", read, lambda name: Image.open(run / "images" / name))
+    return Pool("train.json", read, lambda image: Image.open(run / "images" / image.name))
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from icons.consensus.selection_file import SavedSelection, open_selection
-from icons.report.build import Chosen, Pool, build, image_names
+from icons.report.build import Chosen, Pool, build, images_in
 from icons.report.page import Page, render
 from icons.report.sections import provenance
 from icons.store import ScoreStore
@@ -110,7 +110,7 @@ def test_an_unfinished_store_is_said_to_be_one(tmp_path: Path, pool: Pool) -> No
 
 @pytest.mark.parametrize("value", [None, "", " None ", "nan", [], [None]])
 def test_the_ways_of_having_no_image(value: object) -> None:
-    assert image_names({"image": value}) == []
+    assert images_in({"image": value}) == []
 
 
 def test_provenance_shows_every_store_behind_the_scores() -> None:

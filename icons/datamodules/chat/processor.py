@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from icons.batch import IGNORE_INDEX, Status
-from icons.datamodules.chat.templates import IMAGE, TemplateError, Turn, alternating, answer_end, rendered
-from icons.datamodules.images import FailedRowError
+from icons.datamodules.chat.templates import TemplateError, Turn, alternating, answer_end, rendered
+from icons.datamodules.conversation import IMAGE
+from icons.datamodules.failed_row import FailedRowError
 from icons.models.folder import own_code
 
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import jinja2
 
 from icons.batch import IGNORE_INDEX
+from icons.datamodules.conversation import IMAGE
 
-IMAGE = "<image>"
 IMAGE_PLACE = -200
 
 

@@ -13,11 +13,21 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from icons.datamodules.scan import Layout, scan
+from icons.datamodules.records.scan import Layout, scan
+from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
 
 CACHE = "ICONS_CACHE"
 KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
 SAMPLES, SAMPLE_BYTES = 64, 4096
+
+
+class Identified(msgspec.Struct):
+    """A record of which only the id is read."""
+
+    id: Any = None
+
+
+ID = msgspec.json.Decoder(Identified)
 
 
 class RecordIndex:
@@ -65,10 +75,22 @@ class RecordIndex:
         """The decoded record.
 
         Raises:
-            msgspec.DecodeError: it is not valid JSON.
+            RecordError: it is not valid JSON.
             IndexError: there is no such row.
         """
-        return msgspec.json.decode(self.raw(row))
+        return decode(self.raw(row))
+
+    def light(self, row: int) -> Any:
+        return self[row]
+
+    def id(self, row: int) -> str:
+        content = self.raw(row)
+        try:
+            return id_of({"id": ID.decode(content).id})
+        except (ValueError, RecursionError):  # not JSON, or JSON with what only Python reads
+            with contextlib.suppress(RecordError):
+                return id_of(decode(content))
+        return ""
 
     def raw(self, row: int) -> bytes:
         """The record's bytes, without what separates it from the next."""
@@ -80,8 +102,7 @@ class RecordIndex:
 
     def entry(self, row: int) -> bytes:
         """The record's bytes; in an object of records, with its key."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"{self.path}: row {row}; expected 0 to {len(self) - 1}")
+        checked_row(row, self)
         if self.content is None:  # opened where it is used: a mapping does not travel to another process
             with self.path.open("rb") as file:
                 self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from icons.datamodules import scan as scanning
-from icons.datamodules.records import RecordIndex, cache_file
-from icons.datamodules.scan import scan
+from icons.datamodules.records import RecordError, RecordIndex
+from icons.datamodules.records import scan as scanning
+from icons.datamodules.records.json_file import cache_file
+from icons.datamodules.records.scan import scan
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +94,7 @@ def test_a_broken_line_keeps_its_row_and_the_others_theirs(tmp_path: Path) -> No
     index = RecordIndex.open(tmp_path / "data.jsonl")
     assert len(index) == 3  # the blank line is no record
     assert index[2] == record(2)
-    with pytest.raises(msgspec.DecodeError):
+    with pytest.raises(RecordError):
         index[1]
 
 
@@ -142,7 +143,7 @@ def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path: Path, m
     path = write(tmp_path / "data.json", "list", [record(0), record(1)])
     first = RecordIndex.open(path)
     with monkeypatch.context() as patch:
-        patch.setattr("icons.datamodules.records.scan", lambda path: pytest.fail("scanned again"))
+        patch.setattr("icons.datamodules.records.json_file.scan", lambda path: pytest.fail("scanned again"))
         again = RecordIndex.open(path)
     assert (again[1], again.fingerprint) == (record(1), first.fingerprint)
     before = path.stat()
