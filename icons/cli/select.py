@@ -1,30 +1,33 @@
 """`icons select`: a score store -> the selected rows, and the selected part of the data file."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from jsonargparse.typing import restricted_string_type
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from icons.cli.pairs import parse
-from icons.consensus import Selection
+from icons.consensus import Pairs, Selection
 from icons.consensus import select as select_rows
 from icons.consensus.border import Border, border
 from icons.consensus.duplicates import NearDuplicates
 from icons.consensus.ranking import ordered
+from icons.consensus.rules import RULES
 from icons.consensus.selection_file import save_manifest, write_table
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
 from icons.store import GradientStore, ScoreStore
 
 console = Console()
-Method = Literal[
-    "vote", "mean", "max", "rank", "norm", "borda", "round_robin", "direct_merge", "random", "loss", "grad_norm"
-]
+OwnPath = restricted_string_type("OwnPath", r"^[\w.]+:\w+$", "a rule of one's own, MODULE:FUNCTION")
+if TYPE_CHECKING:
+    Method = str
+else:
+    Method = Literal[tuple(RULES)] | OwnPath
 
 
 def select(
@@ -33,6 +36,7 @@ def select(
     out: Path,
     fraction: float = 0.2,
     method: Method = "vote",
+    option: list[str] | None = None,
     num_rows: int | None = None,
     vote_fraction: float | None = None,
     weight: list[str] | None = None,
@@ -44,7 +48,8 @@ def select(
     include: Path | None = None,
     exclude: Path | None = None,
     near_duplicates: float | None = None,
-    train: str | None = None,
+    train: list[str] | None = None,
+    task: list[str] | None = None,
     seed: int = 0,
     table: Path | None = None,
 ) -> int:
@@ -58,9 +63,9 @@ def select(
         data: the data file that the scores belong to (LLaVA JSON or JSONL).
         out: the selected records, byte for byte as they were.
         fraction: share of the rows to select.
-        method: vote; the paper's other aggregations mean, max, rank, norm; borda (points within each task's votes),
-            round_robin (each task picks in turn), direct_merge (one pool of validation rows); or a baseline: random,
-            loss (highest first), grad_norm (highest first).
+        method: the rule. {rules}. Or MODULE:FUNCTION, a function of your own that takes the score store and gives rows,
+            the best first.
+        option: NAME=NUMBER, an option of the rule; again for each. {options}.
         num_rows: rows to select, in place of --fraction.
         vote_fraction: share that each task votes for, if not the selected share.
         weight: TASK=NUMBER, the weight of a task; again for each.
@@ -74,15 +79,18 @@ def select(
             or of records with ids.
         exclude: file of rows that are never in; likewise.
         near_duplicates: leave out rows whose gradient has at least this cosine with a better selected row's.
-        train: gradient store for --near-duplicates; default: the one the scores were made from.
-        seed: of the method random.
+        train: gradient store of the training data, for --near-duplicates and rules that read single validation rows;
+            again for each checkpoint; default: those the scores were made from.
+        task: NAME=STORE, gradient store of a task's validation rows, for rules that read single ones; several
+            checkpoints: NAME=STORE1,STORE2; default: those the scores were made from.
+        seed: of rules that draw.
         table: also write a table of the selected rows, the best first (.csv or .parquet): rank, row, id, votes, score,
             each task's influence.
     """
     store = ScoreStore.open(scores)
     index = open_records(data)
     check_data(store, index, data)
-    loaded = Loaded.of(store)
+    loaded = Loaded(store, train, {name: paths.split(",") for name, paths in parse(task or [], "--task").items()})
     sources = sources_of(index, source_field) if source_weight or source_quota else None
     included = rows_of(include, index) if include else []
     budget: dict[str, Any] = {
@@ -97,19 +105,21 @@ def select(
     settings: dict[str, Any] = {
         "fraction": fraction,
         "method": method,
+        "options": numbers(option, "--option"),
         "num_rows": num_rows,
         "vote_fraction": vote_fraction,
         "weights": numbers(weight, "--weight") or None,
         "source_weights": numbers(source_weight, "--source-weight") or None,
         "seed": seed,
     }
-    chosen = select_rows(loaded, budget=budget, **settings)
     num_near = 0
-    if near_duplicates is not None:
-        gradients = GradientStore.open(train or store.manifest["train"][0]["path"])
-        before = chosen
-        chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, near_duplicates)
-        num_near = len(np.setdiff1d(before.rows, chosen.rows))
+    with loaded:
+        chosen = select_rows(loaded, budget=budget, **settings)
+        if near_duplicates is not None:
+            gradients = GradientStore.open(train[0] if train else store.manifest["train"][0]["path"])
+            before = chosen
+            chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, near_duplicates)
+            num_near = len(np.setdiff1d(before.rows, chosen.rows))
     found = border(chosen, loaded.influence, loaded.stderr, store.manifest.get("dim"))
     if table is not None:
         write_table(table, columns(chosen, loaded, index))
@@ -122,22 +132,32 @@ def select(
     return 0
 
 
-@dataclass(frozen=True)
 class Loaded:
-    """A score store whose scores are in memory once."""
+    """A score store whose scores are in memory once, and whose products with validation rows are found once."""
 
-    influence: np.ndarray
-    stderr: Any
-    tasks: list[str]
-    manifest: Mapping[str, Any]
-    arrays: Mapping[str, Any]
+    def __init__(self, store: ScoreStore, train: Sequence[str] | None, tasks: Mapping[str, Sequence[str]]) -> None:
+        self.store, self.train, self.of_tasks = store, train, tasks
+        self.influence = np.asarray(store.influence[:])
+        self.kept: Pairs | None = None
 
-    @classmethod
-    def of(cls, store: ScoreStore) -> "Loaded":
-        return cls(np.asarray(store.influence[:]), store.stderr, store.tasks, store.manifest, store.arrays)
+    def pairs(self) -> Pairs:
+        if self.kept is None:
+            console.print("products with single validation rows: one pass over the gradients", soft_wrap=True)
+            self.kept = Pairs.of_store(self.store, self.train, self.of_tasks)
+        return self.kept
 
     def array(self, name: str) -> np.ndarray | None:
-        return np.asarray(self.arrays[name][:]) if name in self.arrays else None
+        return np.asarray(self.store.arrays[name][:]) if name in self.store.arrays else None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def __enter__(self) -> "Loaded":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.kept is not None:
+            self.kept.close()
 
 
 def check_data(store: ScoreStore, index: RecordSource, data: Path) -> None:
@@ -254,3 +274,15 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
         )
     for text in store.manifest.get("warnings", []):
         console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+
+def described_rules() -> str:
+    return "; ".join(f"{name}: {rule.does}" for name, rule in RULES.items())
+
+
+def described_options() -> str:
+    having = {name: rule.options for name, rule in RULES.items() if rule.options}
+    return "; ".join(f"{name}: {', '.join(f'{key}={value}' for key, value in o.items())}" for name, o in having.items())
+
+
+select.__doc__ = (select.__doc__ or "").replace("{rules}", described_rules()).replace("{options}", described_options())

@@ -1,8 +1,9 @@
 """Scores per task -> votes -> the selected rows: the generalist stage (arXiv 2501.00654, section 3).
 
 votes.py            each task votes for its best rows; those with most votes are selected
-rules.py            the vote, and the other ways from scores per task to one number per row, by
-ranking.py          exact, stable ranks
+rules/              the vote, and the other ways to one number per row, by
+ranking.py          exact, stable ranks, and
+pairs.py            products with single validation rows
 budget.py           how many rows, and which: tokens, quotas, lists
 duplicates.py       near-duplicates of better rows
 border.py           which part of a selection is certain
@@ -10,6 +11,7 @@ overlap.py          of two selections, and of the tasks
 selection_file.py   a selection on disk
 """
 
-from icons.consensus.votes import ALL_METHODS, Scores, Selection, matrix_of, select
+from icons.consensus.pairs import Pairs
+from icons.consensus.votes import METHODS, Scores, Selection, matrix_of, select
 
-__all__ = ["ALL_METHODS", "Scores", "Selection", "matrix_of", "select"]
+__all__ = ["METHODS", "Pairs", "Scores", "Selection", "matrix_of", "select"]

@@ -1,7 +1,9 @@
 """Scores per task -> votes -> the selected rows: the generalist stage (arXiv 2501.00654, section 3)."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -9,7 +11,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from icons.consensus.budget import Budget, Sources
-from icons.consensus.rules import METHODS, Columns, survey
+from icons.consensus.pairs import Pairs
+from icons.consensus.rules.aggregates import merge_weights
+from icons.consensus.rules.columns import Columns, survey
+from icons.consensus.rules.evidence import Evidence
+from icons.consensus.rules.own import OwnRule, imported, name_of, ordered_by
+from icons.consensus.rules.table import RULES, Rule
+from icons.store import ScoreStore
 
 
 @runtime_checkable
@@ -49,14 +57,13 @@ class Selection:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-BASELINES = ("random", "loss", "grad_norm")
-ALL_METHODS = (*METHODS, "direct_merge", *BASELINES)
+METHODS = tuple(RULES)
 
 
 def select(
     scores: Scores | Float[np.ndarray, "rows tasks"] | Float[Tensor, "rows tasks"],
     fraction: float = 0.2,
-    method: str = "vote",
+    method: str | OwnRule = "vote",
     *,
     num_rows: int | None = None,
     vote_fraction: float | None = None,
@@ -65,6 +72,8 @@ def select(
     budget: Mapping[str, Any] | None = None,
     values: Shaped[np.ndarray, " rows"] | None = None,
     num_validation: Sequence[int] | None = None,
+    pairs: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None = None,
+    options: Mapping[str, int | float] | None = None,
     seed: int = 0,
 ) -> Selection:
     """The rows that help most tasks at once.
@@ -81,10 +90,8 @@ def select(
     Args:
         scores: influence `[N, S]`: an array, a tensor, or a score store.
         fraction: share of the rows to select, 0 to 1.
-        method: `vote`; the paper's other aggregations `mean`, `max`, `rank` (mean percentile rank) and `norm` (mean of
-            standardised scores); `borda` (points within each task's own votes), `round_robin` (each task picks in
-            turn), `direct_merge` (one pool of all validation rows); or a baseline: `random` (seeded), `loss` (highest
-            first), `grad_norm` (highest first).
+        method: a rule by name (`icons.consensus.rules.RULES` says what each does), by import path
+            (`module:function`), or a function that takes `scores` and gives rows, the best first.
         num_rows: rows to select, in place of `fraction`.
         vote_fraction: the share that each task votes for, if not the selected share.
         weights: of the tasks, by name or in order; default 1 each.
@@ -93,11 +100,14 @@ def select(
         budget: further fields of `icons.consensus.budget.Budget`: lists, quotas, a token budget.
         values: `[N]` losses or norms for the baselines; default: the score store's.
         num_validation: validation rows per task, for `direct_merge`; default: the score store's.
-        seed: for `random`.
+        pairs: products with single validation rows, for rules that read them: `[N, M]` for each task, or open `Pairs`;
+            default: from the gradient stores that a score store was made from.
+        options: of the rule, such as `{"rounds": 20}` of `balanced`.
+        seed: for rules that draw.
 
     Raises:
-        ValueError: an unknown method, task or source; a share outside 0 to 1; no row has a score; or what a method
-            needs is missing.
+        ValueError: an unknown method, task, source or option; a share outside 0 to 1; no row has a score; or what a
+            method needs is missing.
 
     Source: arXiv 2501.00654, section 3 (stage 2).
 
@@ -106,8 +116,7 @@ def select(
     >>> chosen.rows.tolist(), chosen.votes.tolist()
     ([0, 1], [1, 2, 1, 0])
     """
-    if method not in ALL_METHODS:
-        raise ValueError(f"method {method!r}: expected one of {', '.join(ALL_METHODS)}")
+    rule = rule_of(method)
     matrix, tasks = matrix_of(scores)
     columns = Columns(matrix, tasks)
     size = int(fraction * columns.num_rows) if num_rows is None else num_rows
@@ -118,41 +127,98 @@ def select(
             raise ValueError(f"{name}: got {value}; expected a share of the rows, 0 to 1")
     weight = weights_of(weights, columns.tasks)
     limits = Budget(num_rows=size, **(budget or {}))
-
-    settings: dict[str, Any] = {
-        "num_rows": size,
-        "vote_fraction": share,
-        "is_bounded": limits.is_bounded or bool(source_weights),
-    }
-    settings |= {"weights": dict(zip(tasks, weight.tolist(), strict=True)), "seed": seed}
+    limits.check(columns.scored)
     thresholds, counted, tie = survey(columns, share, weight)
-    if method == "vote" and (weight == 1).all():
-        score = counted
-    elif method in METHODS:
-        score = METHODS[method](columns, thresholds, weight)
-    elif method == "direct_merge":
-        merged = merge_weights(scores, num_validation, columns.num_tasks)
-        settings["merge_weights"] = dict(zip(tasks, merged.tolist(), strict=True))
-        score = METHODS["mean"](columns, thresholds, merged)
-    else:
-        score = baseline(method, scores, values, seed, columns.num_rows)[columns.scored]
+    with ExitStack() as stack:
+        evidence = Evidence(
+            scores=scores,
+            columns=columns,
+            thresholds=thresholds,
+            weights=weight,
+            votes=counted,
+            tie=tie,
+            wanted=max(0, size - len(limits.include)),
+            included=np.asarray(limits.include, np.int64),
+            excluded=np.asarray(limits.exclude, np.int64),
+            seed=seed,
+            values=values,
+            num_validation=num_validation,
+            sources=limits.sources,
+            open_pairs=cache(lambda: opened_pairs(pairs, scores, columns, stack)),
+        )
+        settings: dict[str, Any] = {
+            "num_rows": size,
+            "vote_fraction": share,
+            "is_bounded": limits.is_bounded or bool(source_weights),
+            "weights": dict(zip(tasks, weight.tolist(), strict=True)),
+            "seed": seed,
+            "options": dict(options or {}),
+        }
+        if method == "direct_merge":
+            settings["merge_weights"] = dict(zip(tasks, merge_weights(evidence).tolist(), strict=True))
+        try:
+            score = rule.apply(evidence, options or {})
+        except ValueError as error:
+            raise ValueError(f"{method}: {error}" if isinstance(method, str) else str(error)) from error
     if source_weights:
         score = score * source_factors(source_weights, limits.sources, columns.scored, score)
     everywhere = {name: spread(part, columns.scored, np.nan) for name, part in (("score", score), ("tie", tie))}
-    votes = spread(counted, columns.scored, 0.0)
     chosen = limits.take(
         columns.scored, everywhere["score"], everywhere["tie"], voters_of(columns, limits.task_quotas, thresholds)
     )
     return Selection(
         rows=chosen,
-        votes=votes,
+        votes=spread(counted, columns.scored, 0.0),
         score=everywhere["score"],
         percentile_rank=everywhere["tie"],
         thresholds=thresholds,
         tasks=columns.tasks,
-        method=method,
+        method=method if isinstance(method, str) else name_of(method),
         settings=settings,
     )
+
+
+def rule_of(method: str | OwnRule) -> Rule:
+    """A rule by name, by import path, or of one's own.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+    if isinstance(method, str) and method in RULES:
+        return RULES[method]
+    if isinstance(method, str) and ":" not in method:
+        raise ValueError(f"method {method!r}: expected one of {', '.join(RULES)}, or MODULE:FUNCTION")
+    own = imported(method) if isinstance(method, str) else method
+    return Rule(lambda evidence: ordered_by(own, evidence), f"the rule {name_of(own)}")
+
+
+def opened_pairs(
+    given: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None, scores: Any, columns: Columns, stack: ExitStack
+) -> Pairs:
+    """Products with single validation rows; those made here are closed by `stack`.
+
+    Raises:
+        ValueError: they are neither given nor to be had from the scores, or they are of other rows or tasks.
+    """
+    if given is None:
+        opener = getattr(scores, "pairs", None)
+        if opener is not None:
+            found: Pairs = opener()  # the caller's to close
+        elif isinstance(scores, ScoreStore):
+            found = stack.enter_context(Pairs.of_store(scores))
+        else:
+            raise ValueError(
+                "got scores without gradients; expected a score store that names its gradient stores, or pairs: for "
+                "each task an array [N, M] of products with its validation rows"
+            )
+    else:
+        found = given if isinstance(given, Pairs) else stack.enter_context(Pairs.of_arrays(given, columns.tasks))
+    if found.num_rows != columns.num_rows or found.tasks != columns.tasks:
+        raise ValueError(
+            f"products: got {found.num_rows} rows and the tasks {', '.join(found.tasks)}; expected {columns.num_rows} "
+            f"and {', '.join(columns.tasks)}, as the scores have"
+        )
+    return found
 
 
 def matrix_of(scores: Any) -> tuple[Float[np.ndarray, "rows tasks"], list[str]]:
@@ -181,32 +247,6 @@ def weights_of(
     if found.shape != (len(tasks),) or not (found >= 0).all() or not found.any():
         raise ValueError(f"weights: got {found.tolist()}; expected {len(tasks)} numbers >= 0, one for each task")
     return found
-
-
-def merge_weights(scores: Any, num_validation: Sequence[int] | None, num_tasks: int) -> Float[np.ndarray, " tasks"]:
-    """Validation rows per task: the mean over one pool of rows is the mean of the tasks' means, so weighted."""
-    counts = num_validation
-    if counts is None and isinstance(scores, Scores):
-        counts = getattr(scores, "manifest", {}).get("num_validation")
-    if counts is None or len(counts) != num_tasks:
-        raise ValueError(
-            f"direct_merge: got num_validation={counts}; expected the validation rows of {num_tasks} tasks"
-        )
-    return np.asarray(counts, np.float64)
-
-
-def baseline(
-    method: str, scores: Any, values: Shaped[np.ndarray, " rows"] | None, seed: int, num_rows: int
-) -> Shaped[np.ndarray, " rows"]:
-    """A number per row that owes nothing to influence: chance, the loss, or the gradient's norm."""
-    if method == "random":
-        return np.random.default_rng(seed).permutation(num_rows)
-    name = {"loss": "loss", "grad_norm": "norm"}[method]
-    if values is None and name in getattr(scores, "arrays", {}):
-        values = np.asarray(scores.arrays[name][:])
-    if values is None or values.shape != (num_rows,):
-        raise ValueError(f"{method}: got no {name} per row; expected a score store that has it, or values [{num_rows}]")
-    return np.nan_to_num(values.astype(np.float64), nan=-np.inf)
 
 
 def source_factors(

@@ -207,3 +207,32 @@ def test_lists_without_what_is_compared_are_refused(
         (tmp_path / name).write_text(content)
     assert main(["compare", f"{tmp_path}/{a}", f"{tmp_path}/{b}", "--by", by]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_rules_of_ones_own_and_options_of_rules_reach_the_selection(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "my_rules.py").write_text(
+        "import numpy as np\n"
+        "def last_rows(scores):\n"
+        "    assert scores.stored('influence', slice(0, 2)).shape == (2, 3)\n"
+        "    return np.arange(scores.num_rows)[::-1]\n"
+        "def few(scores):\n    return [1, 2]\n"
+    )
+    monkeypatch.chdir(folder)
+    assert run(folder, "--method", "my_rules:last_rows", "--num-rows", "50") == 0
+    saved = open_selection(folder / "selected.json")
+    assert saved.rows.tolist() == [row for row in range(9, 60) if row != 11]
+    assert saved.manifest["method"] == "my_rules:last_rows"
+    assert run(folder, "--method", "my_rules:few") == 1
+    assert "rule my_rules:few: gave 2 rows that can be selected; expected 12 or more" in capsys.readouterr().err
+    assert run(folder, "--method", "my_rules:none") == 1
+    assert "my_rules has no function 'none'" in capsys.readouterr().err
+    assert run(folder, "--method", "no_rules:none") == 1
+    assert "there is no module 'no_rules'" in capsys.readouterr().err
+    assert run(folder, "--method", "filtered_random", "--option", "better=0.2") == 0
+    best = set(np.argsort(-np.nan_to_num(SCORES.mean(axis=1), nan=-9))[:12].tolist())
+    assert set(open_selection(folder / "selected.json").rows.tolist()) == best
+    assert run(folder, "--method", "balanced") == 1
+    assert "expected --train STORE and --task NAME=STORE for gqa, pope, vqa" in capsys.readouterr().err
+    assert run(folder, "--method", "best") == 2

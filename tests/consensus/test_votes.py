@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from icons.consensus import ALL_METHODS, Selection, select
+from icons.consensus import METHODS, Selection, select
 from icons.consensus.budget import Sources
+from icons.consensus.rules import RULES
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.normal(size=(200, 5)).astype(np.float32)
@@ -15,6 +16,9 @@ EXTRA = {
     "loss": {"values": RNG.random(200)},
     "grad_norm": {"values": RNG.random(200)},
 }
+PAIRS = {str(task): RNG.normal(size=(200, 3 + task)) for task in range(5)}
+EXTRA |= {name: {"pairs": PAIRS} for name, rule in RULES.items() if rule.reads_pairs}
+DRAWN = ("random", "filtered_random")
 
 
 def original_votes(scores: np.ndarray, top_percent: float) -> np.ndarray:
@@ -63,12 +67,14 @@ def test_votes_break_ties_by_mean_percentile_rank_then_by_row() -> None:
     assert equal.rows.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_failed_rows_change_nothing_and_are_never_selected(method: str) -> None:
     extra = dict(EXTRA.get(method, {}))
     whole = np.concatenate([SCORES, np.full((50, 5), np.nan, np.float32)])
     if "values" in extra:
         extra["values"] = np.concatenate([extra["values"], np.full(50, 1e9)])
+    if "pairs" in extra:
+        extra["pairs"] = {task: np.concatenate([part, np.full_like(part[:50], np.nan)]) for task, part in PAIRS.items()}
     plain = select(SCORES, method=method, num_rows=40, vote_fraction=0.2, **EXTRA.get(method, {}))
     padded = select(whole, method=method, num_rows=40, vote_fraction=0.2, **extra)
     assert padded.rows.max() < 200
@@ -80,15 +86,17 @@ def test_failed_rows_change_nothing_and_are_never_selected(method: str) -> None:
     assert everything.rows.tolist() == list(range(200))
 
 
-@pytest.mark.parametrize("method", ALL_METHODS)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_permutation_of_the_rows_permutes_the_selection(method: str) -> None:
     order = np.random.default_rng(1).permutation(200)
     extra = dict(EXTRA.get(method, {}))
-    if method == "random":
+    if method in DRAWN:
         return
     plain = select(SCORES, method=method, **extra)
     if "values" in extra:
         extra["values"] = extra["values"][order]
+    if "pairs" in extra:
+        extra["pairs"] = {task: part[order] for task, part in PAIRS.items()}
     moved = select(SCORES[order], method=method, **extra)
     assert sorted(order[moved.rows].tolist()) == plain.rows.tolist()
 

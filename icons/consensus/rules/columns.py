@@ -1,9 +1,4 @@
-"""From scores per task to one number per row: the vote, the paper's other aggregations, and two more.
-
-Every function takes the scores of the rows that have one, column by column, the tasks' thresholds and weights, and
-returns a number per row; higher is better. Source: arXiv 2501.00654, section 3 (vote) and its comparison of
-aggregations (mean, max, rank, norm).
-"""
+"""Scores of the rows that have one, task by task: thresholds, votes and percentile ranks in one reading of each."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +7,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from icons.consensus.ranking import midranks, order_of
+from icons.consensus.ranking import midranks
 
 T = TypeVar("T")
 BLOCK_ROWS = 1 << 16
@@ -96,105 +91,6 @@ def threshold(column: Float[np.ndarray, " rows"], fraction: float) -> np.floatin
 def percentile(fraction: float) -> float:
     """100 - p for a share p, free of the dust of binary fractions: 93.0 for 0.07."""
     return round(100 - 100 * fraction, 9)
-
-
-def vote(
-    columns: Columns, thresholds: Float[np.ndarray, " tasks"], weights: Float[np.ndarray, " tasks"]
-) -> Shaped[np.ndarray, " rows"]:
-    """How many tasks' thresholds the row reaches (`>=`), each vote times its task's weight."""
-    if (weights == 1).all():
-        return columns.total(lambda column, task: (column >= thresholds[task]).astype(np.int32))
-    return columns.total(lambda column, task: (column >= thresholds[task]).astype(np.float64), weights)
-
-
-def mean(
-    columns: Columns, thresholds: Float[np.ndarray, " tasks"], weights: Float[np.ndarray, " tasks"]
-) -> Float[np.ndarray, " rows"]:
-    """Weighted mean of the scores."""
-    return columns.total(lambda column, task: column.astype(np.float64), weights) / weights.sum()
-
-
-def maximum(
-    columns: Columns, thresholds: Float[np.ndarray, " tasks"], weights: Float[np.ndarray, " tasks"]
-) -> Float[np.ndarray, " rows"]:
-    """The highest of the weighted scores."""
-    highest = np.full(columns.num_scored, -np.inf)
-    for task in range(columns.num_tasks):
-        np.maximum(highest, columns.column(task) * weights[task], out=highest)
-    return highest
-
-
-def rank(
-    columns: Columns, thresholds: Float[np.ndarray, " tasks"], weights: Float[np.ndarray, " tasks"]
-) -> Shaped[np.ndarray, " rows"]:
-    """Mean percentile rank: the share of rows with a lower score, plus half of those with an equal one."""
-    return percentile_ranks(columns, weights)
-
-
-def norm(
-    columns: Columns, thresholds: Float[np.ndarray, " tasks"], weights: Float[np.ndarray, " tasks"]
-) -> Float[np.ndarray, " rows"]:
-    """Weighted mean of the standardised scores (each task's to mean 0 and variance 1); a constant task counts 0."""
-    return columns.total(lambda column, task: standardised(column), weights) / weights.sum()
-
-
-def standardised(column: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
-    values = column.astype(np.float64)
-    values -= values.mean()
-    spread = values.std()
-    return values / spread if spread > 0 else np.zeros_like(values)
-
-
-def borda(
-    columns: Columns, thresholds: Float[np.ndarray, " tasks"], weights: Float[np.ndarray, " tasks"]
-) -> Shaped[np.ndarray, " rows"]:
-    """Borda count among those a task votes for: its border row gets the fewest points, its best row the most, and a row
-    below the threshold none. (A Borda count over all rows is `rank`.) Doubled, to be integers."""
-
-    def points(column: Float[np.ndarray, " rows"], task: int) -> Int[np.ndarray, " rows"]:
-        doubled = midranks(column)
-        voted = column >= thresholds[task]
-        return np.where(voted, doubled - (doubled[voted].min() - 2), 0)
-
-    return columns.total(points, None if (weights == 1).all() else weights)
-
-
-def round_robin(
-    columns: Columns, thresholds: Float[np.ndarray, " tasks"], weights: Float[np.ndarray, " tasks"]
-) -> Int[np.ndarray, " rows"]:
-    """Each task in turn takes its best row that is not yet taken; minus the turn in which a row is taken.
-
-    A task of weight w takes w rows per turn, as near as whole rows allow.
-    """
-    orders = columns.each(lambda column: order_of(-column).astype(np.int32))
-    taken_at = np.full(columns.num_scored, -1, np.int64)
-    position, credit = [0] * columns.num_tasks, np.zeros(columns.num_tasks)
-    turn, share = 0, weights / weights.max()
-    while turn < columns.num_scored:
-        credit += share
-        for task in np.flatnonzero(credit >= 1 - 1e-9).tolist():
-            credit[task] -= 1
-            order, at = orders[task], position[task]
-            while at < len(order) and taken_at[order[at]] >= 0:
-                at += 1
-            position[task] = at
-            if at < len(order):
-                taken_at[order[at]] = turn
-                turn += 1
-    return -taken_at
-
-
-METHODS: dict[
-    str, Callable[[Columns, Float[np.ndarray, " tasks"], Float[np.ndarray, " tasks"]], Shaped[np.ndarray, " rows"]]
-] = {
-    "vote": vote,
-    "mean": mean,
-    "max": maximum,
-    "rank": rank,
-    "norm": norm,
-    "borda": borda,
-    "round_robin": round_robin,
-}
 
 
 def percentile_ranks(columns: Columns, weights: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " rows"]:

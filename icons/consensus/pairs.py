@@ -1,0 +1,275 @@
+"""Products of every training row with every validation row, in a temporary file: rules read them again and again."""
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from icons.scores import Scorer
+from icons.store import GradientStore, ScoreStore, check_compatible
+
+BLOCK_NUMBERS = 1 << 24
+SAME = ("data.fingerprint", "model.fingerprint", "adapter.fingerprint", "projector", "preconditioner")
+
+
+class PairBlock(NamedTuple):
+    """Products of some consecutive rows: name of the validation file's task -> `[n, M]`, NaN for failed rows."""
+
+    rows: range
+    products: Mapping[str, Float[np.ndarray, "block validation"]]
+
+
+class Pairs:
+    """Every training row's product with every usable validation row.
+
+    They lie in a temporary file (`$TMPDIR`), 2 N M bytes; 4 N M where rows are not normalised, since products may then
+    be too large for half precision. In memory is one block. Failed validation rows are left out.
+
+    Args:
+        num_rows: training rows.
+        tasks: names of the tasks.
+        blocks: the products, all rows in order.
+        members: task -> the validation files it is made of; default: one of its own name. Files of one task weigh
+            equally in it.
+        dtype: of the file.
+
+    Attributes:
+        task: `[M]` place of each validation row's task in `tasks`.
+        share: `[M]` float64, what each validation row weighs in its task; sums to 1 over a task.
+        done: `[N]` rows that have products; a failed row reads as zeros.
+
+    Raises:
+        ValueError: a task none of whose validation rows is usable, or no training row is.
+
+    >>> with Pairs.of_arrays({"qa": np.array([[1.0, 0.0], [0.5, 0.25]])}, ["qa"]) as pairs:
+    ...     pairs.rows([1]).tolist(), pairs.share.tolist()
+    ([[0.5, 0.25]], [0.5, 0.5])
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        tasks: Sequence[str],
+        blocks: Iterable[PairBlock],
+        members: Mapping[str, Sequence[str]] | None = None,
+        dtype: str = "float16",
+    ) -> None:
+        self.num_rows, self.tasks, self.dtype = num_rows, list(tasks), np.dtype(dtype)
+        self.members = {task: list((members or {}).get(task, [task])) for task in self.tasks}
+        self.done = np.zeros(num_rows, bool)
+        self.folder = tempfile.TemporaryDirectory(prefix="icons-pairs-")
+        self.path = Path(self.folder.name) / "pairs"
+        self.task, self.share = np.empty(0, np.int64), np.empty(0)
+        try:
+            self.write(blocks)
+        except BaseException:
+            self.close()
+            raise
+
+    @classmethod
+    def of_arrays(
+        cls, products: Mapping[str, Float[np.ndarray, "_ _"]], tasks: Sequence[str], dtype: str = "float16"
+    ) -> "Pairs":
+        """From arrays `[N, M]`, one per task; NaN: the training row, or the validation row, failed.
+
+        Raises:
+            ValueError: a task without an array, or arrays with different numbers of rows.
+        """
+        lengths = {name: len(array) for name, array in products.items()}
+        if set(lengths) != set(tasks) or len(set(lengths.values())) != 1:
+            raise ValueError(f"products: got rows {lengths}; expected an array [N, M] for each of {', '.join(tasks)}")
+        num_rows = next(iter(lengths.values()))
+        width = sum(array.shape[1] for array in products.values())
+        blocks = (
+            PairBlock(rows, {name: array[rows.start : rows.stop] for name, array in products.items()})
+            for rows in pieces(num_rows, width)
+        )
+        return cls(num_rows, tasks, blocks, dtype=dtype)
+
+    @classmethod
+    def of_gradients(cls, scorer: Scorer, groups: Mapping[str, Sequence[str]] | None = None) -> "Pairs":
+        """From gradients, with a scorer made with `pairwise` and these groups: one pass over the training rows."""
+        blocks = (
+            PairBlock(part.rows, {name: pairs.numpy() for name, pairs in part.pairs.items()})
+            for part in scorer.score(range(scorer.num_rows))
+        )
+        plain = "none" in (scorer.normalize, scorer.task_normalize)
+        return cls(scorer.num_rows, scorer.tasks, blocks, groups, "float32" if plain else "float16")
+
+    @classmethod
+    def of_store(
+        cls, store: ScoreStore, train: Sequence[str] | None = None, tasks: Mapping[str, Sequence[str]] | None = None
+    ) -> "Pairs":
+        """Of a score store: those it holds (`icons influence --pairwise`), or else from its gradient stores.
+
+        Args:
+            store: the score store.
+            train: gradient stores of the training rows, one per checkpoint; default: those in its manifest.
+            tasks: task -> gradient stores of its validation rows, likewise.
+
+        Raises:
+            ValueError: the score store names no gradient stores (`icons score` makes none); or one is not there, or
+                not the one the scores were made from.
+        """
+        manifest = store.manifest
+        groups = {name: list(members) for name, members in (manifest.get("groups") or {}).items()}
+        members = {task: groups.get(task, [task]) for task in store.tasks}
+        names = [name for some in members.values() for name in some]
+        if all(f"pairwise_{name}" in store.arrays for name in names):
+            plain = "none" in (manifest.get("normalize"), manifest.get("task_normalize"))
+            return cls(store.num_rows, store.tasks, stored(store, names), members, "float32" if plain else "float16")
+        sources = opened(store, train, tasks)
+        scorer = Scorer.of(
+            sources[0],
+            sources[1],
+            normalize=manifest.get("normalize", "projected"),
+            task_normalize=manifest.get("task_normalize"),
+            weights=manifest.get("weights") if len(sources[0]) == len(manifest.get("weights") or []) else None,
+            groups=groups,
+            pairwise=True,
+        )
+        return cls.of_gradients(scorer, groups)
+
+    @property
+    def width(self) -> int:
+        """M: usable validation rows of all tasks."""
+        return len(self.task)
+
+    def write(self, blocks: Iterable[PairBlock]) -> None:
+        usable: Bool[np.ndarray, " all"] | None = None
+        names = [name for some in self.members.values() for name in some]
+        with self.path.open("wb", buffering=1 << 22) as file:
+            waiting = 0  # failed rows before the first that tells which validation rows are usable
+            for block in blocks:
+                whole = np.concatenate([np.asarray(block.products[name], np.float32) for name in names], axis=1)
+                finite = np.isfinite(whole)
+                done = finite.any(axis=1)
+                if usable is None:
+                    if not done.any():
+                        waiting += len(whole)
+                        continue
+                    usable = finite[int(done.argmax())]
+                    self.weigh(usable, {name: block.products[name].shape[1] for name in names})
+                    file.write(bytes(waiting * self.width * self.dtype.itemsize))
+                part = whole[:, usable]
+                self.done[block.rows.start : block.rows.stop] = np.isfinite(part).all(axis=1)
+                part[~self.done[block.rows.start : block.rows.stop]] = 0
+                file.write(part.astype(self.dtype).tobytes())
+        if usable is None:
+            raise ValueError("products of training and validation rows: no training row has any; all have failed")
+
+    def weigh(self, usable: Bool[np.ndarray, " all"], sizes: Mapping[str, int]) -> None:
+        task, share, start = [], [], 0
+        for place, (name, members) in enumerate(self.members.items()):
+            found = [usable[start + at : start + at + sizes[m]] for at, m in offsets(members, sizes)]
+            start += sum(sizes[member] for member in members)
+            counts = [int(part.sum()) for part in found]
+            if not any(counts):
+                raise ValueError(f"task {name}: none of its validation rows is usable; expected at least one")
+            filled = sum(count > 0 for count in counts)
+            task += [np.full(sum(counts), place, np.int64)]
+            share += [np.full(count, 1 / count / filled) for count in counts if count]
+        self.task, self.share = np.concatenate(task), np.concatenate(share)
+
+    def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "block validation"]]]:
+        """All products, float32, some consecutive rows at a time."""
+        size = self.width * self.dtype.itemsize
+        with self.path.open("rb") as file:
+            for rows in pieces(self.num_rows, self.width):
+                part = np.fromfile(file, self.dtype, len(rows) * self.width)
+                assert part.nbytes == len(rows) * size, "the file of products is shorter than it was written"
+                yield slice(rows.start, rows.stop), torch.from_numpy(part).view(len(rows), self.width).float()
+
+    def rows(self, rows: Sequence[int] | Int[np.ndarray, " some"]) -> Float[np.ndarray, "some validation"]:
+        """Products of the given rows, float32."""
+        mapped = np.memmap(self.path, self.dtype, "r", shape=(self.num_rows, self.width))
+        return mapped[np.asarray(rows, np.int64)].astype(np.float32)
+
+    def total(self, rows: Int[np.ndarray, " some"], positive: bool = False) -> Float[np.ndarray, " validation"]:
+        """Sum of the given rows' products (or of their positive parts), float64."""
+        found = np.zeros(self.width)
+        for part in pieces(len(rows), self.width):
+            products = self.rows(rows[part.start : part.stop])
+            found += (np.maximum(products, 0) if positive else products).sum(axis=0, dtype=np.float64)
+        return found
+
+    def weighted(self, weights: Float[np.ndarray, " validation"]) -> Float[np.ndarray, " rows"]:
+        """Each row's weighted sum of products, float32; equal rows have equal sums, wherever they stand."""
+        scores, factor = np.empty(self.num_rows, np.float32), torch.from_numpy(weights).float()
+        for rows, block in self.blocks():
+            scores[rows] = block.mul_(factor).sum(dim=1).numpy()
+        return scores
+
+    def close(self) -> None:
+        self.folder.cleanup()
+
+    def __enter__(self) -> "Pairs":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def pieces(num_rows: int, width: int) -> Iterator[range]:
+    """Consecutive ranges of rows whose products are some 64 MB in float32."""
+    step = max(1, BLOCK_NUMBERS // max(width, 1))
+    return (range(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
+
+
+def offsets(members: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[int, str]]:
+    start = 0
+    for member in members:
+        yield start, member
+        start += sizes[member]
+
+
+def stored(store: ScoreStore, names: Sequence[str]) -> Iterator[PairBlock]:
+    """The products that a score store holds."""
+    for unit in range(store.partition.num_units):
+        rows = store.partition.unit_rows(unit)
+        span = slice(rows.start, rows.stop)
+        yield PairBlock(rows, {name: store.stored(f"pairwise_{name}", span) for name in names})
+
+
+def opened(
+    store: ScoreStore, train: Sequence[str] | None, tasks: Mapping[str, Sequence[str]] | None
+) -> tuple[list[GradientStore], dict[str, list[GradientStore]]]:
+    """The gradient stores that a score store was made from."""
+    known: Any = store.manifest
+    entries = known.get("train") or []
+    trains = list(train) if train else [entry["path"] for entry in entries]
+    by_task = {name: [entry["path"] for entry in found] for name, found in tasks_known(known).items()}
+    by_task |= {name: list(paths) for name, paths in (tasks or {}).items()}
+    grouped = {member for members in (known.get("groups") or {}).values() for member in members}
+    lacking = [task for task in store.tasks if task not in by_task and task not in (known.get("groups") or {})]
+    if not trains or lacking:
+        raise ValueError(
+            f"scores {store.path}: this rule needs the gradients of training and validation rows, and the score store "
+            "names none (it was made without them); expected --train STORE and --task NAME=STORE for "
+            f"{', '.join(lacking or store.tasks)}"
+        )
+    wanted = {name: paths for name, paths in by_task.items() if name in store.tasks or name in grouped}
+    found = [GradientStore.open(path) for path in trains]
+    for source, entry in zip(found, entries, strict=False):
+        check_compatible(source.manifest, entry, SAME, f"the store {source.path}", f"the scores {store.path}")
+    return found, {name: [GradientStore.open(path) for path in paths] for name, paths in wanted.items()}
+
+
+def tasks_known(manifest: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """Task -> its gradient stores' entries in a score store's manifest; none where it was scored without them."""
+    tasks = manifest.get("tasks")
+    if not isinstance(tasks, Mapping):
+        return {}
+    return {
+        name: entries
+        for name, entries in tasks.items()
+        if isinstance(entries, list) and all(isinstance(entry, Mapping) and "path" in entry for entry in entries)
+    }

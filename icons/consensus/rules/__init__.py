@@ -1,0 +1,19 @@
+"""The rules: from scores to one number per row, higher is better.
+
+table.py        every rule by name, with what it does in a line; a new rule is a function and its entry there
+evidence.py     what a rule may look at
+columns.py      scores of the rows that have one: thresholds, votes, percentile ranks
+aggregates.py   vote, mean, max, rank, norm, borda, direct_merge
+turns.py        tasks choose in turn
+balanced.py     validation rows weigh more the less they are served, round by round
+coverage.py     greedy choice for the validation rows served least
+baselines.py    chance, loss, gradient norm
+own.py          a rule of one's own, by import path
+"""
+
+from icons.consensus.rules.columns import Columns, threshold
+from icons.consensus.rules.evidence import Evidence
+from icons.consensus.rules.own import OwnRule
+from icons.consensus.rules.table import RULES, Rule
+
+__all__ = ["RULES", "Columns", "Evidence", "OwnRule", "Rule", "threshold"]

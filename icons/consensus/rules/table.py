@@ -1,0 +1,64 @@
+"""The rules by name. A new one is a function from `Evidence` to a number per scored row, and its entry here."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Shaped
+
+from icons.consensus.rules import aggregates, baselines, turns
+from icons.consensus.rules.balanced import balanced
+from icons.consensus.rules.coverage import coverage
+from icons.consensus.rules.evidence import Evidence
+
+
+class Rule(NamedTuple):
+    """A rule: `score(evidence, **options)`, what it does in a line, and whether it reads products with validation rows.
+
+    Keyword parameters of `score` are its options (`icons select --option NAME=NUMBER`).
+    """
+
+    score: Callable[..., Shaped[np.ndarray, " scored"]]
+    does: str
+    reads_pairs: bool = False
+
+    @property
+    def options(self) -> dict[str, int | float]:
+        """The options with their defaults."""
+        parameters = inspect.signature(self.score).parameters.values()
+        return {part.name: part.default for part in parameters if part.kind is part.KEYWORD_ONLY}
+
+    def apply(self, evidence: Evidence, options: Mapping[str, int | float]) -> Shaped[np.ndarray, " scored"]:
+        """The rule's numbers.
+
+        Raises:
+            ValueError: an option that the rule does not have, or a fraction for one that is a whole number.
+        """
+        given: dict[str, Any] = {}
+        for name, value in options.items():
+            if name not in self.options:
+                known = ", ".join(f"{key}={default}" for key, default in self.options.items()) or "none"
+                raise ValueError(f"option {name!r}: is none of this rule; it has {known}")
+            if isinstance(self.options[name], int) and value != int(value):
+                raise ValueError(f"option {name}: got {value}; expected a whole number")
+            given[name] = type(self.options[name])(value)
+        return self.score(evidence, **given)
+
+
+RULES = {
+    "vote": Rule(aggregates.vote, "each task votes for its best rows; those with most votes (the paper's)"),
+    "mean": Rule(aggregates.mean, "highest mean score"),
+    "max": Rule(aggregates.maximum, "highest score on any task"),
+    "rank": Rule(aggregates.rank, "highest mean percentile rank"),
+    "norm": Rule(aggregates.norm, "highest mean of standardised scores"),
+    "borda": Rule(aggregates.borda, "points within each task's votes"),
+    "direct_merge": Rule(aggregates.direct_merge, "mean over one pool of all tasks' validation rows"),
+    "round_robin": Rule(turns.round_robin, "each task takes its best row in turn"),
+    "balanced": Rule(balanced, "rounds; validation rows count less the better they are served", True),
+    "coverage": Rule(coverage, "one by one, for what is added to the validation rows served least", True),
+    "filtered_random": Rule(baselines.filtered_random, "drawn from the better half by mean score"),
+    "random": Rule(baselines.random, "drawn from all rows"),
+    "loss": Rule(baselines.loss, "highest loss first"),
+    "grad_norm": Rule(baselines.grad_norm, "highest gradient norm first"),
+}
