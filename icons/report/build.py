@@ -182,28 +182,36 @@ def warnings_in(manifest: Mapping[str, Any]) -> Iterator[str]:
 def ends(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, field: str | None) -> Section:
     """The highest and lowest rows of each task, with text and image."""
 
-    def show(row: int, task: int) -> ShownRow:
+    def show(row: int, task: int | None) -> ShownRow:
         return shown_row(scores, numbers, chosen, pool, row, task, field)
 
-    both = [
+    consensus = Ends(
+        "consensus",
+        "by votes, then by mean score",
+        [show(row, None) for row in numbers.best.tolist()],
+        [show(row, None) for row in numbers.rejected.tolist()],
+        titles=("the best of the selected", "the last of the rejected"),
+    )
+    by_task = [
         Ends(
             name,
-            f"{numbers.thresholds[task]:.4g}",
+            f"threshold {numbers.thresholds[task]:.4g}",
             [show(row, task) for row in numbers.highest[task].tolist() if row >= 0],
             [show(row, task) for row in numbers.lowest[task].tolist() if row >= 0],
         )
         for task, name in enumerate(numbers.tasks)
     ]
     text = [
-        "The rows with the highest and the lowest influence on each task: what the task asks for, and what works "
-        "against it."
+        "What all tasks together ask for and reject, then the rows with the highest and the lowest influence on each "
+        "task: what the task asks for, and what works against it."
     ]
-    return Section("rows", "Highest and lowest rows", text, ends=both)
+    return Section("rows", "Highest and lowest rows", text, ends=[consensus, *by_task])
 
 
 def shown_row(
-    scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, row: int, task: int, field: str | None
+    scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, row: int, task: int | None, field: str | None
 ) -> ShownRow:
+    """A row with its score on `task`, or with its mean score over the tasks where that is None."""
     record = pool.record(row)
     image, problem = "", "" if record is not None else "this record cannot be read"
     images = [] if record is None else images_in(record)
@@ -216,7 +224,8 @@ def shown_row(
         # whatever a broken file makes the decoder raise, the page says so and goes on
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             problem = f"image {images[0].name} cannot be decoded"
-    score, stderr = (float(np.asarray(array[row, task])) for array in (scores.influence, scores.stderr))
+    influence, errors = (np.asarray(array[row]) for array in (scores.influence, scores.stderr))
+    score, stderr = (influence.mean(), 0.0) if task is None else (influence[task], errors[task])
     return ShownRow(
         row=row,
         id=str((record or {}).get("id", "")),

@@ -17,6 +17,13 @@ from matplotlib.figure import Figure
 
 INK, MUTED, RULE = "#1c2430", "#667080", "#d9dde3"
 POOL, CHOSEN, ACCENT = "#c3ccd6", "#1f5f8b", "#c4532f"
+BELOW = "#8b98a6"
+DARK = {INK: "#e4e8ee", MUTED: "#9aa5b4", RULE: "#3a4351", POOL: "#4a5563", CHOSEN: "#62a8d8", ACCENT: "#ea8a63"}
+"""What the colours become where the reader's system is dark; others, as inside the heat map, stay."""
+ON_FIELD = "#1c2431"
+"""Ink on a light field of the heat map, which stays light: INK in all but name."""
+MAX_UPRIGHT = 8
+"""Bars above which their numbers stand upright, so that none runs into the next."""
 SCALE = LinearSegmentedColormap.from_list("icons", ["#f6f7f8", "#9dbdd3", CHOSEN, "#123a57"])
 PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -56,13 +63,14 @@ def canvas(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 @contextmanager
-def small(title: str, height: float, left: float = 0.02) -> Iterator[tuple[Figure, Axes]]:
+def small(title: str, height: float, left: float = 0.08) -> Iterator[tuple[Figure, Axes]]:
     """One of several figures side by side: the same frame in each, so that they line up."""
     width = 2.5
     with mpl.rc_context(STYLE | {"figure.constrained_layout.use": False}):
         figure = Figure(figsize=(width, height))
         bottom = 0.22 if left < 0.1 else 0.36
-        axes = figure.add_axes((left, bottom / height, 0.97 - left, 1 - (bottom + 0.24) / height))
+        # a label stands centred under its tick: the frame leaves half a label's width on either side
+        axes = figure.add_axes((left, bottom / height, 0.92 - left, 1 - (bottom + 0.24) / height))
         figure.text(0.02, 1 - 0.04 / height, title, va="top", weight="bold", size=8.5)
         yield figure, axes
 
@@ -81,17 +89,22 @@ def vote_histogram(pool: Int[np.ndarray, " votes"], chosen: Int[np.ndarray, " vo
         pool: rows with 0, 1, 2, ... votes.
         chosen: how many of them are selected.
     """
-    with canvas(5.6, 2.5) as (figure, axes):
+    many = len(pool) > MAX_UPRIGHT
+    with canvas(5.6, 2.9 if many else 2.5) as (figure, axes):
         votes = np.arange(len(pool))
         axes.bar(votes, pool, width=0.82, color=POOL, label="not selected")
         axes.bar(votes, chosen, width=0.82, color=CHOSEN, label="selected")
         for vote, count in zip(votes, pool, strict=True):
-            axes.annotate(f"{count:,}", (vote, count), (0, 2), textcoords="offset points", ha="center", color=MUTED)
+            axes.annotate(
+                f"{count:,}", (vote, count), (0, 2), textcoords="offset points", ha="center", va="bottom", color=MUTED,
+                rotation=90 if many else 0, size=7.2 if many else None,
+            )  # fmt: skip
         axes.set_xticks(votes)
+        axes.tick_params(axis="x", labelsize=7.2 if many else None)
         axes.set_xlabel("tasks that vote for the row")
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.margins(x=0.02, y=0.14)
+        axes.margins(x=0.02, y=0.3 if many else 0.14)
         legend_above(axes)
     return figure
 
@@ -127,9 +140,15 @@ def heat_map(names: Sequence[str], overlap: Float[np.ndarray, "tasks tasks"]) ->
         axes.spines[:].set_visible(False)
         size = 7.5 if len(names) <= 12 else 5.5
         for i, j in np.argwhere(~np.eye(len(names), dtype=bool)):
-            dark = overlap[i, j] - low > 0.5 * (high - low)
+            dark = overlap[i, j] - low > 0.4 * (high - low)
             axes.text(
-                j, i, f"{100 * overlap[i, j]:.0f}", ha="center", va="center", size=size, color="white" if dark else INK
+                j,
+                i,
+                f"{100 * overlap[i, j]:.0f}",
+                ha="center",
+                va="center",
+                size=size,
+                color="white" if dark else ON_FIELD,
             )
     return figure
 
@@ -184,7 +203,7 @@ def border(
 ) -> Figure:
     """Scores around one task's threshold with their 95 % intervals, by rank (share of the pool ranked higher)."""
     with small(task, 1.6, left=0.2) as (figure, axes):
-        for part, colour in ((score >= threshold, CHOSEN), (score < threshold, "#8b98a6")):
+        for part, colour in ((score >= threshold, CHOSEN), (score < threshold, BELOW)):
             axes.errorbar(
                 100 * rank[part], score[part], 1.96 * stderr[part], fmt="o", markersize=1.8, color=colour,
                 ecolor=colour, elinewidth=0.6, capsize=0,
@@ -201,7 +220,7 @@ def dots(names: Sequence[str], values: Sequence[Sequence[float]], reference: flo
     with canvas(5.6, 0.65 + 0.3 * len(names)) as (figure, axes):
         for y, (name, seeds) in enumerate(zip(names, values, strict=True)):
             strong = name.lower() not in ("full", "random")
-            axes.plot(seeds, [y] * len(seeds), "o", markersize=4, color=CHOSEN if strong else "#8b98a6", alpha=0.45)
+            axes.plot(seeds, [y] * len(seeds), "o", markersize=4, color=CHOSEN if strong else BELOW, alpha=0.45)
             mean = float(np.mean(seeds))
             axes.plot([mean], [y], "|", markersize=13, markeredgewidth=2, color=CHOSEN if strong else MUTED)
         if reference is not None:
@@ -238,7 +257,18 @@ def svg(figure: Figure) -> str:
     with mpl.rc_context(STYLE):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
     text = buffer.getvalue().replace(b"'DejaVu Sans'", PAGE_FONT.replace("'", "&apos;").encode())
+    text = text.replace(b"</defs>", f"</defs>\n <style>{dark_style()}</style>".encode(), 1)
     return "data:image/svg+xml;base64," + base64.b64encode(text).decode()
+
+
+def dark_style() -> str:
+    """Rules that exchange the palette where the reader's system is dark: an image cannot see the page's own style."""
+    rules = [
+        f'[style*="{part}: {light}"] {{ {part}: {dark} !important }}'
+        for light, dark in DARK.items()
+        for part in ("fill", "stroke")
+    ]
+    return "@media (prefers-color-scheme: dark) { " + " ".join(rules) + " }"
 
 
 def png(figure: Figure, dpi: int = 200) -> bytes:

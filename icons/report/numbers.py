@@ -42,6 +42,10 @@ class ScoreNumbers:
     highest: Int[np.ndarray, "tasks ends"]
     """Rows with a task's highest scores, best first; -1 where the pool has fewer."""
     lowest: Int[np.ndarray, "tasks ends"]
+    best: Int[np.ndarray, " best"]
+    """Selected rows with most votes, of equal votes those with the highest mean score; best first."""
+    rejected: Int[np.ndarray, " rejected"]
+    """Rows not selected with fewest votes, of equal votes those with the lowest mean score; worst first."""
 
     @property
     def num_scored(self) -> int:
@@ -84,6 +88,7 @@ def count(
     codes = np.zeros(256, np.int64)
     sample, sample_scores, sample_stderr = [], [], []
     highest, lowest = Extremes(num_tasks, num_ends), Extremes(num_tasks, num_ends)
+    best = rejected = np.zeros((3, 0))
     for start, influence, stderr, status in blocks(scores):
         codes += np.bincount(status, minlength=256)
         rows = start + np.flatnonzero(np.isfinite(influence).all(axis=1))
@@ -103,6 +108,9 @@ def count(
         sample_stderr.append(errors[here])
         highest.add(rows, values)
         lowest.add(rows, -values)
+        consensus = np.stack([row_votes[rows], values.mean(axis=1), rows]).astype(float)
+        best = foremost(np.concatenate([best, consensus[:, chosen]], axis=1), num_ends)
+        rejected = foremost(np.concatenate([rejected, consensus[:, ~chosen]], axis=1), num_ends, sign=-1)
     return ScoreNumbers(
         tasks=list(scores.tasks),
         thresholds=thresholds,
@@ -118,7 +126,21 @@ def count(
         sample_stderr=np.concatenate(sample_stderr),
         highest=highest.rows,
         lowest=lowest.rows,
+        best=best[2].astype(np.int64),
+        rejected=rejected[2].astype(np.int64),
     )
+
+
+def foremost(consensus: Float[np.ndarray, "3 rows"], num_ends: int, sign: int = 1) -> Float[np.ndarray, "3 ends"]:
+    """The columns (votes, mean score, row) with most votes, then the highest mean score, then the lower row.
+
+    Args:
+        consensus: votes, mean scores and row numbers.
+        num_ends: columns to keep.
+        sign: -1 for fewest votes, then the lowest mean score.
+    """
+    votes, mean, rows = consensus
+    return consensus[:, np.lexsort((rows, -sign * mean, -sign * votes))[:num_ends]]
 
 
 def blocks(scores: ScoreStore) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:

@@ -83,12 +83,13 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Ends:
-    """A task's highest and lowest rows."""
+    """The highest and lowest rows of a task, or of the consensus."""
 
     task: str
-    threshold: str
+    note: str
     highest: Sequence[ShownRow]
     lowest: Sequence[ShownRow]
+    titles: tuple[str, str] = ("highest", "lowest")
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class Section:
     pictures: Sequence[Picture] = ()
     gallery: Sequence[Picture] = ()
     """Small figures side by side."""
+    key: Sequence[tuple[str, str]] = ()
+    """What the gallery's colours mean: a class of the page's style (chosen, pool, accent, below), and its words."""
     tables: Sequence[Table] = ()
     ends: Sequence[Ends] = ()
     manifests: Mapping[str, Sequence[tuple[str, str]]] = field(default_factory=dict)

@@ -37,12 +37,13 @@ def scores(numbers: ScoreNumbers) -> Section:
         drawn = figures.score_distribution(task, counts, edges, threshold)
         said = f"{task}: scores from {column.min():.3g} to {column.max():.3g}, threshold {threshold:.3g}"
         gallery.append(Picture(drawn, said, name=task))
+    key = [("chosen", "at or above the threshold: the task votes for them"), ("pool", "below"), ("accent", "threshold")]
     text = [
         "The influence of each row on each task: how well its training step goes with the steps the task's validation "
         "rows ask for. The line is the task's threshold.",
         drawn_from(numbers),
     ]
-    return Section("scores", "Scores by task", list(filter(None, text)), gallery=gallery)
+    return Section("scores", "Scores by task", list(filter(None, text)), gallery=gallery, key=key)
 
 
 def histogram(column: Float[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:
@@ -148,7 +149,10 @@ def border(numbers: ScoreNumbers, verdict: str) -> Section:
             verdict,
             drawn_from(numbers),
         ]
-    return Section("border", "The border", list(filter(None, text)), gallery=gallery, tables=[Table(columns, rows)])
+    key = [("chosen", "the task votes for it"), ("below", "it does not"), ("accent", "threshold")]
+    return Section(
+        "border", "The border", list(filter(None, text)), gallery=gallery, key=key, tables=[Table(columns, rows)]
+    )
 
 
 def provenance(selection: Mapping[str, Any], scores: Mapping[str, Any]) -> Section:

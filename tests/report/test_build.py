@@ -54,16 +54,30 @@ def test_the_head_says_what_failed_and_what_was_warned_of(page: Page) -> None:
 def test_highest_rows_come_with_text_image_or_the_reason_for_none(page: Page, scores: ScoreStore) -> None:
     (section,) = [section for section in page.sections if section.id == "rows"]
     influence = scores.influence[:]
-    for task, ends in enumerate(section.ends):
+    for task, ends in enumerate(section.ends[1:]):
         assert [row.row for row in ends.highest[:3]] == [BROKEN, MISSING, UNREADABLE]
         assert ends.lowest[0].row == int(np.nanargmin(influence[:, task]))
         assert ends.lowest[0].score == f"{np.nanmin(influence[:, task]):.4g}"
-    broken, missing, unreadable, good = section.ends[0].highest
+    broken, missing, unreadable, good = section.ends[1].highest
     assert broken.problem == "image coco/7.png cannot be decoded"
     assert missing.problem == "image vg/8.png is not in the image folder"
     assert unreadable.problem == "this record cannot be read"
     assert good.image.startswith("data:image/jpeg") or "image" not in good.turns[0].text
     assert good.selected and good.votes == 5 and good.stderr == "0.004"
+
+
+def test_the_consensus_shows_its_best_and_its_rejected_rows(page: Page, scores: ScoreStore, chosen: Chosen) -> None:
+    (section,) = [section for section in page.sections if section.id == "rows"]
+    influence = scores.influence[:]
+    mean, votes = influence.mean(axis=1), (influence >= chosen.thresholds).sum(axis=1)
+    scored = [row for row in range(len(mean)) if np.isfinite(mean[row])]
+    best = sorted((row for row in scored if chosen.selected[row]), key=lambda row: (-votes[row], -mean[row], row))
+    last = sorted((row for row in scored if not chosen.selected[row]), key=lambda row: (votes[row], mean[row], row))
+    ends = section.ends[0]
+    assert ends.task == "consensus"
+    assert [row.row for row in ends.highest] == best[:4] and all(row.selected for row in ends.highest)
+    assert [row.row for row in ends.lowest] == last[:4] and not any(row.selected for row in ends.lowest)
+    assert ends.lowest[0].score == f"{mean[last[0]]:.4g}" and ends.lowest[0].stderr == ""
 
 
 def test_text_of_records_is_escaped(page: Page) -> None:

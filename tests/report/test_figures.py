@@ -74,3 +74,35 @@ def test_the_legend_covers_nothing(figure: Figure) -> None:
     box = legend.get_window_extent()
     others = [*axes.texts, *axes.patches, *axes.get_xticklabels(), *axes.get_yticklabels()]
     assert others and not [other for other in others if other.get_window_extent().overlaps(box)]
+
+
+@pytest.mark.parametrize("low", [-0.16, -1234.5, 0.001])
+def test_no_label_leaves_the_picture(low: float) -> None:
+    for figure in (
+        figures.score_distribution("gqa", np.array([1, 4, 2]), np.linspace(low, -low / 2, 4), 0.0),
+        figures.border("a", np.linspace(0, 1, 5), np.linspace(low, -low, 5), np.full(5, 0.1), 0.0),
+    ):
+        figure.draw_without_rendering()
+        (axes,) = figure.axes
+        first, last = sorted(axes.get_xlim())
+        for place, label in zip(axes.get_xticks(), axes.get_xticklabels(), strict=True):
+            if first <= place <= last:
+                box = label.get_window_extent()
+                assert box.x0 >= 0 and box.x1 <= figure.bbox.width, label.get_text()
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 4, 7, 8, 22])
+def test_counts_of_votes_do_not_run_into_each_other(num_tasks: int) -> None:
+    figure = figures.vote_histogram(np.full(num_tasks + 1, 199_999), np.full(num_tasks + 1, 7))
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == num_tasks + 1
+    assert not [a for i, a in enumerate(boxes) for b in boxes[i + 1 :] if a.overlaps(b)]
+
+
+def test_the_palette_changes_where_the_system_is_dark() -> None:
+    text = base64.b64decode(figures.svg(CASES["votes"]()).split(",")[1]).decode()
+    assert "@media (prefers-color-scheme: dark)" in text
+    for light, dark in figures.DARK.items():
+        assert f'[style*="fill: {light}"] {{ fill: {dark} !important }}' in text
+    assert f"fill: {figures.CHOSEN}" in text.split("</style>")[-1]
