@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,11 +98,11 @@ def flat(places: Places) -> Iterator[tuple[str, Place]]:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two paths are one file or folder; never for one that does not exist."""
+    """Whether two paths are one file or folder; of those that do not exist yet, whether they would be."""
     try:
         return one.samefile(other)
     except OSError:
-        return False
+        return os.path.realpath(one) == os.path.realpath(other)
 
 
 def inside(path: Path, folder: Path) -> bool:
@@ -121,7 +122,7 @@ def first_entry(folder: Path) -> str:
 
 
 def is_partial(name: str) -> bool:
-    return name.startswith(".") and Path(name).stem.endswith(PARTIAL)
+    return name.startswith(".") and PARTIAL in name
 
 
 def mark(folder: Path, command: str) -> None:
@@ -166,6 +167,42 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterator[Path]:
+    """A folder beside `path` to write to; in `path`'s place when the block ends, gone when it fails.
+
+    Where there is a folder with something in it, file by file takes its place, and what else lies there stays.
+
+    Args:
+        path: the folder.
+        last: the file that says it is whole: taken away first, put there last.
+        stale: names of files at the top of a former folder that do not stay, since they would be read with the new.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    partial.mkdir()
+    try:
+        yield partial
+        if target.is_dir() and any(target.iterdir()):
+            move_into(partial, target, last, stale)
+        else:
+            partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
+    (target / last).unlink(missing_ok=True)
+    for former in list(target.iterdir()):
+        if former.is_file() and stale(former.name):
+            former.unlink()
+    files = [path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()]
+    for file in sorted(files, key=lambda file: file == Path(last)):
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (partial / file).replace(target / file)
 
 
 def put(path: Path, content: str | bytes) -> None:

@@ -1,13 +1,15 @@
 """What a command may write over, and that it is whole when it is there."""
 
+import ast
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from icons.output import MARK, check_output, is_marked, mark, put, whole_file
+import icons
+from icons.output import MARK, check_output, is_marked, mark, put, whole_file, whole_folder
 
 
 def nobodys(path: Path) -> bool:
@@ -135,3 +137,70 @@ def test_writing_through_a_link_keeps_the_link(user: Path) -> None:
     put(symlink(user), "[3]")
     assert (user / "link.json").is_symlink()
     assert (user / "data.json").read_text() == "[3]"
+
+
+def export(out: Path, weights: str) -> None:
+    with whole_folder(out, last="mark.json", stale=lambda name: name.endswith(".safetensors")) as partial:
+        (partial / "deep").mkdir()
+        for name in ("mark.json", f"{weights}.safetensors", "deep/config.json"):
+            (partial / name).write_text(weights)
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_appears_whole_and_takes_the_place_of_a_former_one(user: Path) -> None:
+    export(user / "out", "one")
+    assert files(user / "out") == {"mark.json": "one", "one.safetensors": "one", "deep/config.json": "one"}
+    (user / "out" / "notes.txt").write_text("mine")
+    export(user / "out", "two")  # the weights of two models in one folder would be neither
+    expected = {"mark.json": "two", "two.safetensors": "two", "deep/config.json": "two"}
+    assert files(user / "out") == expected | {"notes.txt": "mine"}
+    with pytest.raises(RuntimeError), whole_folder(user / "not", last="m", stale=lambda name: False):
+        raise RuntimeError
+    assert sorted(path.name for path in user.iterdir()) == ["data.json", "model", "nothing", "out"]
+
+
+WRITES = {"write_text", "write_bytes", "save_file", "savefig", "to_csv", "copyfile", "copy", "copytree", "mkstemp"}
+BESIDE = {"whole_file", "whole_folder"}
+PACKAGE = Path(icons.__file__).parent
+# the store's own atomic files; a worker's log, which grows; what is written inside `with whole_folder` of a caller
+ELSEWHERE = {
+    "datamodules/benchmarks/benchmark.py",
+    "output.py",
+    "store/folder.py",
+    "models/export/folder.py",
+    "models/export/processor.py",
+}
+
+
+def test_nothing_is_written_but_beside_its_place() -> None:
+    found = []
+    for file in PACKAGE.rglob("*.py"):
+        name = file.relative_to(PACKAGE).as_posix()
+        if name not in ELSEWHERE:
+            found += [f"{name}: {call}" for call in unguarded(ast.parse(file.read_text()))]
+    allowed = ["cli/demo.py: copytree(start", "validation/retraining.py: open('w', buffering=1)"]
+    assert [call for call in found if not call.startswith(tuple(allowed))] == []
+
+
+def unguarded(node: ast.AST) -> Iterator[str]:
+    """Calls that write a file, outside of a `with` that puts it in its place."""
+    if isinstance(node, ast.With):
+        calls = [item.context_expr for item in node.items if isinstance(item.context_expr, ast.Call)]
+        if BESIDE & {getattr(call.func, "id", "") for call in calls}:
+            return
+    if isinstance(node, ast.Call):
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        mode = [one.value for one in node.args if isinstance(one, ast.Constant) and isinstance(one.value, str)]
+        opened = name == "open" and any(word[:1] in ("w", "a", "x") and len(word) <= 3 for word in mode)
+        if opened or (name in WRITES and not is_copy_of_memory(node)):
+            yield f"{name}({', '.join(ast.unparse(part) for part in [*node.args, *node.keywords])})"
+    for child in ast.iter_child_nodes(node):
+        yield from unguarded(child)
+
+
+def is_copy_of_memory(call: ast.Call) -> bool:
+    """`array.copy()`, unlike `shutil.copy(a, b)`."""
+    return isinstance(call.func, ast.Attribute) and call.func.attr == "copy" and len(call.args) < 2

@@ -18,6 +18,7 @@ from icons.datamodules.records import open_records
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
 from icons.modules.interruption import RESUME
+from icons.output import put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 from icons.validation.bakeoff import REFERENCES, Measure, tables
@@ -139,7 +140,7 @@ def bakeoff(
         for rule in names
     }
     content = tables(measured, list(files), measure)
-    (out / TABLE).write_text(json.dumps(content, indent=1) + "\n")
+    put(out / TABLE, json.dumps(content, indent=1) + "\n")
     show(content)
     return 0
 

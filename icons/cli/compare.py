@@ -13,9 +13,11 @@ from icons.consensus import matrix_of
 from icons.consensus.overlap import Overlap, overlap, task_overlap
 from icons.consensus.selection_file import manifest_path, open_selection
 from icons.datamodules.record_lists import entries_of
+from icons.output import check_output, put, read_object
 from icons.store import ScoreStore
 
 POSITIONAL = ("a", "b")
+MADE_BY = "icons compare"
 console = Console()
 
 
@@ -26,6 +28,7 @@ def compare(
     scores: str | None = None,
     fraction: float | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Prints the overlap of two selections, and of the tasks that voted for them.
 
@@ -37,13 +40,19 @@ def compare(
         scores: score store for the overlap of tasks; default: the one A was selected from, if it is still there.
         fraction: share of the rows that each task votes for in the overlap of tasks; default: A's, or 0.2.
         out: also write the numbers as JSON.
+        overwrite: write --out even where something lies that is no former comparison.
     """
+    if out is not None:
+        sides = [place for side in (a, b) for place in (side, manifest_path(side))]
+        inputs = {"A or B": sides, "--scores": scores}
+        check_output(out, kind="file", inputs=inputs, ours=is_comparison, overwrite=overwrite)
     one, other = Listed.open(a), Listed.open(b)
     key = by if by != "auto" else ("row" if one.same_rows(other) else "id")
     found = overlap(one.entries(key), other.entries(key))
     pool = one.num_rows or other.num_rows
     show(found, one, other, key, pool)
     numbers: dict[str, Any] = {
+        "made_by": MADE_BY,
         "a": str(a), "b": str(b), "by": key, "num_a": found.num_a, "num_b": found.num_b, "shared": found.shared,
         "share_of_a": found.share_of_a, "share_of_b": found.share_of_b, "jaccard": found.jaccard,
         "shared_by_chance": found.by_chance(pool) if pool else None,
@@ -57,8 +66,12 @@ def compare(
         show_tasks(tasks, shared, share)
         numbers["tasks"] = {"names": tasks, "fraction": share, "overlap": shared.tolist()}
     if out is not None:
-        out.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        put(out, json.dumps(numbers, indent=2) + "\n")
     return 0
+
+
+def is_comparison(path: Path) -> bool:
+    return read_object(path).get("made_by") == MADE_BY
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from icons.consensus.selection_file import open_selection
 from icons.datamodules.easy_vqa import POOL, DemoData, make_demo_data
 from icons.demo.comparison_tables import comparison_table, count_votes, outcome, shares_table, votes_table
 from icons.models.pinned_settings import claim
+from icons.output import check_output, is_marked, mark, put
 from icons.store import ScoreStore
 
 console = Console()
@@ -66,7 +68,7 @@ QUICK = DemoSettings(
 )  # fmt: skip
 
 
-def demo(out: Path = Path("demo"), seeds: int = 3, quick: bool = False) -> int:
+def demo(out: Path = Path("demo"), seeds: int = 3, quick: bool = False, overwrite: bool = False) -> int:
     """Runs the method on easy-VQA: data, warm-up, gradients, influence, selection, fine-tunes, report.
 
     A few minutes on 2 CPU cores, without a network. Every stage is a public command, called in this process and
@@ -76,9 +78,12 @@ def demo(out: Path = Path("demo"), seeds: int = 3, quick: bool = False) -> int:
         out: folder for everything that is made: a new one, or a former demo's.
         seeds: random subsets to compare the selection with.
         quick: a small pool and short trainings, to see the stages; the numbers then mean nothing.
+        overwrite: write --out even if something lies there that is no former demo.
     """
     if seeds < 1:
         raise ValueError(f"--seeds {seeds}: expected at least 1 random subset to compare with")
+    check_output(out, kind="folder", inputs={}, ours=partial(is_marked, command="demo"), overwrite=overwrite)
+    mark(out, "demo")
     return Demo(out, QUICK if quick else DemoSettings(), seeds).run()
 
 
@@ -183,7 +188,7 @@ class Demo:
         votes = count_votes(np.asarray(store.influence[:]), [by_task[task] for task in store.tasks])
         content = outcome(records, selection.rows, votes, runs, self.settings.note)
         file = self.out / "comparison.json"
-        file.write_text(json.dumps(content, indent=1) + "\n")
+        put(file, json.dumps(content, indent=1) + "\n")
         page = self.out / "report.html"
         self.stage(
             "Report", report, scores=str(scores), selection=selected, data=data.pool, out=page, images=data.images,
@@ -208,15 +213,8 @@ class StageFailed(Exception):
 
 
 def claim_demo(out: Path, settings: DemoSettings) -> None:
-    """Makes the folder, or checks that it is a demo's of the same settings.
-
-    Raises:
-        ValueError: it holds something else, or a demo of other settings.
-    """
-    kept = out / "demo.json"
-    if not kept.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"--out {out}: expected a new or empty folder, or a former demo's; give another")
-    claim(kept, asdict(settings), "a demo")
+    """Keeps the settings in the demo's folder, or checks that they are those of before."""
+    claim(out / "demo.json", asdict(settings), "a demo")
 
 
 def command_line(name: str, options: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ def export(
     format: Literal["huggingface", "llava"] = "huggingface",
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored",
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Merges the adapter into the model and writes it as one folder.
 
@@ -35,6 +36,7 @@ def export(
         format: huggingface, for transformers, vLLM and lmms-eval; llava, for LLaVA's own evaluation scripts.
         dtype: of the written weights; stored: as in the base model.
         trust_remote_code: run code that comes with the model folder.
+        overwrite: write --out even if something lies there that is no former export; its weights are replaced.
     """
     if (checkpoint is None) == (model is None):
         got = "neither" if model is None else "both"
@@ -50,7 +52,7 @@ def export(
     else:
         assert model is not None
         folder = ModelFolder.open(model, vision_tower=vision_tower, mm_projector=mm_projector, adapter=adapter)
-    export_model(folder, adapter, out, format, dtype, trust_remote_code)
+    export_model(folder, adapter, out, format, dtype, trust_remote_code, overwrite)
     said = f"{out}: {'LLaVA' if format == 'llava' else 'Hugging Face'} layout"
     console.print(said, markup=False, soft_wrap=True)
     if format == "llava" and "llava" not in out.resolve().name.lower():

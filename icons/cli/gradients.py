@@ -1,6 +1,7 @@
 """`icons gradients`: per-sample gradients of a data file into a gradient store, through `Trainer.predict`."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,12 @@ from icons.modules.collector import DIFFERENTIATED, Collect, collector
 from icons.modules.fit import quiet
 from icons.modules.part_writer import PartWriter, part_path
 from icons.modules.writer import GradientWriter
+from icons.output import check_output
 from icons.partition import assign, parse_shard
 from icons.preconditioner import AdamPreconditioner
 from icons.projection import PROJECTORS, Several
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
+from icons.store.former import holds_store
 
 console = Console()
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -62,6 +65,7 @@ def gradients(
     retry_failed: bool = False,
     mixed_batches: bool = False,
     strict: bool = False,
+    overwrite: bool = False,
     dry_run: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> int:
@@ -110,6 +114,7 @@ def gradients(
         mixed_batches: go on with a store that was begun with another --batch-size or --max-tokens, say because memory
             ran out; its rows are then equal to rounding, not bit for bit, to those of an undisturbed run.
         strict: exit with 1 when a row failed.
+        overwrite: write --out even if something else lies there; a store of other settings is replaced.
         dry_run: print what would be done (rows per rank, bytes, memory) and stop.
         trainer: flags of Lightning's Trainer.
     """
@@ -129,6 +134,19 @@ def gradients(
         console.print(f"{collect}: stored as it is; --projector, --dim and --preconditioner are for gradients")
     dims = dimensions(dim) if differentiates else [1]
     outs = [out] if len(dims) == 1 else [part_path(out, size) for size in dims]
+    inputs = {
+        "--data": data, "--checkpoint": checkpoint, "--model": model, "--vision-tower": vision_tower,
+        "--mm-projector": mm_projector, "--adapter": adapter, "--optimizer-state": optimizer_state,
+    }  # fmt: skip
+    for place in outs:
+        check_output(
+            place,
+            kind="folder",
+            inputs=inputs,
+            searched={"--images": images},
+            ours=partial(holds_store, kind=GradientStore.KIND),
+            overwrite=replaces(overwrite, shard),
+        )
     flags = predict_flags(trainer)
     datamodule = ConversationDataModule(
         data,
@@ -172,6 +190,7 @@ def gradients(
         "shard": shard,
         "retry_failed": retry_failed,
         "mixed_batches": mixed_batches,
+        "overwrite": overwrite,
         "manifest": {"target": target, "warnings": [source.warning] if source.warning else []},
     }
     if len(dims) == 1:
@@ -184,6 +203,20 @@ def gradients(
         runner.callbacks.extend(writers)  # type: ignore[attr-defined]
         runner.predict(extractor, datamodule=datamodule, return_predictions=False)
     return max(summary(GradientStore.open(path), strict, shard) for path in outs) if runner.is_global_zero else 0
+
+
+def replaces(overwrite: bool, shard: str | None) -> bool:
+    """--overwrite, which one of many jobs on one store cannot mean.
+
+    Raises:
+        ValueError: with --shard.
+    """
+    if overwrite and shard is not None:
+        raise ValueError(
+            "--overwrite: together with --shard each job would take away what the others have written; delete the "
+            "store before the jobs start"
+        )
+    return overwrite
 
 
 def dimensions(dim: int | Sequence[int]) -> list[int]:

@@ -1,5 +1,6 @@
 """`icons influence`: gradient stores of training rows and tasks -> a score store, with error bars."""
 
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -9,9 +10,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from icons.cli.pairs import parse
+from icons.cli.pairs import parse, places
 from icons.modules.scoring import Scoring, blocks_of
+from icons.output import check_output
 from icons.store import ScoreStore
+from icons.store.former import holds_store
 
 console = Console()
 
@@ -32,6 +35,7 @@ def influence(
     devices: str = "1",
     num_nodes: int = 1,
     strategy: str = "auto",
+    overwrite: bool = False,
 ) -> int:
     """Scores every training row on every task: the mean cosine of their gradients. The same line, run again, resumes.
 
@@ -52,14 +56,20 @@ def influence(
         devices: number of devices or processes per machine, or a list of them.
         num_nodes: number of machines.
         strategy: Lightning Fabric's strategy.
+        overwrite: write --out even if something else lies there; a score store of other settings is replaced.
     """
     if top_pairs < 0:
         raise ValueError(f"--top-pairs {top_pairs}: expected 0 or more")
     tasks = {name: paths.split(",") for name, paths in parse(task, "--task").items()}
     groups = {name: members.split(",") for name, members in parse(group or [], "--group").items()}
-    scoring = Scoring(
-        train, tasks, out, normalize, task_normalize, weights, groups, reduce, pairwise, top_pairs, chunk_rows
+    inputs = {"--train": train, "--task": places(task)}
+    check_output(
+        out, kind="folder", inputs=inputs, ours=partial(holds_store, kind=ScoreStore.KIND), overwrite=overwrite
     )
+    scoring = Scoring(
+        train, tasks, out, normalize, task_normalize, weights, groups, reduce, pairwise, top_pairs, chunk_rows,
+        overwrite,
+    )  # fmt: skip
     fabric = Fabric(accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
     fabric.launch()
     columns = (TextColumn("influence"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

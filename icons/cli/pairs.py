@@ -3,6 +3,15 @@
 from collections.abc import Sequence
 
 
+def places(words: Sequence[str]) -> list[str]:
+    """Every place that NAME=PLACE options name; NAME=PLACE,PLACE names several.
+
+    >>> places(["gqa=a.zarr,b.zarr", "s3://bucket/c.zarr"])
+    ['a.zarr', 'b.zarr', 's3://bucket/c.zarr']
+    """
+    return [place for word in words for place in word.split("=", 1)[-1].split(",")]
+
+
 def parse(pairs: Sequence[str], option: str) -> dict[str, str]:
     """NAME=VALUE options, in order.
 

@@ -1,6 +1,7 @@
 """`icons report`: score store and selection -> one HTML page with pictures."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,14 @@ from PIL import Image
 from rich.console import Console
 
 from icons.batch import Status
-from icons.consensus.selection_file import open_selection
+from icons.consensus.selection_file import manifest_path, open_selection
 from icons.datamodules.conversation import ImageRef
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.images import ImageSource
 from icons.datamodules.records import RecordError, RecordSource, open_records
+from icons.output import check_output, is_marked, mark, put
 from icons.report.build import Chosen, Pool, build
-from icons.report.page import render, write_pictures
+from icons.report.page import is_page, render, write_pictures
 from icons.store import ScoreStore
 
 console = Console()
@@ -32,6 +34,7 @@ def report(
     rows_shown: int = 4,
     title: str = "Selection report",
     png: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Writes one self-contained HTML page about a selection: no script, nothing loaded from a network.
 
@@ -52,9 +55,18 @@ def report(
         rows_shown: highest and lowest rows shown for each task.
         title: the page's headline.
         png: also write every figure as a PNG, to the folder OUT_figures.
+        overwrite: write --out, and OUT_figures, even where something lies that is no former report.
     """
     if rows_shown < 1:
         raise ValueError(f"--rows-shown {rows_shown}: expected at least 1")
+    figures = out.with_name(f"{out.stem}_figures") if png else None
+    inputs = {"--scores": scores, "--selection": [selection, manifest_path(selection)], "--data": data}
+    inputs |= {"--comparison": comparison or [], "--validation": validation or []}
+    common: dict[str, Any] = {"inputs": inputs, "searched": {"--images": images}, "overwrite": overwrite}
+    check_output(out, kind="file", ours=is_page, **common)
+    if figures is not None:
+        own = partial(is_marked, command="report")
+        check_output(figures, "--png", kind="folder", ours=own, **common)
     source = ImageSource(images)
     store, index = ScoreStore.open(scores), open_records(data)
     chosen = Chosen.of(open_selection(selection), store)
@@ -69,14 +81,11 @@ def report(
         comparison_file=comparison,
         validation_file=validation,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".part")
-    partial.write_text(render(page), encoding="utf-8")
-    partial.replace(out)
+    put(out, render(page))
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
-    if png:
-        folder = out.with_name(f"{out.stem}_figures")
-        console.print(f"{folder}: {len(write_pictures(page, folder))} figures", soft_wrap=True)
+    if figures is not None:
+        mark(figures, "report")
+        console.print(f"{figures}: {len(write_pictures(page, figures))} figures", soft_wrap=True)
     return 0
 
 

@@ -1,6 +1,7 @@
 """`icons score`: exact influence of every training row on every task; no projection, no gradient stores."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from icons.batch import Status
-from icons.cli.gradients import predict_flags, summary
+from icons.cli.gradients import predict_flags, replaces, summary
 from icons.cli.model_source import ModelSource
 from icons.cli.pairs import parse
 from icons.datamodules.datamodule import ConversationDataModule
@@ -21,8 +22,10 @@ from icons.modules.former_scores import FormerScores
 from icons.modules.kept_task_vectors import describe_vectors, find_vectors
 from icons.modules.score_writer import ScoreWriter
 from icons.modules.writer import GradientWriter
+from icons.output import check_output, is_marked, mark
 from icons.projection import PROJECTORS
-from icons.store import ScoreStore, fitting_chunk_rows
+from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
+from icons.store.former import holds_store
 from icons.store.manifest import check_compatible
 
 console = Console()
@@ -63,6 +66,7 @@ def score(
     retry_failed: bool = False,
     mixed_batches: bool = False,
     strict: bool = False,
+    overwrite: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> int:
     """Scores every training row on every task exactly; the same line, run again, resumes.
@@ -106,6 +110,8 @@ def score(
         mixed_batches: go on with a store that was begun with another --batch-size or --max-tokens; its rows are then
             equal to rounding, not bit for bit, to those of an undisturbed run.
         strict: exit with 1 when a row failed.
+        overwrite: write --out and --keep-gradients even if something else lies there; stores of other settings are
+            replaced.
         trainer: flags of Lightning's Trainer.
     """
     flags = predict_flags(trainer)
@@ -123,6 +129,20 @@ def score(
     files = {name: task_file(value) for name, value in parse(task, "--task").items()}
     groups = {name: members.split(",") for name, members in parse(group or [], "--group").items()}
     single = len(checkpoint) == 1
+    inputs: dict[str, Any] = {
+        "--data": data, "--checkpoint": checkpoint, "--optimizer-state": optimizer_state, "--reuse": reuse,
+        "--task": [file for file, _ in files.values()],
+    }  # fmt: skip
+    common: dict[str, Any] = {"kind": "folder", "overwrite": replaces(overwrite, shard)}
+    common |= {"searched": {"--images": images, "--task": [folder for _, folder in files.values() if folder]}}
+    check_output(out, inputs=inputs, ours=partial(holds_store, kind=ScoreStore.KIND), **common)
+    if keep_gradients is not None:
+        own = partial(holds_store, kind=GradientStore.KIND)
+        check_output(keep_gradients, "--keep-gradients", inputs={**inputs, "--out": out}, ours=own, **common)
+    kept = task_vectors or out.with_name(out.name + ".tasks")
+    own = partial(is_marked, command="score")
+    check_output(kept, "--task-vectors", inputs={**inputs, "--out": out}, ours=own, **common)
+    mark(kept, "score")
     outs = [out if single else out.with_name(f"{out.name}.checkpoint-{place}") for place in range(len(checkpoint))]
     for place, folder in enumerate(checkpoint):
         source = ModelSource.resolve(
@@ -150,7 +170,6 @@ def score(
             "batch_size": batch_size,
         }
         loading |= {"max_tokens": max_tokens, "num_workers": num_workers, "trust_remote_code": trust_remote_code}
-        kept = task_vectors or out.with_name(out.name + ".tasks")
         modules = {name: ConversationDataModule(*places, **loading) for name, places in files.items()}
         manifests = describe_vectors(model, modules, normalize == "exact")
         columns, former = columns_of(files, groups), None
@@ -176,7 +195,7 @@ def score(
         )
         datamodule = ConversationDataModule(data, images, **loading)
         writing: dict[str, Any] = {"chunk_rows": chunk_rows, "shard": shard, "retry_failed": retry_failed}
-        writing |= {"mixed_batches": mixed_batches, "manifest": {"target": target}}
+        writing |= {"mixed_batches": mixed_batches, "overwrite": overwrite, "manifest": {"target": target}}
         with quiet():
             runner = Trainer(**flags)
         if keep_gradients is not None:
@@ -189,7 +208,7 @@ def score(
     if not runner.is_global_zero:
         return 0
     stores = [ScoreStore.open(path) for path in outs]
-    return ended(stores[0] if single else weighted_sum(stores, parts, out), strict, shard)
+    return ended(stores[0] if single else weighted_sum(stores, parts, out, overwrite), strict, shard)
 
 
 def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:
@@ -218,7 +237,7 @@ def task_file(value: str) -> tuple[Path, Path | None]:
     return Path(name), Path(images) if images else None
 
 
-def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path) -> ScoreStore:
+def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path, overwrite: bool) -> ScoreStore:
     """The checkpoints' scores, added up with their weights (LESS, section 4.1: learning rates); made anew if there.
 
     A row that failed at one checkpoint is failed; a unit that one of them has still to do is missing.
@@ -226,19 +245,14 @@ def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Pa
     first = stores[0]
     manifest = {key: value for key, value in first.manifest.items() if key not in ("format", "kind", "arrays")}
     manifest |= {"weights": list(weights), "checkpoints": [store.manifest["adapter"] for store in stores]}
-    try:
-        total = ScoreStore.open(out, mode="r+")
-        check_compatible(total.manifest, manifest, ("data", "tasks", "weights", "checkpoints"), f"{out}", "this run")
-    except FileNotFoundError:
-        extra: dict[str, tuple[str, list[tuple[str, int]]]] = {"norm": ("float32", []), "loss": ("float32", [])}
-        total = ScoreStore.create(
-            out,
-            num_rows=first.num_rows,
-            tasks=first.tasks,
-            manifest=manifest,
-            chunk_rows=first.partition.chunk_rows,
-            extra=extra | {"tokens": ("int32", [])},
-        )
+    extra: dict[str, tuple[str, list[tuple[str, int]]]] = {"norm": ("float32", []), "loss": ("float32", [])}
+    made: dict[str, Any] = {"num_rows": first.num_rows, "tasks": first.tasks, "manifest": manifest}
+    made |= {"chunk_rows": first.partition.chunk_rows, "extra": extra | {"tokens": ("int32", [])}}
+
+    def check(store: ScoreStore) -> None:
+        check_compatible(store.manifest, manifest, ("data", "tasks", "weights", "checkpoints"), f"{out}", "this run")
+
+    total = ScoreStore.taken_up(out, check, lambda: ScoreStore.create(out, overwrite=overwrite, **made), overwrite)
     for unit in range(first.partition.num_units):
         rows = first.partition.unit_rows(unit)
         span = slice(rows.start, rows.stop)

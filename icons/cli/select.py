@@ -10,16 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from icons.cli.pairs import parse
+from icons.cli.pairs import parse, places
 from icons.consensus import Pairs, Selection
 from icons.consensus import select as select_rows
 from icons.consensus.border import Border, border
 from icons.consensus.duplicates import NearDuplicates
 from icons.consensus.ranking import ordered
 from icons.consensus.rules import RULES
-from icons.consensus.selection_file import save_manifest, write_table
+from icons.consensus.selection_file import is_manifest, is_written_by, manifest_path, save_manifest, write_table
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
+from icons.output import check_output
 from icons.store import GradientStore, ScoreStore
 
 console = Console()
@@ -52,6 +53,7 @@ def select(
     task: list[str] | None = None,
     seed: int = 0,
     table: Path | None = None,
+    overwrite: bool = False,
 ) -> int:
     """Selects the rows that help most tasks at once, and writes them in the data file's own form and order.
 
@@ -86,7 +88,11 @@ def select(
         seed: of rules that draw.
         table: also write a table of the selected rows, the best first (.csv or .parquet): rank, row, id, votes, score,
             each task's influence.
+        overwrite: write --out and --table even where something lies that is no former selection, unchanged.
     """
+    inputs: dict[str, Any] = {"--scores": scores, "--data": data, "--train": train}
+    inputs |= {"--include": include, "--exclude": exclude, "--task": places(task or [])}
+    check_outputs(out, table, inputs, overwrite)
     store = ScoreStore.open(scores)
     index = open_records(data)
     check_data(store, index, data)
@@ -127,9 +133,19 @@ def select(
     given = {"source_field": source_field, "max_tokens": max_tokens, "near_duplicates": near_duplicates, **settings}
     given |= {name: budget[name] for name in ("task_quotas", "source_quotas")}
     given |= {"include": str(include) if include else None, "exclude": str(exclude) if exclude else None}
-    save_manifest(out, chosen.rows, manifest(chosen, store, index, found, given))
+    save_manifest(out, chosen.rows, manifest(chosen, store, index, found, given), table)
     summary(chosen, store, out, found, num_near)
     return 0
+
+
+def check_outputs(out: Path, table: Path | None, inputs: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuses to write over anything but a former selection; one that was edited since is the user's."""
+    common: dict[str, Any] = {"kind": "file", "overwrite": overwrite}
+    check_output(out, inputs=inputs, ours=lambda path: is_written_by(out, "data", path), **common)
+    check_output(manifest_path(out), "the manifest of --out", inputs=inputs, ours=is_manifest, **common)
+    if table is not None:
+        named = {**inputs, "--out": [out, manifest_path(out)]}
+        check_output(table, "--table", inputs=named, ours=lambda path: is_written_by(out, "table", path), **common)
 
 
 class Loaded:

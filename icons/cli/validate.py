@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from jaxtyping import Bool, Float, Int
 from rich.console import Console
 
 from icons.cli.bakeoff import bakeoff, pools_of
-from icons.cli.pairs import parse
+from icons.cli.pairs import parse, places
 from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, warmup
 from icons.datamodules.records import RecordSource, open_records
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
 from icons.modules.interruption import RESUME
+from icons.output import check_output, is_marked, mark, put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 from icons.validation.bakeoff import Measure
@@ -67,6 +69,7 @@ def validate(
     lora_dropout: float = 0.05,
     workers: int = 1,
     shard: str | None = None,
+    overwrite: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> int:
     """Trains the start on random subsets and on data without its best, worst and random rows; writes a table.
@@ -110,6 +113,7 @@ def validate(
         workers: trainings side by side, each in a process of its own (on a GPU of its own, as far as there are).
             Processes started by hand on one --out share the work just so: no two ever do the same training.
         shard: I/N: only train this share of the models (array jobs); without it all, and then the table.
+        overwrite: write --out even if something lies there that is no former validation.
         trainer: flags of Lightning's Trainer.
     """
     settings = {
@@ -121,6 +125,19 @@ def validate(
         raise ValueError(
             f"--seeds {seeds}, --counterfactual-seeds {counterfactual_seeds}: expected at least 1 training of each"
         )
+    check_output(
+        out,
+        kind="folder",
+        inputs={
+            "--model": model, "--data": data, "--vision-tower": vision_tower, "--mm-projector": mm_projector,
+            "--scores": places(scores), "--task": [place.partition(":")[0] for place in places(task)],
+            "--pool": places(pool or []),
+        },
+        searched={"--images": images},
+        ours=partial(is_marked, command="validate"),
+        overwrite=overwrite,
+    )  # fmt: skip
+    mark(out, "validate")
     if rule:
         return bakeoff(
             pools_of(data, scores, images, pool or []), rule, out, start=start, settings=settings, task=task,
@@ -174,7 +191,7 @@ def validate(
     if counterfactual:
         several = {name: together(losses, name, counterfactual_seeds) for name in ("all", *PARTS)}
         content["counterfactual"] = changes(several, list(tasks), first, counterfactual)
-    (out / "validation.json").write_text(json.dumps(content, indent=1) + "\n")
+    put(out / "validation.json", json.dumps(content, indent=1) + "\n")
     show(content)
     return 0
 

@@ -15,7 +15,7 @@ from icons.datamodules.preprocessing import Preprocessing
 from icons.models.folder import ModelFolder
 from icons.models.loading import empty_model, load_model
 from icons.models.lora import LoraSettings
-from icons.models.warmup_folder import save_warmup
+from icons.models.warmup_folder import is_warmup, save_warmup
 from icons.modules.fit import (
     already_done,
     console,
@@ -30,6 +30,7 @@ from icons.modules.fit import (
 )
 from icons.modules.fit_checkpoint import LAST
 from icons.modules.warmup import WarmupModule
+from icons.output import check_output, mark
 from icons.store.manifest import versions
 
 HELD_OUT, MOST_HELD_OUT = "held-out", 256
@@ -70,6 +71,7 @@ def warmup(
     seed: int = 0,
     checkpoint_minutes: float = 15.0,
     resume: bool = True,
+    overwrite: bool = False,
     dry_run: bool = False,
     trainer: dict[str, Any] | None = None,
 ) -> int:
@@ -113,6 +115,7 @@ def warmup(
         seed: of the choice of rows, their order, the adapter's first values and dropout.
         checkpoint_minutes: between two checkpoints of the fit.
         resume: go on with an interrupted fit in --out; false starts again.
+        overwrite: write --out even if something lies there that is no former warm-up.
         dry_run: print what would be done (settings, rows per rank, bytes, memory, time) and stop.
         trainer: flags of Lightning's Trainer.
     """
@@ -121,6 +124,17 @@ def warmup(
     lora = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_targets, seed)
     target: Literal["lora", "trainable"] = "trainable" if train_projector else "lora"
     tasks = parse_tasks(task or [])
+    check_output(
+        out,
+        kind="folder",
+        inputs={
+            "--model": model, "--data": data, "--vision-tower": vision_tower, "--mm-projector": mm_projector,
+            "--task": [file for file, _ in tasks.values()],
+        },
+        searched={"--images": images, "--task": [folder for _, folder in tasks.values() if folder is not None]},
+        ours=is_warmup,
+        overwrite=overwrite,
+    )  # fmt: skip
     flags = trainer_flags(trainer or {}, epochs, accumulate, computed_in)
     datamodule = ConversationDataModule(
         data,
@@ -162,6 +176,7 @@ def warmup(
     if resume and already_done(out, settings):
         say(f"{out} holds this very fit, finished: nothing to do (--resume false to start again)")
         return 0
+    mark(out, "warmup")
     network = load_model(
         folder,
         lora=lora,

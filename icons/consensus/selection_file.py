@@ -1,6 +1,7 @@
 """A selection on disk: its manifest beside the selected data, and its table."""
 
 import csv
+import hashlib
 import importlib
 import json
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from icons.output import put, read_object, whole_file
 from icons.store.manifest import versions
 
 FORMAT = 1
@@ -36,15 +38,35 @@ def manifest_path(selection: Path) -> Path:
     return selection if selection.name.endswith(SUFFIX) else selection.with_name(selection.name + SUFFIX)
 
 
-def save_manifest(selection: Path, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any]) -> Path:
-    """Writes the manifest of a selection beside its data, atomically; where it is."""
+def save_manifest(
+    selection: Path, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any], table: Path | None = None
+) -> Path:
+    """Writes the manifest of a selection beside its data, which is there, and its table; where it is."""
     path = manifest_path(selection)
-    made_by = {"versions": versions("icons-lightning", "numpy")}
+    written = {name: digest(file) for name, file in (("data", selection), ("table", table)) if file and file.is_file()}
+    made_by = {"versions": versions("icons-lightning", "numpy"), "written": written}
     whole = {"format": FORMAT, "kind": "selection", **manifest, **made_by, "rows": rows.tolist()}
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(whole, default=str) + "\n", encoding="utf-8")
-    partial.replace(path)
+    put(path, json.dumps(whole, default=str) + "\n")
     return path
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a file is the manifest of a selection."""
+    return read_object(path).get("kind") == "selection"
+
+
+def is_written_by(selection: Path, name: str, file: Path) -> bool:
+    """Whether `file` is what the selection's manifest calls its `data` or `table`, with not a byte changed since."""
+    manifest = read_object(manifest_path(selection))
+    written = manifest.get("written")
+    if manifest.get("kind") != "selection" or not isinstance(written, dict) or not file.is_file():
+        return False
+    return written.get(name) == digest(file)
+
+
+def digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def open_selection(selection: Path) -> SavedSelection:
@@ -80,7 +102,7 @@ def write_table(path: Path, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) 
         ValueError: another suffix; or Parquet, and pyarrow is not installed.
     """
     if path.suffix == ".csv":
-        with path.open("w", newline="", encoding="utf-8") as file:
+        with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(columns)
             writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
@@ -92,6 +114,8 @@ def write_table(path: Path, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) 
                 f"table {path}: Parquet needs pyarrow, which is not installed; pip install 'icons-lightning[table]', "
                 "or take .csv"
             ) from error
-        parquet.write_table(pyarrow.table({name: pyarrow.array(column) for name, column in columns.items()}), path)
+        with whole_file(path) as partial:
+            table = pyarrow.table({name: pyarrow.array(column) for name, column in columns.items()})
+            parquet.write_table(table, partial)
     else:
         raise ValueError(f"table {path}: got suffix {path.suffix!r}; expected .csv or .parquet")

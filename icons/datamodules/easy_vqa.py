@@ -14,6 +14,8 @@ from typing import Any
 import msgspec
 from PIL import Image, ImageChops, ImageEnhance
 
+from icons.output import put, whole_file
+
 Record = dict[str, Any]
 
 COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
@@ -181,8 +183,7 @@ def record(
     """A LLaVA-style record; the image is copied below `images` unless `image` says where there it already lies."""
     if image is None:
         image = Path(question.image.parent.parent.name) / question.image.name  # train/12.png, test/12.png
-        (images / image).parent.mkdir(exist_ok=True)
-        (images / image).write_bytes(question.image.read_bytes())
+        put(images / image, question.image.read_bytes())
     return {
         "id": name,
         "image": image.as_posix(),
@@ -203,10 +204,9 @@ def wrong_answer(question: Question, draw: random.Random) -> str:
 
 def near_copy(source: Path, target: Path, draw: random.Random) -> None:
     """Saves the image moved by one pixel and slightly dimmed: nothing that changes an answer."""
-    target.parent.mkdir(exist_ok=True)
-    with Image.open(source) as image:
+    with Image.open(source) as image, whole_file(target) as partial:
         moved = ImageChops.offset(image.convert("RGB"), draw.choice((-1, 1)), draw.choice((-1, 1)))
-        ImageEnhance.Brightness(moved).enhance(draw.uniform(0.95, 0.99)).save(target)
+        ImageEnhance.Brightness(moved).enhance(draw.uniform(0.95, 0.99)).save(partial)
 
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -262,4 +262,4 @@ def alignment_samples() -> list[tuple[Path, str, str]]:
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:
-    path.write_bytes(msgspec.json.format(msgspec.json.encode(records), indent=1))
+    put(path, msgspec.json.format(msgspec.json.encode(records), indent=1))

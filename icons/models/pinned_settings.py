@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from icons.output import put
+
 
 def claim(file: Path, settings: Mapping[str, Any], what: str) -> None:
     """Makes the folder of `file` and keeps the settings there, or checks that they are those of before.
@@ -25,5 +27,4 @@ def claim(file: Path, settings: Mapping[str, Any], what: str) -> None:
                     f"--out {file.parent}: holds {what} with {name} {former.get(name)!r}, now it is {value!r}; give "
                     "another folder"
                 )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(settings), indent=1) + "\n")
+    put(file, json.dumps(dict(settings), indent=1) + "\n")

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icons.models.folder import ModelFolder
+from icons.output import is_marked, put, read_object, whole_file
 
 MANIFEST = "icons.json"
 ADAPTER, NON_LORA, ADAM = "adapter_model.safetensors", "non_lora.safetensors", "adam.safetensors"
@@ -72,7 +73,7 @@ def save_warmup(
     (folder / MANIFEST).unlink(missing_ok=True)
     config = model.peft_config["default"]
     values = config.to_dict() | {"inference_mode": True, "base_model_name_or_path": str(model_folder.model.resolve())}
-    write(folder / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True, default=plain) + "\n")
+    put(folder / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True, default=plain) + "\n")
     lora = {name.replace(".default.", "."): value for name, value in trained.weights.items() if "lora_" in name}
     rest = {name: value for name, value in trained.weights.items() if "lora_" not in name}
     write_tensors(folder / ADAPTER, lora, {"format": "pt"})
@@ -89,7 +90,12 @@ def save_warmup(
         "model_fingerprint": model_folder.fingerprint(),
         "beside": beside,
     }
-    write(folder / MANIFEST, json.dumps(content | dict(manifest), indent=2, default=plain) + "\n")
+    put(folder / MANIFEST, json.dumps(content | dict(manifest), indent=2, default=plain) + "\n")
+
+
+def is_warmup(folder: Path) -> bool:
+    """Whether a folder is a warm-up's, finished or not."""
+    return is_marked(folder, "warmup") or "model_folder" in read_object(folder / MANIFEST)
 
 
 def open_warmup(folder: Path | str) -> WarmupFolder:
@@ -125,19 +131,12 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
     return WarmupFolder(model_folder, folder, manifest)
 
 
-def write(file: Path, text: str) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(text)
-    part.replace(file)
-
-
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Replaces `file`; without tensors there is none afterwards."""
     file.unlink(missing_ok=True)
     if tensors:
-        part = file.with_name(file.name + ".part")
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
-        part.replace(file)
+        with whole_file(file) as partial:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
 
 
 def plain(value: Any) -> Any:

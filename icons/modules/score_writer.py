@@ -60,16 +60,19 @@ class ScoreWriter(GradientWriter):
         manifest, columns = self.describe(pl_module, datamodule), list(pl_module.tasks.columns)
         if self.former is not None:
             manifest, columns = self.former.manifest(manifest, self.groups), list(self.former.columns)
-        try:
-            store = ScoreStore.open(self.path, mode="r+")
-        except FileNotFoundError:
-            return ScoreStore.create(
+
+        def create() -> None:
+            ScoreStore.create(
                 self.path,
                 num_rows=self.num_rows or len(datamodule.dataset),
                 tasks=columns,
                 manifest=manifest,
                 chunk_rows=self.chunk_rows or 1024,
                 extra={"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])},
+                overwrite=self.overwrite,
             )
-        check_compatible(store.manifest, manifest, AGREE, f"the score store {self.path}", "this run")
-        return store
+
+        def check(store: ScoreStore) -> None:
+            check_compatible(store.manifest, manifest, AGREE, f"the score store {self.path}", "this run")
+
+        return ScoreStore.taken_up(self.path, check, create, self.overwrite)

@@ -47,6 +47,7 @@ class Scoring:
         top_pairs: validation rows to keep for each training row and task: `top_rows_TASK` and `top_influence_TASK`
             `[N, k]`, the strongest first.
         chunk_rows: rows per unit of the score store; default: about 16,000, fewer with `pairwise`.
+        overwrite: replace a score store of other settings, and write beside files of another kind.
     """
 
     train: Sequence[str]
@@ -60,6 +61,7 @@ class Scoring:
     pairwise: bool = False
     top_pairs: int = 0
     chunk_rows: int | None = None
+    overwrite: bool = False
 
     def run(self, fabric: Fabric, advance: Callable[[int], None] = lambda rows: None) -> ScoreStore:
         """Computes this rank's share of the units that are still to do.
@@ -108,13 +110,12 @@ class Scoring:
         """Opens or creates the score store (rank 0); the units to do, or what went wrong."""
         try:
             manifest = self.manifest(scorer, stores, tasks)
-            try:
-                store = ScoreStore.open(self.out, mode="r+")
-            except FileNotFoundError:
-                store = self.create(scorer, manifest)
-            check_compatible(
-                lasting(store.manifest), lasting(manifest), SETTINGS, f"the score store {self.out}", "this run"
-            )
+
+            def check(store: ScoreStore) -> None:
+                what = f"the score store {self.out}"
+                check_compatible(lasting(store.manifest), lasting(manifest), SETTINGS, what, "this run")
+
+            store = ScoreStore.taken_up(self.out, check, lambda: self.create(scorer, manifest), self.overwrite)
             return units_to_do(store, stores)
         except (ValueError, OSError) as error:
             return error
@@ -135,6 +136,7 @@ class Scoring:
             manifest=manifest,
             chunk_rows=self.chunk_rows or unit_rows(scorer, widest),
             extra=extra,
+            overwrite=self.overwrite,
         )
 
     def manifest(

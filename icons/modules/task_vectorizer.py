@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
+from icons.output import whole_file
 
 MADE_FROM = ("data", "model", "adapter", "preprocessing", "normalize")
 """Entries of a task vector's manifest; where they agree, so do the vectors."""
@@ -35,11 +36,9 @@ class TaskVector:
 
     def save(self, file: Path) -> None:
         """Writes safetensors with the manifest in its metadata; atomically."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
         about = {"num_rows": str(self.num_rows), "manifest": json.dumps(self.manifest)}
-        save_file({name: value.contiguous() for name, value in self.vector.items()}, partial, about)
-        partial.replace(file)
+        with whole_file(file) as partial:
+            save_file({name: value.contiguous() for name, value in self.vector.items()}, partial, about)
 
     @classmethod
     def load(cls, file: Path) -> "TaskVector":

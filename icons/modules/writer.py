@@ -49,6 +49,7 @@ class GradientWriter(BasePredictionWriter):
         retry_failed: also compute the units with failed rows.
         mixed_batches: go on with a store although batch size or token limit are not those it was begun with: rows then
             agree with those of one run to rounding, and no longer bit for bit. The manifest says so.
+        overwrite: replace a store of other settings, and write beside files of another kind.
         queue_units: finished units that may wait to be written; with those being collected, the memory it takes.
         lease_timeout_s: after this time without a sign of life the unit of a run on another machine is taken over.
     """
@@ -68,6 +69,7 @@ class GradientWriter(BasePredictionWriter):
         shard: str | None = None,
         retry_failed: bool = False,
         mixed_batches: bool = False,
+        overwrite: bool = False,
         queue_units: int = 2,
         lease_timeout_s: float = 90.0,
     ) -> None:
@@ -77,7 +79,7 @@ class GradientWriter(BasePredictionWriter):
         self.chunk_rows, self.codec, self.manifest = chunk_rows, codec, dict(manifest or {})
         self.shard = (0, 1) if shard is None else parse_shard(shard)
         self.retry_failed, self.queue_units, self.lease_timeout_s = retry_failed, queue_units, lease_timeout_s
-        self.mixed_batches = mixed_batches
+        self.mixed_batches, self.overwrite = mixed_batches, overwrite
         self.store: GradientStore | ScoreStore | None = None
         self.units: list[int] = []
         self.writer: UnitWriter | None = None
@@ -169,6 +171,7 @@ class GradientWriter(BasePredictionWriter):
             chunk_rows=self.chunk_rows,
             manifest=manifest,
             codec=self.codec,
+            overwrite=self.overwrite,
         )
 
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:

@@ -10,7 +10,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from icons.output import put
 from icons.report.figures import png, svg
+
+GENERATOR = b'<meta name="generator" content="icons report">'
 
 
 @dataclass(frozen=True)
@@ -126,15 +129,20 @@ def render(page: Page) -> str:
     return environment.from_string(template).render(page=page)
 
 
+def is_page(path: Path) -> bool:
+    """Whether a file is such a page, by what its head says of who made it."""
+    with path.open("rb") as file:
+        return GENERATOR in file.read(1024)
+
+
 def write_pictures(page: Page, folder: Path) -> list[Path]:
     """Every figure of the page as a PNG in `folder`, named by its section and, where there are several, by itself."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for section in page.sections:
         for number, picture in enumerate([*section.pictures, *section.gallery]):
             own = "".join(letter if letter.isalnum() else "_" for letter in picture.name) or str(number)
             several = len(section.pictures) + len(section.gallery) > 1
             path = folder / (f"{section.id}-{own}.png" if several else f"{section.id}.png")
-            path.write_bytes(png(picture.figure))
+            put(path, png(picture.figure))
             written.append(path)
     return written

@@ -13,7 +13,6 @@ A unit's chunks are written in the order rows, scalars, `status`, each chunk ato
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,9 +24,10 @@ from torch import Tensor
 
 from icons.partition import Partition
 from icons.store.encoding import DTYPES, FIELDS, encode_rows
+from icons.store.former import stored_kind
 from icons.store.layout import Column, parse_codec
 from icons.store.manifest import check_compatible
-from icons.store.row_store import RowStore, stored_kind
+from icons.store.row_store import RowStore
 from icons.store.score_store import ScoreStore
 from icons.store.storage import Storage
 
@@ -83,6 +83,7 @@ class GradientStore(RowStore):
         chunk_rows: int | None = None,
         manifest: Mapping[str, Any] | None = None,
         codec: str | Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> "GradientStore":
         """Makes an empty store.
 
@@ -94,6 +95,7 @@ class GradientStore(RowStore):
             chunk_rows: rows per chunk, which is the unit of writing; default: chunks of 2 to 16 MB.
             manifest: what the rows are made from; `dtype` is added.
             codec: compressor for the rows. Default none: gradients are noise to a compressor (see the README).
+            overwrite: also beside files that are not a store's; they stay.
 
         Raises:
             ValueError: an unknown dtype or codec, no rows, or files there that are not a store's.
@@ -109,7 +111,8 @@ class GradientStore(RowStore):
         columns |= {"norm": Column("float32", np.nan), "loss": Column("float32", np.nan)}
         columns |= {"tokens": Column("int32", 0), "status": Column("uint8", 0)}
         chunk_rows = chunk_rows or fitting_chunk_rows(num_rows, dim, dtype)
-        return cls._create(path, Partition(num_rows, chunk_rows), columns, {**(manifest or {}), "dtype": dtype})
+        described = {**(manifest or {}), "dtype": dtype}
+        return cls._create(path, Partition(num_rows, chunk_rows), columns, described, overwrite=overwrite)
 
     @classmethod
     def open_or_create(
@@ -122,22 +125,24 @@ class GradientStore(RowStore):
         chunk_rows: int | None = None,
         manifest: Mapping[str, Any] | None = None,
         codec: str | Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> "GradientStore":
         """Opens the store at `path` to go on with it, or makes it. Arguments as for `create`.
+
+        With `overwrite`, a store that was made from something else is taken away first.
 
         Raises:
             ValueError: the store there was made from something else: the field and both values.
         """
-        try:
-            store = cls.open(path, mode="r+")
-        except FileNotFoundError:
-            with suppress(FileExistsError):  # another run was faster
-                cls.create(
-                    path, num_rows=num_rows, dim=dim, dtype=dtype, chunk_rows=chunk_rows, manifest=manifest, codec=codec
-                )
-            store = cls.open(path, mode="r+")
-        store.check_resumable({**(manifest or {}), "dtype": dtype}, num_rows, dim, chunk_rows)
-        return store
+        described = {**(manifest or {}), "dtype": dtype}
+        made: dict[str, Any] = {"num_rows": num_rows, "dim": dim, "dtype": dtype, "chunk_rows": chunk_rows}
+        made |= {"manifest": manifest, "codec": codec, "overwrite": overwrite}
+        return cls.taken_up(
+            path,
+            lambda store: store.check_resumable(described, num_rows, dim, chunk_rows),
+            lambda: cls.create(path, **made),
+            overwrite,
+        )
 
     def check_resumable(
         self, manifest: Mapping[str, Any], num_rows: int, dim: int, chunk_rows: int | None = None

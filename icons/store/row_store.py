@@ -1,7 +1,8 @@
 """RowStore: what gradient and score stores share: a Zarr group whose rows are written unit by unit, status last."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from icons.batch import Status
 from icons.partition import Partition
 from icons.store.chunk import NATIVE, chunk_key, from_bytes, to_parts
 from icons.store.folder import PARTIAL, DurableLocalStore, vanished
+from icons.store.former import discard, stored_kind
 from icons.store.layout import READABLE_STATUS, Column, documents
 from icons.store.manifest import plain
 from icons.store.storage import Storage
@@ -55,6 +57,41 @@ class RowStore:
         return cls(storage, group)
 
     @classmethod
+    def taken_up(
+        cls: type[Kind],
+        path: str | Path,
+        check: Callable[[Kind], None],
+        create: Callable[[], object],
+        overwrite: bool = False,
+    ) -> Kind:
+        """The store at `path` to go on with, made if there is none.
+
+        Args:
+            path: folder or URL.
+            check: raises ValueError unless the run may go on with the store.
+            create: makes it.
+            overwrite: take away a store that the run may not go on with.
+
+        Raises:
+            ValueError: the store there is another, and not `overwrite`.
+        """
+        try:
+            store = cls.open(path, mode="r+")
+            check(store)
+            return store
+        except FileNotFoundError:
+            pass
+        except ValueError:
+            if not overwrite:
+                raise
+            discard(Storage(path, "r+"))
+        with suppress(FileExistsError):  # another run was faster
+            create()
+        store = cls.open(path, mode="r+")
+        check(store)
+        return store
+
+    @classmethod
     def _create(
         cls: type[Kind],
         path: str | Path,
@@ -62,11 +99,12 @@ class RowStore:
         columns: Mapping[str, Column],
         manifest: Mapping[str, Any],
         attributes: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> Kind:
         storage = Storage(path, "w")
         if storage.exists("zarr.json"):
             raise FileExistsError(f"store {path}: exists already; expected a new place, or open it to go on")
-        if foreign := storage.first(lambda key: not is_of_store(key, columns)):
+        if not overwrite and (foreign := storage.first(lambda key: not is_of_store(key, columns))):
             raise ValueError(
                 f"store {path}: holds {foreign}, which no such store has; expected a new or empty place, or a store: "
                 "nothing there was touched"
@@ -255,23 +293,6 @@ def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:
         ) from error
     assert isinstance(found, zarr.Array)
     return found.with_config({"write_empty_chunks": True})
-
-
-def stored_kind(storage: Storage) -> str | None:
-    """Which kind of store lies there; None: a Zarr group that icons has not made.
-
-    Raises:
-        FileNotFoundError: no Zarr group.
-        ValueError: a damaged one.
-    """
-    text = storage.get("zarr.json")
-    if text is None:
-        raise FileNotFoundError(f"store {storage.path}: has no zarr.json; expected a store made by icons")
-    try:
-        manifest = json.loads(text).get("attributes", {}).get("icons")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"store {storage.path}: zarr.json is damaged ({error}); expected JSON: restore it") from error
-    return manifest.get("kind") if isinstance(manifest, Mapping) else None
 
 
 def article(kind: str | None) -> str:

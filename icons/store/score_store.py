@@ -51,6 +51,7 @@ class ScoreStore(RowStore):
         chunk_rows: int | None = None,
         extra: Mapping[str, tuple[str, Sequence[tuple[str, int]]]] | None = None,
         attributes: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
     ) -> "ScoreStore":
         """Makes an empty store.
 
@@ -64,6 +65,7 @@ class ScoreStore(RowStore):
                 `{"norm": ("float32", []), "pairwise_gqa": ("float32", [("validation_gqa", 500)])}`. Floats start as
                 NaN, integers as 0.
             attributes: further attributes of the group, beside `icons` and `tasks`.
+            overwrite: also beside files that are not a store's; they stay.
 
         Raises:
             ValueError: no rows, no tasks, a task named twice, or files there that are not a store's.
@@ -79,7 +81,8 @@ class ScoreStore(RowStore):
             columns[name] = Column(dtype, fill, tuple((dimension, length) for dimension, length in dimensions))
         columns["status"] = Column("uint8", 0)
         partition = Partition(num_rows, chunk_rows or min(SCORE_CHUNK_ROWS, num_rows))
-        return cls._create(path, partition, columns, manifest or {}, {"tasks": tasks, **(attributes or {})})
+        named = {"tasks": tasks, **(attributes or {})}
+        return cls._create(path, partition, columns, manifest or {}, named, overwrite=overwrite)
 
     def write_unit(
         self, unit: int, influence: np.ndarray, stderr: np.ndarray, status: np.ndarray, **extra: np.ndarray

@@ -19,6 +19,7 @@ from rich.console import Console
 from icons.datamodules.records import open_records
 from icons.models.warmup_folder import MANIFEST, open_warmup
 from icons.modules.interruption import RESUME, Interruption
+from icons.output import put, whole_file
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 
@@ -66,15 +67,13 @@ class Retrainer:
     def train(self, retraining: Retraining) -> int:
         """Trains one and keeps its losses; the exit status of `icons warmup`."""
         folder = self.out / retraining.name
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / ROWS, retraining.rows)
+        with whole_file(folder / ROWS) as partial:
+            np.save(partial, retraining.rows)
         file = folder / f"data{self.data.suffix}"
         open_records(self.data).write_selection(retraining.rows.tolist(), file)
         status = self.warmup(data=file, out=folder / FIT, seed=retraining.seed, **self.settings)
         if status == 0:
-            partial = folder / (LOSSES + ".partial")
-            partial.write_text(json.dumps(open_warmup(folder / FIT).manifest["losses"]["after"]))
-            partial.replace(folder / LOSSES)
+            put(folder / LOSSES, json.dumps(open_warmup(folder / FIT).manifest["losses"]["after"]))
         return status
 
     def losses(self, retraining: Retraining) -> dict[str, float] | None:

@@ -28,7 +28,7 @@ START = resources.files("icons") / "configs" / "demo_start"
 def test_a_folder_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["demo", "--out", str(tmp_path)]) == 1
-    assert "expected a new or empty folder, or a former demo's" in capsys.readouterr().err
+    assert "is no former output of this command; expected a new or empty place" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -5,7 +5,6 @@ import hashlib
 import mmap
 import os
 import re
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from icons.datamodules.records.scan import Layout, scan
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
+from icons.output import put, whole_file
 
 CACHE = "ICONS_CACHE"
 KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
@@ -114,15 +114,13 @@ class RecordIndex:
         begin, between, end = {"list": (b"[\n", b",\n", b"\n]\n"), "object": (b"{\n", b",\n", b"\n}\n")}.get(
             self.layout.form, (b"", b"\n", b"\n")
         )
-        partial = out.with_name(out.name + ".partial")
-        with partial.open("wb", buffering=1 << 20) as file:
+        with whole_file(out) as partial, partial.open("wb", buffering=1 << 20) as file:
             file.write(begin)
             for number, row in enumerate(rows):
                 if number:
                     file.write(between)
                 file.write(self.entry(row))
             file.write(end)
-        partial.replace(out)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "content": None}
@@ -158,15 +156,8 @@ def read_cache(file: Path, stamp: str) -> Layout | None:
 def write_cache(file: Path, found: Layout, stamp: str) -> None:
     """Keeps what was found; a cache folder that cannot be written costs a scan the next time, nothing else."""
     with contextlib.suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
         name = f"{file.stem}-{found.digest[:16]}.npy"
         about = {"stamp": stamp, "form": found.form, "digest": found.digest, "ranges": name}
-        put(file.with_name(name), lambda target: np.save(target, found.ranges))
-        put(file.with_suffix(".about"), lambda target: target.write(msgspec.json.encode(about)))
-
-
-def put(path: Path, write: Any) -> None:
-    """Writes a file whole or not at all, also when several ranks do it at once."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as target:
-        write(target)
-    Path(target.name).replace(path)
+        with whole_file(file.with_name(name)) as partial:
+            np.save(partial, found.ranges)
+        put(file.with_suffix(".about"), msgspec.json.encode(about))

@@ -16,6 +16,7 @@ from icons.models.export.processor import write_processor
 from icons.models.folder import ModelFolder, read_config
 from icons.models.llava import Llava
 from icons.models.loading import MERGED, Dtype, adapter_fingerprint, load_model, merged_adapters
+from icons.output import check_output, read_object, whole_folder
 
 Layout = Literal["huggingface", "llava"]
 TOKENIZER_FILES = (
@@ -32,6 +33,7 @@ def export_model(
     layout: Layout = "huggingface",
     dtype: Dtype = "stored",
     trust_remote_code: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Writes the model with its adapter merged: W + scale B A, added in float32 and rounded once.
 
@@ -51,12 +53,14 @@ def export_model(
         layout: see above.
         dtype: of the written weights.
         trust_remote_code: run code that comes with the base model.
+        overwrite: write to `out` also if something lies there that is no former export; weights there are replaced.
 
     Raises:
-        ValueError: `out` holds something, or the layout does not fit the model.
+        ValueError: `out` holds something, or is an input, or the layout does not fit the model.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out}: is not empty; expected a new folder: give another, or empty it")
+    inputs = {"--model": folder.model, "--vision-tower": folder.vision_tower, "--mm-projector": folder.mm_projector}
+    inputs |= {"--adapter": adapter}
+    check_output(out, kind="folder", inputs=inputs, ours=is_export, overwrite=overwrite)
     if layout == "llava" and folder.kind != "llava":
         raise ValueError(f"{folder.model}: is no LLaVA ({folder.kind} model); expected --format huggingface for it")
     network = load_model(folder, adapter=adapter, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -64,11 +68,6 @@ def export_model(
     if isinstance(network, PeftModel):
         model = network.merge_and_unload(safe_merge=True)
     model.to(model.get_input_embeddings().weight.dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    if layout == "llava":
-        write_llava(model, folder, out)
-    else:
-        write_huggingface(model, folder, out)
     record: dict[str, Any] = {
         "format": 1,
         "layout": layout,
@@ -77,7 +76,16 @@ def export_model(
     }
     merged = merged_adapters(folder.model) + ([adapter_fingerprint(adapter)] if adapter is not None else [])
     record |= {"adapters": merged}
-    (out / MERGED).write_text(json.dumps(record, indent=2) + "\n")
+    with whole_folder(out, last=MERGED, stale=lambda name: name.endswith(WEIGHT_SUFFIXES)) as partial:
+        if layout == "llava":
+            write_llava(model, folder, partial, home=out)
+        else:
+            write_huggingface(model, folder, partial)
+        (partial / MERGED).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def is_export(folder: Path) -> bool:
+    return "layout" in read_object(folder / MERGED)
 
 
 def write_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
@@ -163,7 +171,8 @@ def with_mean_rows(weight: Tensor, size: int) -> Tensor:
     return torch.cat([weight, mean.expand(size - len(weight), -1)])
 
 
-def write_llava(model: Llava, folder: ModelFolder, out: Path) -> None:
+def write_llava(model: Llava, folder: ModelFolder, out: Path, home: Path) -> None:
+    """LLaVA's own layout in `out`, which will lie at `home`: the config names the vision tower there."""
     core: Any = model.model
     config: Any = model.config
     text = config.text_config
@@ -184,7 +193,7 @@ def write_llava(model: Llava, folder: ModelFolder, out: Path) -> None:
         processor = folder.image_processor
         assert processor is not None
         CLIPImageProcessorPil.from_pretrained(processor).save_pretrained(out / "vision_tower")
-    values = language_values(folder, text) | llava_values(folder, config, out) | {"vocab_size": size}
+    values = language_values(folder, text) | llava_values(folder, config, home) | {"vocab_size": size}
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if (values.get("pad_token_id") or 0) >= size:
         values["pad_token_id"] = 0  # LLaVA pads with <unk>
@@ -213,12 +222,12 @@ def old_values(text: Any) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": dtype}
 
 
-def llava_values(folder: ModelFolder, config: Any, out: Path) -> dict[str, Any]:
+def llava_values(folder: ModelFolder, config: Any, home: Path) -> dict[str, Any]:
     whole = config.vision_feature_select_strategy == "full"
     return {
         "architectures": ["LlavaLlamaForCausalLM"],
         "model_type": "llava_llama",
-        "mm_vision_tower": str((out / "vision_tower").resolve()),
+        "mm_vision_tower": str((home / "vision_tower").resolve()),
         "mm_hidden_size": config.vision_config.hidden_size,
         "mm_projector_type": "mlp2x_gelu",
         "mm_vision_select_layer": config.vision_feature_layer,

@@ -271,7 +271,7 @@ def test_sampling_settings_that_transformers_would_refuse(llava: ModelFolder, tm
 def test_refuses_a_full_folder_and_llavas_layout_for_other_models(llava: ModelFolder, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="full: is not empty; expected a new folder"):
+    with pytest.raises(ValueError, match=r"full: holds file, and is no former output of this command"):
         export_model(llava, None, tmp_path / "full")
     config = LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "text")
