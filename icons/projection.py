@@ -235,4 +235,8 @@ class Several:
         return {"kind": self.kind, "dim": self.dim, "seed": self.seed, "parts": parts}
 
 
-PROJECTORS: dict[str, Callable[..., Projector]] = {kind.kind: kind for kind in (CountSketch, Rademacher, Gaussian)}
+PROJECTORS: dict[str, Callable[..., Projector]] = {
+    "count_sketch": CountSketch,
+    "rademacher": Rademacher,
+    "gaussian": Gaussian,
+}

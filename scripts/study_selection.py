@@ -30,10 +30,8 @@ from digits_vqa import make_digits_data
 from study_training import TRAINER, fine_tune
 
 import icons
+from icons.cli import call
 from icons.cli.demo import QUICK, DemoSettings
-from icons.cli.gradients import gradients
-from icons.cli.influence import influence
-from icons.cli.warmup import warmup
 from icons.datamodules.easy_vqa import DemoData, make_demo_data
 
 DATA_SETS: dict[str, Callable[..., DemoData]] = {
@@ -172,7 +170,7 @@ def prepared(folder: Path, data_set: str, number: int, options: DemoSettings) ->
         return data
     lora = {"lora_rank": options.lora_rank, "lora_alpha": 2.0 * options.lora_rank}
     done(
-        warmup, model=folder / "start", images=data.images, data=data.pool, out=folder / "warmup", min_rows=1,
+        "warmup", model=folder / "start", images=data.images, data=data.pool, out=folder / "warmup", min_rows=1,
         task=[f"{task}={file}:{data.images}" for task, file in data.validation.items()], held_out=0.0, seed=number,
         fraction=options.warmup_fraction, epochs=options.warmup_epochs, batch_size=options.warmup_batch_size,
         learning_rate=options.warmup_learning_rate, projector_learning_rate=options.projector_learning_rate,
@@ -180,20 +178,20 @@ def prepared(folder: Path, data_set: str, number: int, options: DemoSettings) ->
     )  # fmt: skip
     for name, file in {"train": data.pool, **data.validation}.items():
         done(
-            gradients, checkpoint=folder / "warmup", data=file, images=data.images, out=str(folder / f"{name}.zarr"),
+            "gradients", checkpoint=folder / "warmup", data=file, images=data.images, out=str(folder / f"{name}.zarr"),
             dim=options.dim, batch_size=32, preconditioner="adam" if name == "train" else "none", trainer=TRAINER,
         )  # fmt: skip
     done(
-        influence, train=[str(folder / "train.zarr")], out=str(folder / "scores.zarr"),
+        "influence", train=[str(folder / "train.zarr")], out=str(folder / "scores.zarr"),
         task=[f"{task}={folder / f'{task}.zarr'}" for task in data.validation],
     )  # fmt: skip
     (folder / "scored").touch()
     return data
 
 
-def done(command: Callable[..., int | None], **options: Any) -> None:
+def done(command: str, **options: Any) -> None:
     """Calls a command; ends this process with its exit status if that is not 0."""
-    if status := command(**options):
+    if status := call(command, **options):
         raise SystemExit(status)
 
 

@@ -8,16 +8,11 @@ The same line, run again, goes on where it was interrupted.
 
 import argparse
 import shutil
-from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from icons.cli.gradients import gradients
-from icons.cli.influence import influence
-from icons.cli.score import score
-from icons.cli.validate import validate
-from icons.cli.warmup import warmup
+from icons.cli import call
 from icons.datamodules.easy_vqa import make_demo_data
 
 NUM_POOL, NUM_VALIDATION = 1000, 200
@@ -45,7 +40,7 @@ def main() -> int:
         shutil.copytree(start, out / "start", dirs_exist_ok=True)
     files = [f"{task}={file}:{data.images}" for task, file in data.validation.items()]
     done(
-        warmup, model=out / "start", data=data.pool, images=data.images, out=out / "warmup", task=files, min_rows=1,
+        "warmup", model=out / "start", data=data.pool, images=data.images, out=out / "warmup", task=files, min_rows=1,
         projector_learning_rate=2e-4, trainer=trainer, **WARMUP, **LORA,
     )  # fmt: skip
     common: dict[str, Any] = {"images": data.images, "batch_size": 32, "trainer": trainer}
@@ -54,31 +49,31 @@ def main() -> int:
         for name, preconditioner in names.items():
             stores[name] = out / f"{normalize}-{preconditioner}.zarr"
             done(
-                score, checkpoint=[out / "warmup"], data=data.pool, task=files, out=stores[name], normalize=normalize,
+                "score", checkpoint=[out / "warmup"], data=data.pool, task=files, out=stores[name], normalize=normalize,
                 preconditioner=preconditioner, task_vectors=out / f"vectors-{normalize}", **common,
             )  # fmt: skip
     for dim in DIMS:
         rows = {"train": data.pool, **data.validation}
         for name, file in rows.items():
             done(
-                gradients, checkpoint=out / "warmup", data=file, out=str(out / f"{name}-{dim}.zarr"), dim=dim,
+                "gradients", checkpoint=out / "warmup", data=file, out=str(out / f"{name}-{dim}.zarr"), dim=dim,
                 preconditioner="adam" if name == "train" else "none", **common,
             )  # fmt: skip
         stores[f"projected, Adam, K {dim:,}"] = out / f"projected-{dim}.zarr"
         done(
-            influence, train=[str(out / f"train-{dim}.zarr")], out=str(out / f"projected-{dim}.zarr"),
+            "influence", train=[str(out / f"train-{dim}.zarr")], out=str(out / f"projected-{dim}.zarr"),
             task=[f"{task}={out / f'{task}-{dim}.zarr'}" for task in data.validation],
         )  # fmt: skip
-    return validate(
-        model=out / "start", data=data.pool, images=data.images, out=out / "validation", task=files,
+    return call(
+        "validate", model=out / "start", data=data.pool, images=data.images, out=out / "validation", task=files,
         scores=[f"{name}={store}" for name, store in stores.items()], subsets=given.subsets, workers=given.workers,
         counterfactual_seeds=given.counterfactual_seeds, trainer=trainer, **TRAININGS, **LORA,
     )  # fmt: skip
 
 
-def done(command: Callable[..., int | None], **options: Any) -> None:
+def done(command: str, **options: Any) -> None:
     """Calls a command; ends this process with its exit status if that is not 0."""
-    if status := command(**options):
+    if status := call(command, **options):
         raise SystemExit(status)
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from icons.cli import command_line as cli
 from icons.cli import main
 from icons.cli.estimate import plan_gradients_run
-from icons.cli.gradients import gradients
-from icons.cli.influence import influence
-from icons.cli.select import select
+from icons.cli.options.gradients import GradientsOptions
+from icons.cli.options.influence import InfluenceOptions
+from icons.cli.options.select import SelectOptions
+from icons.cli.parser import parse
 from icons.datamodules.benchmarks import BENCHMARKS
 from icons.models.folder import ModelFolder
 
@@ -110,7 +110,7 @@ def test_finetune(
 def test_gradients(workplace: Path, recipe: str, model: str) -> None:
     """The plan that `icons gradients --dry-run` prints, with the recipe's options."""
     words = ["--data", "d", "--out", "o", *configs(recipe)]
-    options = cli.parse("gradients", gradients, (), words)
+    options = vars(parse("gradients", GradientsOptions, words))
     assert str(options["checkpoint"]) == "warmup" and options["trainer"] == {"devices": 8}
     assert options["preconditioner"] == {"gradients": "adam", "tasks": "none"}[recipe]
     parts = {name: workplace / place for name, place in read(model).items() if name != "template"}
@@ -145,11 +145,11 @@ class FewRows:
 
 
 def test_influence_and_selection() -> None:
-    options = cli.parse("influence", influence, (), configs("influence"))
+    options = vars(parse("influence", InfluenceOptions, configs("influence")))
     names = [task.partition("=")[0] for task in options["task"]]
     subtasks = [f"mme_{name}" for name in BENCHMARKS["mme"].subtasks]
     assert options["train"] == ["train.zarr"] and options["group"] == ["mme=" + ",".join(subtasks)]
     assert set(names) == {name for name in BENCHMARKS if name in names} | set(subtasks)
     assert len(names) - len(subtasks) + 1 == 10  # the paper's ten
-    options = cli.parse("select", select, (), [*configs("select"), "--data", "d"])
+    options = vars(parse("select", SelectOptions, [*configs("select"), "--data", "d"]))
     assert (options["fraction"], options["method"], str(options["out"])) == (0.2, "vote", "selected.json")

@@ -1,5 +1,5 @@
 """The `icons` command."""
 
-from icons.cli.command_line import main
+from icons.cli.command_line import call, main
 
-__all__ = ["main"]
+__all__ = ["call", "main"]

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from icons.cli.pairs import parse
 from icons.cli.shown_tables import show
-from icons.cli.warmup import parse_tasks, warmup
+from icons.cli.warmup import parse_tasks, retrain
 from icons.consensus import select
 from icons.datamodules.records import open_records
 from icons.models.folder import ModelFolder
@@ -117,7 +117,7 @@ def bakeoff(
         }
         claim(folder / SETTINGS, {**settings, **content}, "trainings")
         options = {**start, **settings, "images": pool.images, "min_rows": 1, "task": task, "trainer": trainer}
-        retrainers[pool] = Retrainer(pool.data, folder, options, warmup)
+        retrainers[pool] = Retrainer(pool.data, folder, options, retrain)
     part = (0, 1) if shard is None else parse_shard(shard)
     for pool, trainings in planned.items():
         ordered = list(trainings.values())

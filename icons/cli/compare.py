@@ -3,12 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from icons.cli.options.compare import CompareOptions
 from icons.consensus import matrix_of
 from icons.consensus.overlap import Overlap, overlap, task_overlap
 from icons.consensus.selection_file import manifest_path, open_selection
@@ -16,57 +17,38 @@ from icons.datamodules.record_lists import entries_of
 from icons.output import check_output, put, read_object
 from icons.store import ScoreStore
 
-POSITIONAL = ("a", "b")
 MADE_BY = "icons compare"
 console = Console()
 
 
-def compare(
-    a: Path,
-    b: Path,
-    by: Literal["auto", "row", "id"] = "auto",
-    scores: str | None = None,
-    fraction: float | None = None,
-    out: Path | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Prints the overlap of two selections, and of the tasks that voted for them.
-
-    Args:
-        a: a selection made by `icons select`, or a list: row numbers (.txt), or ids or records with ids (.json, .jsonl)
-            such as LLAVA-ICONS-133K.
-        b: another.
-        by: compare row numbers or ids; auto: rows if both know theirs and come from the same data, otherwise ids.
-        scores: score store for the overlap of tasks; default: the one A was selected from, if it is still there.
-        fraction: share of the rows that each task votes for in the overlap of tasks; default: A's, or 0.2.
-        out: also write the numbers as JSON.
-        overwrite: write --out even where something lies that is no former comparison.
-    """
-    if out is not None:
-        sides = [place for side in (a, b) for place in (side, manifest_path(side))]
-        inputs = {"A or B": sides, "--scores": scores}
-        check_output(out, kind="file", inputs=inputs, ours=is_comparison, overwrite=overwrite)
-    one, other = Listed.open(a), Listed.open(b)
-    key = by if by != "auto" else ("row" if one.same_rows(other) else "id")
+def compare(options: CompareOptions) -> int:
+    """Prints the overlap of two selections, and of the tasks that voted for them."""
+    if options.out is not None:
+        sides = [place for side in (options.a, options.b) for place in (side, manifest_path(side))]
+        inputs = {"A or B": sides, "--scores": options.scores}
+        check_output(options.out, kind="file", inputs=inputs, ours=is_comparison, overwrite=options.overwrite)
+    one, other = Listed.open(options.a), Listed.open(options.b)
+    key = options.by if options.by != "auto" else ("row" if one.same_rows(other) else "id")
     found = overlap(one.entries(key), other.entries(key))
     pool = one.num_rows or other.num_rows
     show(found, one, other, key, pool)
     numbers: dict[str, Any] = {
         "made_by": MADE_BY,
-        "a": str(a), "b": str(b), "by": key, "num_a": found.num_a, "num_b": found.num_b, "shared": found.shared,
+        "a": str(options.a), "b": str(options.b), "by": key,
+        "num_a": found.num_a, "num_b": found.num_b, "shared": found.shared,
         "share_of_a": found.share_of_a, "share_of_b": found.share_of_b, "jaccard": found.jaccard,
         "shared_by_chance": found.by_chance(pool) if pool else None,
     }  # fmt: skip
-    place = scores or one.scores_path
-    if place is not None and (scores is not None or Path(place).is_dir()):
+    place = options.scores or one.scores_path
+    if place is not None and (options.scores is not None or Path(place).is_dir()):
         store = ScoreStore.open(place)
-        share = fraction if fraction is not None else float(one.manifest.get("fraction", 0.2))
+        share = options.fraction if options.fraction is not None else float(one.manifest.get("fraction", 0.2))
         matrix, tasks = matrix_of(store)
         shared = task_overlap(matrix, share)
         show_tasks(tasks, shared, share)
         numbers["tasks"] = {"names": tasks, "fraction": share, "overlap": shared.tolist()}
-    if out is not None:
-        put(out, json.dumps(numbers, indent=2) + "\n")
+    if options.out is not None:
+        put(options.out, json.dumps(numbers, indent=2) + "\n")
     return 0
 
 

@@ -6,7 +6,6 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import resources
@@ -18,11 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from icons.cli.gradients import gradients
-from icons.cli.influence import influence
-from icons.cli.report import report
-from icons.cli.select import select
-from icons.cli.warmup import warmup
+from icons.cli.command_line import call
+from icons.cli.options.demo import DemoOptions
 from icons.consensus.selection_file import open_selection
 from icons.datamodules.easy_vqa import POOL, DemoData, make_demo_data
 from icons.demo.comparison_tables import comparison_table, count_votes, outcome, shares_table, votes_table
@@ -68,23 +64,15 @@ QUICK = DemoSettings(
 )  # fmt: skip
 
 
-def demo(out: Path = Path("demo"), seeds: int = 3, quick: bool = False, overwrite: bool = False) -> int:
-    """Runs the method on easy-VQA: data, warm-up, gradients, influence, selection, fine-tunes, report.
-
-    A few minutes on 2 CPU cores, without a network. Every stage is a public command, called in this process and
-    printed as the line that would repeat it. The same line, run again, goes on where it was interrupted.
-
-    Args:
-        out: folder for everything that is made: a new one, or a former demo's.
-        seeds: random subsets to compare the selection with.
-        quick: a small pool and short trainings, to see the stages; the numbers then mean nothing.
-        overwrite: write --out even if something lies there that is no former demo.
-    """
-    if seeds < 1:
-        raise ValueError(f"--seeds {seeds}: expected at least 1 random subset to compare with")
-    check_output(out, kind="folder", inputs={}, ours=partial(is_marked, command="demo"), overwrite=overwrite)
-    mark(out, "demo")
-    return Demo(out, QUICK if quick else DemoSettings(), seeds).run()
+def demo(options: DemoOptions) -> int:
+    """Runs the method on easy-VQA: data, warm-up, gradients, influence, selection, fine-tunes, report."""
+    if options.seeds < 1:
+        raise ValueError(f"--seeds {options.seeds}: expected at least 1 random subset to compare with")
+    check_output(
+        options.out, kind="folder", inputs={}, ours=partial(is_marked, command="demo"), overwrite=options.overwrite
+    )
+    mark(options.out, "demo")
+    return Demo(options.out, QUICK if options.quick else DemoSettings(), options.seeds).run()
 
 
 @dataclass
@@ -114,33 +102,33 @@ class Demo:
         lora |= {"projector_learning_rate": options.projector_learning_rate, "min_rows": 1}
         start = self.out / "warmup"
         self.stage(
-            "Warm-up", warmup, **base, data=data.pool, out=start, fraction=options.warmup_fraction,
+            "Warm-up", "warmup", **base, data=data.pool, out=start, fraction=options.warmup_fraction,
             task=named(data.validation, data.images), epochs=options.warmup_epochs,
             batch_size=options.warmup_batch_size, learning_rate=options.warmup_learning_rate, seed=options.seed, **lora,
         )  # fmt: skip
         train = self.out / "train.zarr"
         stores = {task: self.out / f"{task}.zarr" for task in data.validation}
         common: dict[str, Any] = {"checkpoint": start, "dim": options.dim, "batch_size": 32}
-        self.stage("Gradients of the pool", gradients, **common, **pool, out=str(train), preconditioner="adam")
+        self.stage("Gradients of the pool", "gradients", **common, **pool, out=str(train), preconditioner="adam")
         for task, file in data.validation.items():
             self.stage(
-                f"Gradients of {task}", gradients, **common, data=file, images=data.images, out=str(stores[task]),
+                f"Gradients of {task}", "gradients", **common, data=file, images=data.images, out=str(stores[task]),
                 preconditioner="none",
             )  # fmt: skip
         scores, selected = self.out / "scores.zarr", self.out / "selected.json"
-        self.stage("Influence", influence, train=[str(train)], task=named(stores), out=str(scores))
+        self.stage("Influence", "influence", train=[str(train)], task=named(stores), out=str(scores))
         chosen: dict[str, Any] = {"scores": str(scores), "data": data.pool, "fraction": options.fraction}
-        self.stage("Consensus", select, **chosen, out=selected)
+        self.stage("Consensus", "select", **chosen, out=selected)
         subsets = {"selected": [selected], "random": [], "full": [data.pool]}
         for seed in range(self.seeds):
             subsets["random"].append(self.out / f"random-{seed}.json")
-            self.stage(f"Random rows {seed}", select, **chosen, out=subsets["random"][-1], method="random", seed=seed)
+            self.stage(f"Random rows {seed}", "select", **chosen, out=subsets["random"][-1], method="random", seed=seed)
         runs: dict[str, list[dict[str, float]]] = {}
         for name, files in subsets.items():
             for number, file in enumerate(files):
                 title, tuned = f"Fine-tune: {name} {number}", self.out / f"tuned-{name}-{number}"
                 self.stage(
-                    title, warmup, **base, data=file, out=tuned, task=named(data.test, data.images),
+                    title, "warmup", **base, data=file, out=tuned, task=named(data.test, data.images),
                     epochs=options.epochs, batch_size=options.batch_size, learning_rate=options.learning_rate,
                     seed=number, **lora,
                 )  # fmt: skip
@@ -162,16 +150,16 @@ class Demo:
         console.print(f"{len(data.validation)} tasks: {', '.join(data.validation)}")
         return data
 
-    def stage(self, title: str, command: Callable[..., int | None], /, **options: Any) -> None:
-        """Calls a public command, after printing the line that would repeat it.
+    def stage(self, title: str, name: str, /, **options: Any) -> None:
+        """Runs a public command, after printing the line that would repeat it.
 
         Raises:
             StageFailed: it ended with another exit status than 0.
         """
         console.rule(f"[bold]{title}")
-        console.print(f"[dim]{escape(command_line(command.__name__, options))}[/]", soft_wrap=True)
+        console.print(f"[dim]{escape(command_line(name, options))}[/]", soft_wrap=True)
         begun = time.monotonic()
-        if status := command(**options) or 0:
+        if status := call(name, **options):
             raise StageFailed(title, status)
         self.seconds[title] = time.monotonic() - begun
 
@@ -191,7 +179,7 @@ class Demo:
         put(file, json.dumps(content, indent=1) + "\n")
         page = self.out / "report.html"
         self.stage(
-            "Report", report, scores=str(scores), selection=selected, data=data.pool, out=page, images=data.images,
+            "Report", "report", scores=str(scores), selection=selected, data=data.pool, out=page, images=data.images,
             source_field=["provenance", "kind"], comparison=file, title="icons demo: easy-VQA",
         )  # fmt: skip
         console.rule("[bold]Result")

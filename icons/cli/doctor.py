@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.batch import sample_losses
+from icons.cli.options.doctor import DoctorOptions
 from icons.gradients import per_sample_gradients, projected_gradients
 from icons.projection import CountSketch
 from icons.store import GradientStore
@@ -33,15 +34,11 @@ OPTIONAL = {
 }
 
 
-def doctor(folder: Path = Path()) -> int:
-    """Prints versions, accelerator, attention kernels and disk, and runs a self-test on a tiny model.
-
-    Args:
-        folder: where stores will lie; its free space is shown.
-    """
+def doctor(options: DoctorOptions) -> int:
+    """Prints versions, accelerator, attention kernels and disk, and runs a self-test on a tiny model."""
     console = Console()
     table = Table("", "", box=None, show_header=False)
-    for name, value in {**software(), **hardware(folder)}.items():
+    for name, value in {**software(), **hardware(options.folder)}.items():
         table.add_row(name, value)
     console.print(table)
     failed = 0

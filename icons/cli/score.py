@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from icons.batch import Status
+from icons.cli.gradients import TRAINER as TRAINER
 from icons.cli.gradients import predict_flags, replaces, summary
 from icons.cli.model_source import ModelSource
+from icons.cli.options.score import ScoreOptions
 from icons.cli.pairs import parse
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.exact_scorer import InfluenceScorer, ScoredTasks, columns_of
@@ -31,120 +33,48 @@ from icons.store.manifest import check_compatible
 console = Console()
 
 
-def score(
-    checkpoint: list[Path],
-    data: Path,
-    task: list[str],
-    out: Path,
-    images: Path | None = None,
-    task_vectors: Path | None = None,
-    reuse: Path | None = None,
-    keep_gradients: Path | None = None,
-    projector: Literal["count_sketch", "rademacher", "gaussian"] = "count_sketch",
-    dim: int = 5120,
-    seed: int = 0,
-    dtype: Literal["float16", "float32", "int8"] = "float16",
-    weights: list[float] | None = None,
-    group: list[str] | None = None,
-    reduce: Literal["max", "mean"] = "max",
-    normalize: Literal["exact", "none"] = "exact",
-    target: Literal["lora", "trainable"] = "lora",
-    preconditioner: Literal["adam", "diagonal", "sign", "none"] = "adam",
-    optimizer_state: list[Path] | None = None,
-    chunk_rows: int | None = None,
-    batch_size: int = 8,
-    max_tokens: int | None = None,
-    model_dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    vector_dtype: Literal["float32", "bfloat16"] = "float32",
-    offload: bool = False,
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
-    quantize: Literal["4bit", "8bit"] | None = None,
-    gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
-    num_workers: int = 0,
-    shard: str | None = None,
-    retry_failed: bool = False,
-    mixed_batches: bool = False,
-    strict: bool = False,
-    overwrite: bool = False,
-    trainer: dict[str, Any] | None = None,
-) -> int:
-    """Scores every training row on every task exactly; the same line, run again, resumes.
-
-    The score store is what `icons influence` writes (standard error zero): select, compare and report work on it.
-
-    Args:
-        checkpoint: warm-up folder; again for each further checkpoint.
-        data: LLaVA JSON or JSONL of the training rows.
-        task: NAME=FILE or NAME=FILE:IMAGES, a task's validation file and its image folder; again for each task.
-        out: the score store.
-        images: image folder of the training rows.
-        task_vectors: folder where task vectors are kept and found again; default: OUT with `.tasks` behind.
-        reuse: a finished score store of the same data and model: its columns are copied, and only tasks that it
-            lacks are scored (give all --task and --group that the new store shall have).
-        keep_gradients: also write the projected gradients to this store, from the same pass (one checkpoint only).
-        projector: kind of random projection, for --keep-gradients.
-        dim: numbers per row (K), for --keep-gradients.
-        seed: of the projection, for --keep-gradients.
-        dtype: of the stored rows, for --keep-gradients.
-        weights: of the checkpoints, once for each (LESS: their learning rates); default: the mean.
-        group: NAME=TASK1,TASK2,... is one task made of several, as MME of its subtasks; again for each group.
-        reduce: a group's influence is its tasks' highest (as the original does for MME), or their mean.
-        normalize: divide every gradient by its norm (cosine similarity), or not (inner product).
-        target: differentiate the LoRA parameters, as the paper does, or all that the warm-up trained.
-        preconditioner: of the training rows; tasks are always plain.
-        optimizer_state: Adam's moments, one for each checkpoint; default: the warm-up folder's own.
-        chunk_rows: rows per unit of writing and resuming; default 1,024.
-        batch_size: most rows per batch.
-        max_tokens: most tokens per batch, padding included.
-        model_dtype: of the model's weights.
-        vector_dtype: of the task vectors, S x P numbers on the device.
-        offload: keep the task vectors in the CPU's memory and copy each parameter's part when it is needed.
-        attention: attention kernel; flash_attention_2 needs the extra `flash`.
-        quantize: base weights in 4 or 8 bits; needs the extra `quantize`.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
-        trust_remote_code: run code that comes with the model folder.
-        num_workers: processes that read and decode ahead.
-        shard: I/N: only this share of the units, without any communication (array jobs); I counts from 0.
-        retry_failed: also compute the rows that failed before.
-        mixed_batches: go on with a store that was begun with another --batch-size or --max-tokens; its rows are then
-            equal to rounding, not bit for bit, to those of an undisturbed run.
-        strict: exit with 1 when a row failed.
-        overwrite: write --out and --keep-gradients even if something else lies there; stores of other settings are
-            replaced.
-        trainer: flags of Lightning's Trainer.
-    """
-    flags = predict_flags(trainer)
-    parts = list(weights or [1 / len(checkpoint)] * len(checkpoint))
-    states: list[Path | None] = [*optimizer_state] if optimizer_state else [None] * len(checkpoint)
-    if len(parts) != len(checkpoint) or len(states) != len(checkpoint):
+def score(options: ScoreOptions) -> int:
+    """Scores every training row on every task exactly; the same line, run again, resumes."""
+    flags = predict_flags(options.trainer)
+    parts = list(options.weights or [1 / len(options.checkpoint)] * len(options.checkpoint))
+    states: list[Path | None] = (
+        [*options.optimizer_state] if options.optimizer_state else [None] * len(options.checkpoint)
+    )
+    if len(parts) != len(options.checkpoint) or len(states) != len(options.checkpoint):
         raise ValueError(
-            f"--checkpoint: got {len(checkpoint)}, with {len(parts)} --weights and {len(states)} --optimizer-state; "
-            "expected one of each for every checkpoint"
+            f"--checkpoint: got {len(options.checkpoint)}, with {len(parts)} --weights and {len(states)} "
+            "--optimizer-state; expected one of each for every checkpoint"
         )
-    if keep_gradients is not None and len(checkpoint) > 1:
+    if options.keep_gradients is not None and len(options.checkpoint) > 1:
         raise ValueError(
-            f"--keep-gradients {keep_gradients}: got {len(checkpoint)} checkpoints; expected one: run it for each alone"
+            f"--keep-gradients {options.keep_gradients}: got {len(options.checkpoint)} checkpoints; expected one: run "
+            "it for each alone"
         )
-    files = {name: task_file(value) for name, value in parse(task, "--task").items()}
-    groups = {name: members.split(",") for name, members in parse(group or [], "--group").items()}
-    single = len(checkpoint) == 1
+    files = {name: task_file(value) for name, value in parse(options.task, "--task").items()}
+    groups = {name: members.split(",") for name, members in parse(options.group or [], "--group").items()}
+    single = len(options.checkpoint) == 1
     inputs: dict[str, Any] = {
-        "--data": data, "--checkpoint": checkpoint, "--optimizer-state": optimizer_state, "--reuse": reuse,
+        "--data": options.data, "--checkpoint": options.checkpoint, "--optimizer-state": options.optimizer_state,
+        "--reuse": options.reuse,
         "--task": [file for file, _ in files.values()],
     }  # fmt: skip
-    common: dict[str, Any] = {"kind": "folder", "overwrite": replaces(overwrite, shard)}
-    common |= {"searched": {"--images": images, "--task": [folder for _, folder in files.values() if folder]}}
-    check_output(out, inputs=inputs, ours=partial(holds_store, kind=ScoreStore.KIND), **common)
-    if keep_gradients is not None:
+    common: dict[str, Any] = {"kind": "folder", "overwrite": replaces(options.overwrite, options.shard)}
+    common |= {"searched": {"--images": options.images, "--task": [folder for _, folder in files.values() if folder]}}
+    check_output(options.out, inputs=inputs, ours=partial(holds_store, kind=ScoreStore.KIND), **common)
+    if options.keep_gradients is not None:
         own = partial(holds_store, kind=GradientStore.KIND)
-        check_output(keep_gradients, "--keep-gradients", inputs={**inputs, "--out": out}, ours=own, **common)
-    kept = task_vectors or out.with_name(out.name + ".tasks")
+        check_output(
+            options.keep_gradients, "--keep-gradients", inputs={**inputs, "--out": options.out}, ours=own, **common
+        )
+    kept = options.task_vectors or options.out.with_name(options.out.name + ".tasks")
     own = partial(is_marked, command="score")
-    check_output(kept, "--task-vectors", inputs={**inputs, "--out": out}, ours=own, **common)
+    check_output(kept, "--task-vectors", inputs={**inputs, "--out": options.out}, ours=own, **common)
     mark(kept, "score")
-    outs = [out if single else out.with_name(f"{out.name}.checkpoint-{place}") for place in range(len(checkpoint))]
-    for place, folder in enumerate(checkpoint):
+    outs = [
+        options.out if single else options.out.with_name(f"{options.out.name}.checkpoint-{place}")
+        for place in range(len(options.checkpoint))
+    ]
+    for place, folder in enumerate(options.checkpoint):
         source = ModelSource.resolve(
             checkpoint=folder,
             model=None,
@@ -157,25 +87,29 @@ def score(
         if source.warning:
             console.print(f"[yellow]warning:[/] {escape(source.warning)}", soft_wrap=True)
         model = source.load(
-            target=target,
-            dtype=model_dtype,
-            attention=attention,
-            quantize=quantize,
-            gradient_checkpointing=gradient_checkpointing,
-            trust_remote_code=trust_remote_code,
+            target=options.target,
+            dtype=options.model_dtype,
+            attention=options.attention,
+            quantize=options.quantize,
+            gradient_checkpointing=options.gradient_checkpointing,
+            trust_remote_code=options.trust_remote_code,
         )
         loading: dict[str, Any] = {
             "model_folder": source.folder,
             "preprocessing": source.preprocessing,
-            "batch_size": batch_size,
+            "batch_size": options.batch_size,
         }
-        loading |= {"max_tokens": max_tokens, "num_workers": num_workers, "trust_remote_code": trust_remote_code}
+        loading |= {
+            "max_tokens": options.max_tokens,
+            "num_workers": options.num_workers,
+            "trust_remote_code": options.trust_remote_code,
+        }
         modules = {name: ConversationDataModule(*places, **loading) for name, places in files.items()}
-        manifests = describe_vectors(model, modules, normalize == "exact")
+        manifests = describe_vectors(model, modules, options.normalize == "exact")
         columns, former = columns_of(files, groups), None
-        if reuse is not None:
-            path = reuse if single else reuse.with_name(f"{reuse.name}.checkpoint-{place}")
-            former = FormerScores.of(ScoreStore.open(path), columns, manifests, reduce)
+        if options.reuse is not None:
+            path = options.reuse if single else options.reuse.with_name(f"{options.reuse.name}.checkpoint-{place}")
+            former = FormerScores.of(ScoreStore.open(path), columns, manifests, options.reduce)
             columns = {name: members for name, members in columns.items() if name not in former.taken}
             said = f"taken over from {path}: {', '.join(former.taken) or 'no task'}"
             console.print(said, markup=False, soft_wrap=True)
@@ -183,24 +117,41 @@ def score(
         new_groups = {name: members for name, members in groups.items() if name in columns}
         with quiet():
             vectors = find_vectors(
-                Trainer(**flags), model, scored, manifests, kept if single else kept / str(place), normalize == "exact"
+                Trainer(**flags),
+                model,
+                scored,
+                manifests,
+                kept if single else kept / str(place),
+                options.normalize == "exact",
             )
-        tasks = ScoredTasks(vectors, new_groups, reduce, getattr(torch, vector_dtype), offload)
+        tasks = ScoredTasks(vectors, new_groups, options.reduce, getattr(torch, options.vector_dtype), options.offload)
         scorer = InfluenceScorer(
             model,
             tasks,
-            source.preconditioner(preconditioner, model),
-            unit=normalize == "exact",
-            projector=None if keep_gradients is None else PROJECTORS[projector](dim, seed=seed),
+            source.preconditioner(options.preconditioner, model),
+            unit=options.normalize == "exact",
+            projector=None
+            if options.keep_gradients is None
+            else PROJECTORS[options.projector](options.dim, seed=options.seed),
         )
-        datamodule = ConversationDataModule(data, images, **loading)
-        writing: dict[str, Any] = {"chunk_rows": chunk_rows, "shard": shard, "retry_failed": retry_failed}
-        writing |= {"mixed_batches": mixed_batches, "overwrite": overwrite, "manifest": {"target": target}}
+        datamodule = ConversationDataModule(options.data, options.images, **loading)
+        writing: dict[str, Any] = {
+            "chunk_rows": options.chunk_rows,
+            "shard": options.shard,
+            "retry_failed": options.retry_failed,
+        }
+        writing |= {
+            "mixed_batches": options.mixed_batches,
+            "overwrite": options.overwrite,
+            "manifest": {"target": options.target},
+        }
         with quiet():
             runner = Trainer(**flags)
-        if keep_gradients is not None:
-            writing["chunk_rows"] = chunk_rows or fitting_chunk_rows(len(datamodule.dataset), dim, dtype)
-            runner.callbacks.append(GradientWriter(keep_gradients, dtype=dtype, **writing))  # type: ignore[attr-defined]
+        if options.keep_gradients is not None:
+            writing["chunk_rows"] = options.chunk_rows or fitting_chunk_rows(
+                len(datamodule.dataset), options.dim, options.dtype
+            )
+            runner.callbacks.append(GradientWriter(options.keep_gradients, dtype=options.dtype, **writing))  # type: ignore[attr-defined]
         writer = ScoreWriter(outs[place], former=former, groups=groups, **writing)
         runner.callbacks.append(writer)  # type: ignore[attr-defined]
         with quiet():
@@ -208,7 +159,11 @@ def score(
     if not runner.is_global_zero:
         return 0
     stores = [ScoreStore.open(path) for path in outs]
-    return ended(stores[0] if single else weighted_sum(stores, parts, out, overwrite), strict, shard)
+    return ended(
+        stores[0] if single else weighted_sum(stores, parts, options.out, options.overwrite),
+        options.strict,
+        options.shard,
+    )
 
 
 def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:

@@ -2,21 +2,20 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
-from jsonargparse.typing import restricted_string_type
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from icons.cli.options.select import SelectOptions
 from icons.cli.pairs import parse, places
 from icons.consensus import Pairs, Selection
 from icons.consensus import select as select_rows
 from icons.consensus.border import Border, border
 from icons.consensus.duplicates import NearDuplicates
 from icons.consensus.ranking import ordered
-from icons.consensus.rules import RULES
 from icons.consensus.selection_file import is_manifest, is_written_by, manifest_path, save_manifest, write_table
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
@@ -24,117 +23,65 @@ from icons.output import check_output
 from icons.store import GradientStore, ScoreStore
 
 console = Console()
-OwnPath = restricted_string_type("OwnPath", r"^[\w.]+:\w+$", "a rule of one's own, MODULE:FUNCTION")
-if TYPE_CHECKING:
-    Method = str
-else:
-    Method = Literal[tuple(RULES)] | OwnPath
 
 
-def select(
-    scores: str,
-    data: Path,
-    out: Path,
-    fraction: float = 0.2,
-    method: Method = "vote",
-    option: list[str] | None = None,
-    num_rows: int | None = None,
-    vote_fraction: float | None = None,
-    weight: list[str] | None = None,
-    task_quota: list[str] | None = None,
-    source_field: str | None = None,
-    source_weight: list[str] | None = None,
-    source_quota: list[str] | None = None,
-    max_tokens: int | None = None,
-    include: Path | None = None,
-    exclude: Path | None = None,
-    near_duplicates: float | None = None,
-    train: list[str] | None = None,
-    task: list[str] | None = None,
-    seed: int = 0,
-    table: Path | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Selects the rows that help most tasks at once, and writes them in the data file's own form and order.
-
-    Beside --out lies its manifest (OUT.manifest.json), with the selected rows and what they were selected by. Rows that
-    failed are never selected.
-
-    Args:
-        scores: score store made by `icons influence` or `icons score`.
-        data: the data file that the scores belong to (LLaVA JSON or JSONL).
-        out: the selected records, byte for byte as they were.
-        fraction: share of the rows to select.
-        method: the rule. {rules}. Or MODULE:FUNCTION, a function of your own that takes the score store and gives rows,
-            the best first.
-        option: NAME=NUMBER, an option of the rule; again for each. {options}.
-        num_rows: rows to select, in place of --fraction.
-        vote_fraction: share that each task votes for, if not the selected share.
-        weight: TASK=NUMBER, the weight of a task; again for each.
-        task_quota: TASK=SHARE, at least this share of the selection from rows the task votes for; again for each.
-        source_field: field of the records that names their source; a dotted name looks inside. Default: the first
-            folder of the image's path.
-        source_weight: SOURCE=NUMBER, factor on the votes of a source's rows; again for each.
-        source_quota: SOURCE=SHARE, at most this share of the selection from a source; again for each.
-        max_tokens: supervised tokens of the whole selection, at most.
-        include: file of rows that are always in: row numbers, one a line (.txt), or a JSON list of row numbers, of ids,
-            or of records with ids.
-        exclude: file of rows that are never in; likewise.
-        near_duplicates: leave out rows whose gradient has at least this cosine with a better selected row's.
-        train: gradient store of the training data, for --near-duplicates and rules that read single validation rows;
-            again for each checkpoint; default: those the scores were made from.
-        task: NAME=STORE, gradient store of a task's validation rows, for rules that read single ones; several
-            checkpoints: NAME=STORE1,STORE2; default: those the scores were made from.
-        seed: of rules that draw.
-        table: also write a table of the selected rows, the best first (.csv or .parquet): rank, row, id, votes, score,
-            each task's influence.
-        overwrite: write --out and --table even where something lies that is no former selection, unchanged.
-    """
-    inputs: dict[str, Any] = {"--scores": scores, "--data": data, "--train": train}
-    inputs |= {"--include": include, "--exclude": exclude, "--task": places(task or [])}
-    check_outputs(out, table, inputs, overwrite)
-    store = ScoreStore.open(scores)
-    index = open_records(data)
-    check_data(store, index, data)
-    loaded = Loaded(store, train, {name: paths.split(",") for name, paths in parse(task or [], "--task").items()})
-    sources = sources_of(index, source_field) if source_weight or source_quota else None
-    included = rows_of(include, index) if include else []
+def select(options: SelectOptions) -> int:
+    """Selects the rows that help most tasks at once, and writes them in the data file's own form and order."""
+    inputs: dict[str, Any] = {"--scores": options.scores, "--data": options.data, "--train": options.train}
+    inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": places(options.task or [])}
+    check_outputs(options.out, options.table, inputs, options.overwrite)
+    store = ScoreStore.open(options.scores)
+    index = open_records(options.data)
+    check_data(store, index, options.data)
+    loaded = Loaded(
+        store, options.train, {name: paths.split(",") for name, paths in parse(options.task or [], "--task").items()}
+    )
+    sources = sources_of(index, options.source_field) if options.source_weight or options.source_quota else None
+    included = rows_of(options.include, index) if options.include else []
     budget: dict[str, Any] = {
         "include": included,
-        "exclude": rows_of(exclude, index) if exclude else [],
-        "task_quotas": numbers(task_quota, "--task-quota"),
-        "source_quotas": numbers(source_quota, "--source-quota"),
+        "exclude": rows_of(options.exclude, index) if options.exclude else [],
+        "task_quotas": numbers(options.task_quota, "--task-quota"),
+        "source_quotas": numbers(options.source_quota, "--source-quota"),
         "sources": sources,
-        "max_tokens": max_tokens,
+        "max_tokens": options.max_tokens,
         "tokens": loaded.array("tokens"),
     }
     settings: dict[str, Any] = {
-        "fraction": fraction,
-        "method": method,
-        "options": numbers(option, "--option"),
-        "num_rows": num_rows,
-        "vote_fraction": vote_fraction,
-        "weights": numbers(weight, "--weight") or None,
-        "source_weights": numbers(source_weight, "--source-weight") or None,
-        "seed": seed,
+        "fraction": options.fraction,
+        "method": options.method,
+        "options": numbers(options.option, "--option"),
+        "num_rows": options.num_rows,
+        "vote_fraction": options.vote_fraction,
+        "weights": numbers(options.weight, "--weight") or None,
+        "source_weights": numbers(options.source_weight, "--source-weight") or None,
+        "seed": options.seed,
     }
     num_near = 0
     with loaded:
         chosen = select_rows(loaded, budget=budget, **settings)
-        if near_duplicates is not None:
-            gradients = GradientStore.open(train[0] if train else store.manifest["train"][0]["path"])
+        if options.near_duplicates is not None:
+            gradients = GradientStore.open(options.train[0] if options.train else store.manifest["train"][0]["path"])
             before = chosen
-            chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, near_duplicates)
+            chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
             num_near = len(np.setdiff1d(before.rows, chosen.rows))
     found = border(chosen, loaded.influence, loaded.stderr, store.manifest.get("dim"))
-    if table is not None:
-        write_table(table, columns(chosen, loaded, index))
-    index.write_selection(chosen.rows.tolist(), out)
-    given = {"source_field": source_field, "max_tokens": max_tokens, "near_duplicates": near_duplicates, **settings}
+    if options.table is not None:
+        write_table(options.table, columns(chosen, loaded, index))
+    index.write_selection(chosen.rows.tolist(), options.out)
+    given = {
+        "source_field": options.source_field,
+        "max_tokens": options.max_tokens,
+        "near_duplicates": options.near_duplicates,
+        **settings,
+    }
     given |= {name: budget[name] for name in ("task_quotas", "source_quotas")}
-    given |= {"include": str(include) if include else None, "exclude": str(exclude) if exclude else None}
-    save_manifest(out, chosen.rows, manifest(chosen, store, index, found, given), table)
-    summary(chosen, store, out, found, num_near)
+    given |= {
+        "include": str(options.include) if options.include else None,
+        "exclude": str(options.exclude) if options.exclude else None,
+    }
+    save_manifest(options.out, chosen.rows, manifest(chosen, store, index, found, given), options.table)
+    summary(chosen, store, options.out, found, num_near)
     return 0
 
 
@@ -290,15 +237,3 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
         )
     for text in store.manifest.get("warnings", []):
         console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
-
-
-def described_rules() -> str:
-    return "; ".join(f"{name}: {rule.does}" for name, rule in RULES.items())
-
-
-def described_options() -> str:
-    having = {name: rule.options for name, rule in RULES.items() if rule.options}
-    return "; ".join(f"{name}: {', '.join(f'{key}={value}' for key, value in o.items())}" for name, o in having.items())
-
-
-select.__doc__ = (select.__doc__ or "").replace("{rules}", described_rules()).replace("{options}", described_options())

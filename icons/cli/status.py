@@ -6,33 +6,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from icons.cli.options.status import StatusOptions
 from icons.partition import shard_of, slurm_array
 from icons.store import open_store
 from icons.store.row_store import RowStore
 
-POSITIONAL = ("store",)
 
-
-def status(store: str, missing: bool = False, shards: int | None = None, as_json: bool = False) -> int:
-    """Prints the rows done, failed (with reasons) and missing, and the manifest.
-
-    Args:
-        store: gradient or score store: a folder, or a URL.
-        missing: print only the indices I for which `--shard I/N` still has work, as SLURM's --array takes them
-            (0-3,7); nothing if all is done.
-        shards: N of these array jobs; default: as in the run that made the store, or else one job per unit.
-        as_json: print all of it as JSON.
-    """
-    console, opened = Console(soft_wrap=True, highlight=False), open_store(store)
+def status(options: StatusOptions) -> int:
+    """Prints the rows done, failed (with reasons) and missing, and the manifest."""
+    console, opened = Console(soft_wrap=True, highlight=False), open_store(options.store)
     units = opened.missing()
-    indices = shards_with_work(units, shards or stated_shards(opened))
-    if missing:
+    indices = shards_with_work(units, options.shards or stated_shards(opened))
+    if options.missing:
         console.print(slurm_array(indices), markup=False)
         return 0
-    if as_json:
+    if options.as_json:
         print(json.dumps(summary(opened, units), indent=2))
         return 0
-    show(console, opened, units, indices, shards or stated_shards(opened))
+    show(console, opened, units, indices, options.shards or stated_shards(opened))
     return 0
 
 

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,18 @@ from jaxtyping import Bool, Float, Int
 from rich.console import Console
 
 from icons.cli.bakeoff import bakeoff, pools_of
+from icons.cli.options.validate import ValidateOptions
 from icons.cli.pairs import parse, places
 from icons.cli.shown_tables import show
-from icons.cli.warmup import parse_tasks, warmup
+from icons.cli.warmup import parse_tasks, retrain
 from icons.datamodules.records import RecordSource, open_records
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
+from icons.modules.fit import TRAINER as TRAINER
 from icons.modules.interruption import RESUME
 from icons.output import check_output, is_marked, mark, put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
-from icons.validation.bakeoff import Measure
 from icons.validation.datamodel import (
     datamodelling_score,
     draw_subsets,
@@ -40,130 +40,72 @@ PARTS = ("without-top", "without-bottom", "without-random")
 SETTINGS = "settings.json"
 
 
-def validate(
-    model: Path,
-    data: Path,
-    scores: list[str],
-    task: list[str],
-    out: Path,
-    images: Path | None = None,
-    vision_tower: Path | None = None,
-    mm_projector: Path | None = None,
-    rule: list[str] | None = None,
-    fraction: list[float] | None = None,
-    pool: list[str] | None = None,
-    measure: Measure = "accuracy",
-    subsets: int = 60,
-    share: float = 0.5,
-    seeds: int = 1,
-    counterfactual: float = 0.1,
-    counterfactual_seeds: int = 3,
-    source_field: str = "provenance",
-    bad: str = "wrong",
-    seed: int = 0,
-    epochs: int = 1,
-    batch_size: int = 16,
-    learning_rate: float = 2e-4,
-    lora_rank: int = 128,
-    lora_alpha: float = 256.0,
-    lora_dropout: float = 0.05,
-    workers: int = 1,
-    shard: str | None = None,
-    overwrite: bool = False,
-    trainer: dict[str, Any] | None = None,
-) -> int:
-    """Trains the start on random subsets and on data without its best, worst and random rows; writes a table.
-
-    Every training is a folder in --out and is kept: the same line, run again, goes on. The table is printed, and
-    written to OUT/validation.json for `icons report --validation`.
-
-    With --rule it trains on what the rules select instead, and on random rows and the vote's, and prints the paired
-    differences with 95 % intervals; the table is OUT/bakeoff.json. Files to measure on should be others than those the
-    scores were made with.
-
-    Args:
-        model: the start that every training begins from.
-        data: the pool that was scored.
-        scores: NAME=STORE, a score store of the pool; again for each variant to compare (with --rule a single one).
-        task: NAME=FILE or NAME=FILE:IMAGES, the tasks' files to measure losses on; named as in the score stores (with
-            --rule as you like).
-        out: folder for the trainings and the table.
-        images: image folder of the pool.
-        vision_tower: CLIP folder of an original LLaVA model.
-        mm_projector: mm_projector.bin of an original LLaVA model.
-        rule: a method of `icons select` to train on the selection of; again for each. Only these are then trained.
-        fraction: with --rule, share of the pool to select; again for each; default 0.2.
-        pool: with --rule, NAME=DATA,SCORES or NAME=DATA,SCORES,IMAGES: a further pool with its own scores; again for
-            each. Intervals are then over pools.
-        measure: with --rule, what is compared: exact matches, or the loss.
-        subsets: number of random subsets to train on.
-        share: of the pool, in each subset.
-        seeds: trainings of each subset, whose losses are averaged; of each rule, which are paired.
-        counterfactual: share left out at the top, at the bottom, and at random; 0 leaves this part out.
-        counterfactual_seeds: trainings of each of these, for the intervals; the random rows differ from seed to seed.
-        source_field: field of the records that tells which are bad.
-        bad: its value for bad records; records are only read for this, after scoring.
-        seed: of the subsets, and the first one of the trainings.
-        epochs: of every training.
-        batch_size: of every training.
-        learning_rate: of every training.
-        lora_rank: of every training.
-        lora_alpha: of every training.
-        lora_dropout: of every training.
-        workers: trainings side by side, each in a process of its own (on a GPU of its own, as far as there are).
-            Processes started by hand on one --out share the work just so: no two ever do the same training.
-        shard: I/N: only train this share of the models (array jobs); without it all, and then the table.
-        overwrite: write --out even if something lies there that is no former validation.
-        trainer: flags of Lightning's Trainer.
-    """
+def validate(options: ValidateOptions) -> int:
+    """Trains the start on random subsets and on data without its best, worst and random rows; writes a table."""
     settings = {
-        "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate, "lora_rank": lora_rank,
-        "lora_alpha": lora_alpha, "lora_dropout": lora_dropout,
+        "epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.learning_rate,
+        "lora_rank": options.lora_rank,
+        "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
     }  # fmt: skip
-    start: dict[str, Any] = {"model": model, "vision_tower": vision_tower, "mm_projector": mm_projector}
-    if seeds < 1 or counterfactual_seeds < 1:
+    start: dict[str, Any] = {
+        "model": options.model,
+        "vision_tower": options.vision_tower,
+        "mm_projector": options.mm_projector,
+    }
+    if options.seeds < 1 or options.counterfactual_seeds < 1:
         raise ValueError(
-            f"--seeds {seeds}, --counterfactual-seeds {counterfactual_seeds}: expected at least 1 training of each"
+            f"--seeds {options.seeds}, --counterfactual-seeds {options.counterfactual_seeds}: expected at least 1 "
+            "training of each"
         )
     check_output(
-        out,
+        options.out,
         kind="folder",
         inputs={
-            "--model": model, "--data": data, "--vision-tower": vision_tower, "--mm-projector": mm_projector,
-            "--scores": places(scores), "--task": [place.partition(":")[0] for place in places(task)],
-            "--pool": places(pool or []),
+            "--model": options.model, "--data": options.data, "--vision-tower": options.vision_tower,
+            "--mm-projector": options.mm_projector, "--scores": places(options.scores),
+            "--task": [place.partition(":")[0] for place in places(options.task)],
+            "--pool": places(options.pool or []),
         },
-        searched={"--images": images},
+        searched={"--images": options.images},
         ours=partial(is_marked, command="validate"),
-        overwrite=overwrite,
+        overwrite=options.overwrite,
     )  # fmt: skip
-    mark(out, "validate")
-    if rule:
+    mark(options.out, "validate")
+    if options.rule:
         return bakeoff(
-            pools_of(data, scores, images, pool or []), rule, out, start=start, settings=settings, task=task,
-            fractions=fraction or [0.2], seeds=range(seed, seed + seeds), measure=measure, workers=workers,
-            shard=shard, trainer=trainer,
-        )  # fmt: skip
-    if fraction or pool:
+            pools_of(options.data, options.scores, options.images, options.pool or []),
+            options.rule,
+            options.out,
+            start=start,
+            settings=settings,
+            task=options.task,
+            fractions=options.fraction or [0.2],
+            seeds=range(options.seed, options.seed + options.seeds),
+            measure=options.measure,
+            workers=options.workers,
+            shard=options.shard,
+            trainer=options.trainer,
+        )
+    if options.fraction or options.pool:
         raise ValueError("--fraction and --pool: belong to --rule, which is not given")
-    index = open_records(data)
-    stores = {name: ScoreStore.open(path) for name, path in parse(scores, "--scores").items()}
-    tasks = parse_tasks(task)
+    index = open_records(options.data)
+    stores = {name: ScoreStore.open(path) for name, path in parse(options.scores, "--scores").items()}
+    tasks = parse_tasks(options.task)
     methods = {name: checked(name, store, list(tasks), len(index)) for name, store in stores.items()}
     first = next(iter(methods))
-    methods |= baselines(stores[first], len(tasks), seed)
-    drawn = draw_subsets(len(index), subsets, share, seed)
+    methods |= baselines(stores[first], len(tasks), options.seed)
+    drawn = draw_subsets(len(index), options.subsets, options.share, options.seed)
     trainings = [
-        Retraining(numbered(f"subset-{place:03d}", again), rows, seed + again)
-        for again in range(seeds)
+        Retraining(numbered(f"subset-{place:03d}", again), rows, options.seed + again)
+        for again in range(options.seeds)
         for place, rows in enumerate(drawn)
     ]
-    if counterfactual:
-        for again in range(counterfactual_seeds):
-            parts = without(methods[first], counterfactual, seed + again)
-            trainings += [Retraining(numbered(name, again), rows, seed + again) for name, rows in parts.items()]
+    if options.counterfactual:
+        for again in range(options.counterfactual_seeds):
+            parts = without(methods[first], options.counterfactual, options.seed + again)
+            trainings += [Retraining(numbered(name, again), rows, options.seed + again) for name, rows in parts.items()]
     claim(
-        out / SETTINGS,
+        options.out / SETTINGS,
         settings
         | {
             "data": index.fingerprint,
@@ -172,12 +114,12 @@ def validate(
         },
         "trainings",
     )
-    options = start | settings | {"images": images, "min_rows": 1, "task": task, "trainer": trainer}
-    retrainer = Retrainer(data, out, options, warmup)
-    part = (0, 1) if shard is None else parse_shard(shard)
+    fixed = {"images": options.images, "min_rows": 1, "task": options.task, "trainer": options.trainer}
+    retrainer = Retrainer(options.data, options.out, start | settings | fixed, retrain)
+    part = (0, 1) if options.shard is None else parse_shard(options.shard)
     mine = [trainings[place] for place in assign(range(len(trainings)), part[1], part[0])]
-    status = side_by_side(retrainer, mine, workers)
-    if status or shard is not None:
+    status = side_by_side(retrainer, mine, options.workers)
+    if status or options.shard is not None:
         return status
     found = {one.name: retrainer.losses(one) for one in trainings}
     left = [name for name, loss in found.items() if loss is None]
@@ -185,13 +127,15 @@ def validate(
         console.print(f"{len(left):,} models are being trained by other processes; the same line then makes the table")
         return RESUME
     losses = {name: np.array([loss[task] for task in tasks]) for name, loss in found.items() if loss is not None}
-    measured = np.stack([together(losses, f"subset-{place:03d}", seeds).mean(axis=0) for place in range(len(drawn))])
-    is_bad = provenance(index, source_field) == bad
-    content = table(methods, measured, drawn, is_bad, f"{source_field}={bad}")
-    if counterfactual:
-        several = {name: together(losses, name, counterfactual_seeds) for name in ("all", *PARTS)}
-        content["counterfactual"] = changes(several, list(tasks), first, counterfactual)
-    put(out / "validation.json", json.dumps(content, indent=1) + "\n")
+    measured = np.stack(
+        [together(losses, f"subset-{place:03d}", options.seeds).mean(axis=0) for place in range(len(drawn))]
+    )
+    is_bad = provenance(index, options.source_field) == options.bad
+    content = table(methods, measured, drawn, is_bad, f"{options.source_field}={options.bad}")
+    if options.counterfactual:
+        several = {name: together(losses, name, options.counterfactual_seeds) for name in ("all", *PARTS)}
+        content["counterfactual"] = changes(several, list(tasks), first, options.counterfactual)
+    put(options.out / "validation.json", json.dumps(content, indent=1) + "\n")
     show(content)
     return 0
 

@@ -3,26 +3,20 @@
 from rich.console import Console
 from rich.progress import Progress
 
+from icons.cli.options.verify import VerifyOptions
 from icons.partition import slurm_array
 from icons.store import open_store
 from icons.store.verify import Finding
 from icons.store.verify import repair as repair_units
 from icons.store.verify import verify as find
 
-POSITIONAL = ("store",)
 
-
-def verify(store: str, repair: bool = False) -> int:
-    """Reads the whole store: checksums, missing chunks, shapes, rows against their status, NaN, rows of zeros.
-
-    Exit status 1 if something is wrong (and was not repaired).
-
-    Args:
-        store: gradient or score store: a folder, or a URL.
-        repair: mark the units in which something is wrong as not written; the line that made the store, run again,
-            then computes just those.
-    """
-    console, opened = Console(soft_wrap=True, highlight=False), open_store(store, "r+" if repair else "r")
+def verify(options: VerifyOptions) -> int:
+    """Reads the whole store: checksums, missing chunks, shapes, rows against their status, NaN, rows of zeros."""
+    console, opened = (
+        Console(soft_wrap=True, highlight=False),
+        open_store(options.store, "r+" if options.repair else "r"),
+    )
     findings: list[Finding] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("verifying", total=opened.partition.num_units)
@@ -30,7 +24,7 @@ def verify(store: str, repair: bool = False) -> int:
             findings.append(finding)
             console.print(str(finding), markup=False)
     units = sorted({finding.unit for finding in findings if finding.unit is not None})
-    if repair:
+    if options.repair:
         repair_units(opened, findings)
         console.print(f"repaired: {len(units)} units are marked as not written ({slurm_array(units) or 'none'})")
         return 0 if all(finding.unit is not None for finding in findings) else 1

@@ -10,12 +10,14 @@ import numpy as np
 
 from icons.cli.cost import ModelSize, Workload
 from icons.cli.estimate import evenly, plan_warmup
+from icons.cli.options.warmup import WarmupOptions
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
 from icons.models.folder import ModelFolder
 from icons.models.loading import empty_model, load_model
 from icons.models.lora import LoraSettings
 from icons.models.warmup_folder import is_warmup, save_warmup
+from icons.modules.fit import TRAINER as TRAINER
 from icons.modules.fit import (
     already_done,
     console,
@@ -36,168 +38,108 @@ from icons.store.manifest import versions
 HELD_OUT, MOST_HELD_OUT = "held-out", 256
 
 
-def warmup(
-    model: Path,
-    data: Path,
-    out: Path,
-    images: Path | None = None,
-    vision_tower: Path | None = None,
-    mm_projector: Path | None = None,
-    fraction: float = 1.0,
-    min_rows: int = 256,
-    held_out: float = 0.02,
-    task: list[str] | None = None,
-    epochs: int = 1,
-    batch_size: int = 16,
-    accumulate: int = 1,
-    learning_rate: float = 2e-4,
-    projector_learning_rate: float = 2e-5,
-    warmup_ratio: float = 0.03,
-    weight_decay: float = 0.0,
-    lora_rank: int = 128,
-    lora_alpha: float = 256.0,
-    lora_dropout: float = 0.05,
-    lora_targets: str | None = None,
-    train_projector: bool = True,
-    template: str = "auto",
-    max_length: int = 2048,
-    preset: Literal["llava-train", "icons-release"] = "llava-train",
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa",
-    quantize: Literal["4bit", "8bit"] | None = None,
-    gradient_checkpointing: bool = False,
-    trust_remote_code: bool = False,
-    num_workers: int = 0,
-    seed: int = 0,
-    checkpoint_minutes: float = 15.0,
-    resume: bool = True,
-    overwrite: bool = False,
-    dry_run: bool = False,
-    trainer: dict[str, Any] | None = None,
-) -> int:
-    """Trains LoRA (and the projector) as LLaVA does, and keeps the adapter with Adam's moments in a warm-up folder.
-
-    The same line, run again, goes on where a fit was interrupted. Exit status 75 means: interrupted (SIGTERM) and
-    saved, run the same line again.
-
-    Args:
-        model: Hugging Face folder, or an original LLaVA base folder (with --vision-tower and --mm-projector).
-        data: LLaVA JSON or JSONL.
-        out: the warm-up folder to write.
-        images: folder (or tar or zip archive) that the records' image paths start from.
-        vision_tower: CLIP folder of an original LLaVA model.
-        mm_projector: mm_projector.bin of an original LLaVA model.
-        fraction: random share of the data to train on; 0.05 for the paper's warm-up, 1 for the final fine-tune.
-        min_rows: a share of fewer rows is raised to this many; two steps of 128 are the least to learn from.
-        held_out: without tasks, share of the data to measure the loss on and not to train on; at most 256 rows.
-        task: NAME=FILE or NAME=FILE:IMAGES, repeatable: files to measure loss and exact matches on, before and after.
-        epochs: passes over the chosen rows.
-        batch_size: rows per device and step.
-        accumulate: batches per optimizer step.
-        learning_rate: of the adapter.
-        projector_learning_rate: of the projector between vision tower and language model.
-        warmup_ratio: share of the steps in which the learning rate rises; after them it falls as a cosine.
-        weight_decay: on the adapter's and projector's matrices.
-        lora_rank: r.
-        lora_alpha: scaling is alpha / r.
-        lora_dropout: on the adapter's input.
-        lora_targets: regular expression over module names; default: the language model's linear layers.
-        train_projector: train the projector too, as LLaVA does.
-        template: conversation template; auto: the one that the model folder calls for.
-        max_length: tokens at which a conversation is cut.
-        preset: llava-train prepares data as LLaVA is trained; icons-release as the released ICONS scripts do.
-        dtype: of the frozen weights and the computation; auto: bfloat16 on a GPU, float32 on a CPU.
-        attention: attention kernel; flash_attention_2 needs the extra `flash`.
-        quantize: frozen weights in 4 or 8 bits; needs the extra `quantize`.
-        gradient_checkpointing: recompute activations in the backward pass, for less memory.
-        trust_remote_code: run code that comes with the model folder.
-        num_workers: processes that read and decode ahead.
-        seed: of the choice of rows, their order, the adapter's first values and dropout.
-        checkpoint_minutes: between two checkpoints of the fit.
-        resume: go on with an interrupted fit in --out; false starts again.
-        overwrite: write --out even if something lies there that is no former warm-up.
-        dry_run: print what would be done (settings, rows per rank, bytes, memory, time) and stop.
-        trainer: flags of Lightning's Trainer.
-    """
-    ranks, computed_in = ranks_of(trainer), resolved_dtype(dtype)
-    folder = ModelFolder.open(model, vision_tower=vision_tower, mm_projector=mm_projector)
-    lora = LoraSettings(lora_rank, lora_alpha, lora_dropout, lora_targets, seed)
-    target: Literal["lora", "trainable"] = "trainable" if train_projector else "lora"
-    tasks = parse_tasks(task or [])
+def warmup(options: WarmupOptions) -> int:
+    """Trains LoRA (and the projector) as LLaVA does, and keeps the adapter with Adam's moments in a warm-up folder."""
+    ranks, computed_in = ranks_of(options.trainer), resolved_dtype(options.dtype)
+    folder = ModelFolder.open(options.model, vision_tower=options.vision_tower, mm_projector=options.mm_projector)
+    lora = LoraSettings(options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets, options.seed)
+    target: Literal["lora", "trainable"] = "trainable" if options.train_projector else "lora"
+    tasks = parse_tasks(options.task or [])
     check_output(
-        out,
+        options.out,
         kind="folder",
         inputs={
-            "--model": model, "--data": data, "--vision-tower": vision_tower, "--mm-projector": mm_projector,
+            "--model": options.model, "--data": options.data, "--vision-tower": options.vision_tower,
+            "--mm-projector": options.mm_projector,
             "--task": [file for file, _ in tasks.values()],
         },
-        searched={"--images": images, "--task": [folder for _, folder in tasks.values() if folder is not None]},
+        searched={"--images": options.images, "--task": [folder for _, folder in tasks.values() if folder is not None]},
         ours=is_warmup,
-        overwrite=overwrite,
+        overwrite=options.overwrite,
     )  # fmt: skip
-    flags = trainer_flags(trainer or {}, epochs, accumulate, computed_in)
+    flags = trainer_flags(options.trainer or {}, options.epochs, options.accumulate, computed_in)
     datamodule = ConversationDataModule(
-        data,
-        images,
+        options.data,
+        options.images,
         model_folder=folder,
         preprocessing=Preprocessing(
-            template=folder.template if template == "auto" else template, max_length=max_length, preset=preset
+            template=folder.template if options.template == "auto" else options.template,
+            max_length=options.max_length,
+            preset=options.preset,
         ),
-        batch_size=batch_size,
-        num_workers=num_workers,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
         tasks=tasks,
-        seed=seed,
-        trust_remote_code=trust_remote_code,
+        seed=options.seed,
+        trust_remote_code=options.trust_remote_code,
     )
     num_rows = len(datamodule.dataset)
-    rows, held = draw(num_rows, fraction, min_rows, 0.0 if tasks else held_out, seed)
+    rows, held = draw(num_rows, options.fraction, options.min_rows, 0.0 if tasks else options.held_out, options.seed)
     datamodule.rows, datamodule.held_out = rows, held or None
     settings = {
-        "fraction": fraction, "rows": len(rows), "held_out": len(held), "tasks": sorted(tasks),
-        "epochs": epochs, "batch_size": batch_size, "accumulate": accumulate, "ranks": ranks,
-        "learning_rate": learning_rate, "projector_learning_rate": projector_learning_rate,
-        "warmup_ratio": warmup_ratio, "weight_decay": weight_decay, "lora": asdict(lora), "target": target,
-        "dtype": computed_in, "attention": attention, "quantize": quantize, "seed": seed,
+        "fraction": options.fraction, "rows": len(rows), "held_out": len(held), "tasks": sorted(tasks),
+        "epochs": options.epochs, "batch_size": options.batch_size, "accumulate": options.accumulate, "ranks": ranks,
+        "learning_rate": options.learning_rate, "projector_learning_rate": options.projector_learning_rate,
+        "warmup_ratio": options.warmup_ratio, "weight_decay": options.weight_decay, "lora": asdict(lora),
+        "target": target,
+        "dtype": computed_in, "attention": options.attention, "quantize": options.quantize, "seed": options.seed,
         "preprocessing": datamodule.preprocessing.as_dict(), "model_fingerprint": folder.fingerprint(),
-        "data_fingerprint": datamodule.describe()["data"]["fingerprint"], "trainer": plain(trainer or {}),
+        "data_fingerprint": datamodule.describe()["data"]["fingerprint"], "trainer": plain(options.trainer or {}),
     }  # fmt: skip
     share = f"{len(rows):,} of {num_rows:,} rows ({len(rows) / num_rows:.1%})"
-    if len(rows) > math.ceil(fraction * num_rows):
-        say(f"[yellow]{fraction:.1%} of {num_rows:,} rows is little to learn from: taking {share}[/] (--min-rows)")
-    if dry_run:
-        empty = empty_model(folder, lora=lora, target=target, trust_remote_code=trust_remote_code)
+    if len(rows) > math.ceil(options.fraction * num_rows):
+        asked = f"{options.fraction:.1%} of {num_rows:,} rows"
+        say(f"[yellow]{asked} is little to learn from: taking {share}[/] (--min-rows)")
+    if options.dry_run:
+        empty = empty_model(folder, lora=lora, target=target, trust_remote_code=options.trust_remote_code)
         size = ModelSize.of(empty, folder.image_tokens)
         lengths = datamodule.dataset.lengths(evenly(rows))
-        load = Workload(lengths, batch_size, None, computed_in, quantize, attention, gradient_checkpointing)
-        work = {"num_rows": len(rows), "ranks": ranks, "accumulate": accumulate, "epochs": epochs}
-        files = {"model": model, "data": data, "images": images, "out": out}
+        load = Workload(
+            lengths,
+            options.batch_size,
+            None,
+            computed_in,
+            options.quantize,
+            options.attention,
+            options.gradient_checkpointing,
+        )
+        work = {"num_rows": len(rows), "ranks": ranks, "accumulate": options.accumulate, "epochs": options.epochs}
+        files = {"model": options.model, "data": options.data, "images": options.images, "out": options.out}
         plan_warmup(size, load, **work, settings=files | settings).show(console)
         return 0
-    if resume and already_done(out, settings):
-        say(f"{out} holds this very fit, finished: nothing to do (--resume false to start again)")
+    if options.resume and already_done(options.out, settings):
+        say(f"{options.out} holds this very fit, finished: nothing to do (--resume false to start again)")
         return 0
-    mark(out, "warmup")
+    mark(options.out, "warmup")
     network = load_model(
         folder,
         lora=lora,
         dtype=computed_in,
-        attention=attention,
-        quantize=quantize,
-        gradient_checkpointing=gradient_checkpointing,
+        attention=options.attention,
+        quantize=options.quantize,
+        gradient_checkpointing=options.gradient_checkpointing,
         target=target,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=options.trust_remote_code,
     )
     module = WarmupModule(
         network,
-        learning_rate=learning_rate,
-        projector_learning_rate=projector_learning_rate,
-        warmup_ratio=warmup_ratio,
-        weight_decay=weight_decay,
+        learning_rate=options.learning_rate,
+        projector_learning_rate=options.projector_learning_rate,
+        warmup_ratio=options.warmup_ratio,
+        weight_decay=options.weight_decay,
         tasks=list(tasks) or ([HELD_OUT] if held else []),
         settings=settings,
     )
-    say(f"training on {share}, {epochs} epoch{'s' * (epochs > 1)}")
-    ended = run_fit(module, datamodule, flags, out, minutes=checkpoint_minutes, seed=seed, resume=resume)
+    say(f"training on {share}, {options.epochs} epoch{'s' * (options.epochs > 1)}")
+    ended = run_fit(
+        module,
+        datamodule,
+        flags,
+        options.out,
+        minutes=options.checkpoint_minutes,
+        seed=options.seed,
+        resume=options.resume,
+    )
     if isinstance(ended, int):
         return ended
     if ended.is_global_zero:
@@ -207,12 +149,17 @@ def warmup(
             datamodule.describe() | losses_of(module) | {"settings": settings, "lora": asdict(lora), "used": used}
         )
         manifest |= {"versions": versions()}
-        save_warmup(out, network, module.outcome, folder, manifest)
+        save_warmup(options.out, network, module.outcome, folder, manifest)
         if module.outcome.exp_avg:  # else they are in DeepSpeed's checkpoint alone
-            remove(out / LAST)
+            remove(options.out / LAST)
         show_losses(module)
-        say(f"{ended.global_step:,} steps; the adapter and Adam's moments are in {out}")
+        say(f"{ended.global_step:,} steps; the adapter and Adam's moments are in {options.out}")
     return 0
+
+
+def retrain(**options: Any) -> int:
+    """`warmup` by the names of its options; importable, since it goes to worker processes."""
+    return warmup(WarmupOptions(**options))
 
 
 def draw(num_rows: int, fraction: float, min_rows: int, held_out: float, seed: int) -> tuple[list[int], list[int]]:

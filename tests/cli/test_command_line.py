@@ -1,88 +1,41 @@
-"""The command line: words in, keyword arguments out; one line for what the user can mend."""
+"""The command line: words in, options out; one line for what the user can mend."""
 
+import subprocess
 import sys
 import types
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from icons.cli import command_line as cli
-
-
-def sample(
-    train: Path,
-    task: list[str] | None = None,
-    chunk_rows: int = 4,
-    strict: bool = False,
-    trainer: dict[str, Any] | None = None,
-) -> int:
-    """Does something.
-
-    Args:
-        train: the training store.
-    """
-    if strict:
-        raise ValueError("the store is not strict")
-    return 0
-
-
-def lean(store: Path, tasks: list[str] | None = None, strict: bool = False) -> None:
-    """A command without a trainer."""
-
-
-def test_a_repeated_option_becomes_a_list() -> None:
-    options = cli.parse("lean", lean, ("store",), ["s.zarr", "--tasks", "a=1", "--tasks=b=2"])
-    assert options == {"store": Path("s.zarr"), "tasks": ["a=1", "b=2"], "strict": False}
-
-
-@pytest.mark.parametrize("words", [["--strict"], ["--strict", "true"], ["--strict=true"]])
-def test_a_flag_needs_no_value(words: list[str]) -> None:
-    assert cli.parse("lean", lean, ("store",), ["s.zarr", *words])["strict"] is True
-
-
-def test_dashes_and_underscores_are_one() -> None:
-    for option in ("--chunk-rows", "--chunk_rows"):
-        assert cli.parse("sample", sample, (), ["--train", "t", option, "9"])["chunk_rows"] == 9
-
-
-def test_trainer_holds_only_what_was_given() -> None:
-    assert cli.parse("sample", sample, (), ["--train", "t"])["trainer"] == {}
-    words = ["--train", "t", "--trainer.devices", "2", "--trainer.inference_mode", "true"]
-    assert cli.parse("sample", sample, (), words)["trainer"] == {"devices": "2", "inference_mode": True}
-
-
-def test_options_come_from_a_file_and_the_line_wins(tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text("train: t\nchunk_rows: 7\ntask: [a=1]\ntrainer:\n  devices: 3\n")
-    options = cli.parse("sample", sample, (), ["--config", str(config), "--task", "b=2"])
-    assert options["chunk_rows"] == 7
-    assert options["task"] == ["b=2"]
-    assert options["trainer"] == {"devices": 3}
-    assert cli.parse("sample", sample, (), ["--config", str(config), "--chunk-rows", "8"])["chunk_rows"] == 8
+from icons.cli.options.status import StatusOptions
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("icons.cli.select")
-    module.select = sample  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "icons.cli.select", module)
+    """`icons status`, but for what it does."""
+
+    def status(options: StatusOptions) -> int:
+        raise ValueError(f"the store {options.store} is not strict")
+
+    module = types.ModuleType("icons.cli.status")
+    module.status = status  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "icons.cli.status", module)
 
 
 def test_a_users_error_is_one_line(installed: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["select", "--train", "t", "--strict"]) == 1
-    assert capsys.readouterr().err == "icons select: error: the store is not strict\n"
+    assert cli.main(["status", "s.zarr"]) == 1
+    assert capsys.readouterr().err == "icons status: error: the store s.zarr is not strict\n"
 
 
 def test_traceback_on_demand(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ICONS_TRACEBACK", "1")
     with pytest.raises(ValueError, match="not strict"):
-        cli.main(["select", "--train", "t", "--strict"])
+        cli.main(["status", "s.zarr"])
 
 
-def test_usage_errors_exit_2(installed: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["select"]) == 2
-    assert "arguments are required: train" in capsys.readouterr().err
+def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["status"]) == 2
+    assert "arguments are required: store" in capsys.readouterr().err
     assert cli.main(["selct"]) == 2
     assert "no command 'selct'; expected one of demo, warmup" in capsys.readouterr().err
     assert cli.main([]) == 2
@@ -95,19 +48,27 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--version"]) == 0
 
 
-def test_a_recipe_of_the_package_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    recipe = str(Path(cli.__file__).parent.parent / "configs" / "warmup.yaml")
-    assert cli.shipped_recipes(["--config", "warmup", "--out", "warmup"]) == ["--config", recipe, "--out", "warmup"]
-    assert cli.shipped_recipes(["--config=warmup"]) == ["--config", recipe]
-    (tmp_path / "warmup").write_text("")  # a file of that name comes first
-    assert cli.shipped_recipes(["--config", "warmup"]) == ["--config", "warmup"]
+def test_a_command_is_called_by_the_names_of_its_options() -> None:
+    with pytest.raises(TypeError, match=r"unexpected keyword argument.*stor"):
+        cli.call("status", store="s.zarr", stor="s.zarr")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        cli.call("status", store="nowhere.zarr")
 
 
-def test_a_folder_of_a_recipes_name_does_not_hide_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`icons warmup --config warmup --out warmup`, run again, has a folder of that name."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "warmup").mkdir()
-    assert cli.shipped_recipes(["--config", "warmup"])[1].endswith("configs/warmup.yaml")
-    (tmp_path / "select").write_text("fraction: 0.3\n")
-    assert cli.shipped_recipes(["--config", "select"])[1] == "select"
+def test_no_help_imports_what_is_slow() -> None:
+    """Not one second per `--help`: what takes it is imported when a command runs."""
+    slow = ("torch", "lightning", "transformers", "peft", "numpy", "zarr", "matplotlib", "rich", "PIL")
+    code = f"""
+import contextlib, io, sys
+from icons.cli import main
+from icons.cli.command_line import COMMANDS
+with contextlib.redirect_stdout(io.StringIO()) as text:
+    assert main(["--help"]) == 0
+    assert "jsonargparse" not in sys.modules, "the list of commands needs no parser"
+    for name in COMMANDS:
+        assert main([name, "--help"]) == 0
+        assert f"usage: icons {{name}}" in text.getvalue()
+print([name for name in {slow} if name in sys.modules], len(sys.modules) < 600)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.stdout == "[] True\n", ran.stderr

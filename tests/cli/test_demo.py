@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaForConditionalGeneration
 
-from icons.cli import main
-from icons.cli.demo import QUICK, DemoSettings, StageFailed, claim_demo, command_line, demo, named
+from icons.cli import call, main
+from icons.cli.demo import QUICK, DemoSettings, StageFailed, claim_demo, command_line, named
 from icons.datamodules.easy_vqa import questions
 
 pytestmark = [
@@ -41,7 +41,7 @@ def test_a_demo_of_other_settings_is_refused_with_both_values(tmp_path: Path) ->
 
 def test_no_random_subset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--seeds 0: expected at least 1 random subset"):
-        demo(tmp_path / "out", seeds=0)
+        call("demo", out=tmp_path / "out", seeds=0)
     assert not (tmp_path / "out").exists()
 
 
@@ -67,11 +67,8 @@ def test_tasks_are_named_with_their_images() -> None:
 def test_a_failed_stage_ends_the_demo_with_its_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def warmup(**_: object) -> int:
-        return 75
-
-    monkeypatch.setattr("icons.cli.demo.warmup", warmup)
-    assert demo(tmp_path / "out", quick=True) == 75
+    monkeypatch.setattr("icons.cli.warmup.warmup", lambda _: 75)
+    assert call("demo", out=tmp_path / "out", quick=True) == 75
     assert "Warm-up ended with exit status 75" in capsys.readouterr().out
     assert StageFailed("Warm-up", 75).status == 75
 

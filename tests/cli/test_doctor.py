@@ -2,8 +2,8 @@
 
 import pytest
 
+from icons.cli import call, doctor
 from icons.cli import command_line as cli
-from icons.cli import doctor
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -21,5 +21,5 @@ def test_doctor_names_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         raise OSError("no such device")
 
     monkeypatch.setitem(doctor.SELF_TEST, "store returns what was written", broken)
-    assert doctor.doctor() == 1
+    assert call("doctor") == 1
     assert "OSError: no such device" in capsys.readouterr().out

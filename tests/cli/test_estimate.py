@@ -1,7 +1,7 @@
 """The plan's arithmetic, against sizes that are known and sums done by hand."""
 
-import inspect
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from icons.cli.cost import ModelSize, Workload, activations, device_speed
 from icons.cli.estimate import plan_gradients, plan_warmup, split
-from icons.cli.gradients import gradients
+from icons.cli.options.gradients import GradientsOptions
 from icons.gradients import per_sample_gradients
 from icons.modules.fit import ranks_of
 
@@ -144,7 +144,7 @@ def test_a_plan_is_printed(vicuna: ModelSize, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize(("checkpointing", "card"), [(False, 80e9), (True, 48e9)])
 def test_the_default_batches_of_a_7b_model_fit_their_card(vicuna: ModelSize, checkpointing: bool, card: float) -> None:
-    options = {name: parameter.default for name, parameter in inspect.signature(gradients).parameters.items()}
+    options = {option.name: option.default for option in fields(GradientsOptions)}
     load = Workload([2048], options["batch_size"], options["max_tokens"], gradient_checkpointing=checkpointing)
     plan = plan_gradients(
         vicuna, load, num_rows=100, ranks=1, shards=1, chunk_rows=100, dim=options["dim"], store_dtype="float16",

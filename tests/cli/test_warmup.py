@@ -14,8 +14,8 @@ import torch
 from lightning import Callback, Trainer
 from safetensors.torch import load_file
 
-from icons.cli import main
-from icons.cli.warmup import draw, parse_tasks, warmup
+from icons.cli import call, main
+from icons.cli.warmup import draw, parse_tasks
 from icons.models.adam_state import load_adam_state
 from icons.models.loading import load_model
 from icons.models.warmup_folder import open_warmup
@@ -94,22 +94,22 @@ def test_a_finished_fit_of_other_settings_is_not_overwritten(
 
 
 def test_without_tasks_rows_are_held_out(data: Path, tmp_path: Path) -> None:
-    assert warmup(**options(data, tmp_path, held_out=0.2)) == 0
+    assert call("warmup", **options(data, tmp_path, held_out=0.2)) == 0
     manifest = json.loads((tmp_path / "icons.json").read_text())
     assert manifest["used"]["rows"] == NUM_ROWS - 5 and manifest["settings"]["held_out"] == 5
     assert list(manifest["losses"]["before"]) == list(manifest["losses"]["after"]) == ["held-out"]
-    assert warmup(**options(data, tmp_path / "all", held_out=0.0)) == 0
+    assert call("warmup", **options(data, tmp_path / "all", held_out=0.0)) == 0
     manifest = json.loads((tmp_path / "all" / "icons.json").read_text())
     assert manifest["used"]["rows"] == NUM_ROWS and manifest["losses"] == {"before": {}, "after": {}}
 
 
 def test_a_warmup_that_learns_nothing_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert warmup(**options(data, tmp_path, learning_rate=1e-9, projector_learning_rate=1e-9)) == 0
+    assert call("warmup", **options(data, tmp_path, learning_rate=1e-9, projector_learning_rate=1e-9)) == 0
     assert "warning: the warm-up has hardly learned" in capsys.readouterr().out
 
 
 def test_a_small_share_is_raised_and_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert warmup(**options(data, tmp_path, fraction=0.05, min_rows=8, dry_run=True)) == 0
+    assert call("warmup", **options(data, tmp_path, fraction=0.05, min_rows=8, dry_run=True)) == 0
     text = capsys.readouterr().out.replace("\n", " ")
     assert "5.0% of 24 rows is little to learn from: taking 8 of 24 rows (33.3%)" in text
     assert not list(tmp_path.iterdir())
@@ -126,14 +126,14 @@ def test_a_terminated_fit_goes_on_to_the_same_adapter(
 ) -> None:
     fit: dict[str, Any] = {"epochs": 3, "lora_dropout": 0.3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert warmup(**options(data, whole, **fit)) == 0
+    assert call("warmup", **options(data, whole, **fit)) == 0
     callbacks: dict[str, Any] = {"callbacks": [Terminate()]}
-    assert warmup(**options(data, parts, **fit, trainer=callbacks)) == 75
+    assert call("warmup", **options(data, parts, **fit, trainer=callbacks)) == 75
     assert "run the same line again to go on" in capsys.readouterr().out.replace("\n", " ")
     assert (parts / "last.ckpt").exists() and not (parts / "icons.json").exists()
     with pytest.raises(ValueError, match=r"epochs: the interrupted fit had 3, now it is 4"):
-        warmup(**options(data, parts, **fit | {"epochs": 4}, trainer={"callbacks": []}))
-    assert warmup(**options(data, parts, **fit, trainer={"callbacks": []})) == 0
+        call("warmup", **options(data, parts, **fit | {"epochs": 4}, trainer={"callbacks": []}))
+    assert call("warmup", **options(data, parts, **fit, trainer={"callbacks": []})) == 0
     assert "going on with the interrupted fit" in capsys.readouterr().out.replace("\n", " ")
     for name in ("adapter_model.safetensors", "non_lora.safetensors", "adam.safetensors"):
         first, second = load_file(whole / name), load_file(parts / name)

@@ -1,6 +1,5 @@
 """The SLURM files, run as they stand with a pretended srun: every option exists, and jobs queue themselves again."""
 
-import importlib
 import json
 import os
 import re
@@ -12,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from icons.cli import command_line as cli
+from icons.cli.command_line import options_of
+from icons.cli.parser import parse
 from icons.datamodules.benchmarks import BENCHMARKS
 
 SLURM = Path(__file__).parent.parent.parent / "scripts" / "slurm"
@@ -57,8 +57,7 @@ def submit(tmp_path: Path) -> Submit:
 
 def parsed(words: list[str]) -> dict[str, Any]:
     """The options of an `icons` line; fails on one that does not exist."""
-    command = getattr(importlib.import_module(f"icons.cli.{words[1]}"), words[1])
-    return cli.parse(words[1], command, (), words[2:])
+    return vars(parse(words[1], options_of(words[1]), words[2:]))
 
 
 def test_every_stage_has_a_job_and_where_rows_are_independent_an_array() -> None:

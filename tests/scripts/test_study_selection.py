@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from icons.cli import call
 from icons.cli.demo import QUICK
-from icons.cli.warmup import warmup
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PLAN = "easy-vqa 2 vote,filtered_random,unheard_of 0.2 0,1\n"
@@ -45,7 +45,8 @@ def test_a_fine_tune_is_that_of_the_warmup_command_to_the_last_bit(out: Path) ->
     found = json.loads((folder / "results" / "vote-0.2-1.json").read_text())
     records = json.loads((folder / "pool.json").read_text())
     (out / "selected.json").write_text(json.dumps([records[row] for row in found["rows"]]))
-    status = warmup(
+    status = call(
+        "warmup",
         model=folder / "start", data=out / "selected.json", images=folder / "images", out=out / "tuned", seed=1,
         task=[f"{task}={folder / f'{task}_test.json'}:{folder / 'images'}" for task in found["accuracy"]],
         epochs=QUICK.epochs, batch_size=QUICK.batch_size, learning_rate=QUICK.learning_rate, held_out=0.0, min_rows=1,

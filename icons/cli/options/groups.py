@@ -1,0 +1,128 @@
+"""Groups of options that several commands share."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from icons.choices import Attention, Preset, Quantize, Target
+
+MODEL, DATA, PROJECTION, STORE, SPEED, RUN = (
+    {"group": name} for name in ("model", "data", "projection", "store", "memory and speed", "run")
+)
+"""Metadata of a command's own field that stands under a shared heading."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeOptions:
+    """model"""
+
+    trust_remote_code: bool = False
+    """run code that comes with the model folder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsOptions(CodeOptions):
+    """model"""
+
+    model: Path | None = None
+    """Hugging Face folder, or an original LLaVA base folder (with --vision-tower and --mm-projector)"""
+    vision_tower: Path | None = None
+    """CLIP folder of an original LLaVA model"""
+    mm_projector: Path | None = None
+    """mm_projector.bin of an original LLaVA model"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(PartsOptions):
+    """model"""
+
+    checkpoint: Path | None = None
+    """folder that `icons warmup` wrote; or give the parts one by one, with --model and --adapter"""
+    adapter: Path | None = None
+    """LoRA adapter folder: PEFT's, LLaVA's, or a checkpoint-N of the Hugging Face Trainer"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadingOptions(CodeOptions):
+    """memory and speed"""
+
+    attention: Attention = "sdpa"
+    """attention kernel; flash_attention_2 needs the extra `flash`"""
+    quantize: Quantize | None = None
+    """base weights in 4 or 8 bits; needs the extra `quantize`"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass, for less memory"""
+    num_workers: int = 0
+    """processes that read and decode ahead"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """data"""
+
+    data: Path
+    """LLaVA JSON or JSONL; row i is record i of this file"""
+    images: Path | None = None
+    """folder (or tar or zip archive) that the records' image paths start from"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessingOptions:
+    """data"""
+
+    template: str | None = None
+    """conversation template; default: as in the warm-up, or the one that the model folder calls for"""
+    max_length: int | None = None
+    """tokens at which a conversation is cut; default: as in the warm-up, or 2048"""
+    preset: Preset | None = None
+    """llava-train prepares data as LLaVA is trained, icons-release as the released ICONS scripts do; default: as in
+    the warm-up, or llava-train"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionOptions:
+    """projection"""
+
+    projector: str = field(default="count_sketch", metadata={"choices": "projectors"})
+    """kind of random projection of gradients"""
+    seed: int = 0
+    """seed of the projection; training and task stores need the same"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """store"""
+
+    batch_size: int = field(default=8, metadata=SPEED)
+    """most rows per batch"""
+    max_tokens: int | None = field(default=None, metadata=SPEED)
+    """most tokens per batch, padding included; null: no limit"""
+    target: Target = field(default="lora", metadata=MODEL)
+    """differentiate the LoRA parameters, as the paper does, or all that the warm-up trained"""
+    chunk_rows: int | None = None
+    """rows per chunk, the unit of writing and resuming; default: so that a chunk has 2 to 16 MB"""
+    shard: str | None = None
+    """I/N: only this share of the units, without any communication (array jobs); I counts from 0"""
+    retry_failed: bool = False
+    """also compute the rows that failed before"""
+    mixed_batches: bool = False
+    """go on with a store that was begun with another --batch-size or --max-tokens, say because memory ran out; its
+    rows are then equal to rounding, not bit for bit, to those of an undisturbed run"""
+    strict: bool = False
+    """exit with 1 if a row failed"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOptions:
+    """tasks"""
+
+    group: list[str] | None = None
+    """NAME=TASK1,TASK2,... makes one task of several, as MME of its subtasks; repeat it for each group"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerOptions:
+    """run"""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    """show the flags of Lightning's Trainer, all reachable as --trainer.FLAG, for example --trainer.devices 8"""

@@ -1,0 +1,48 @@
+"""Options of `icons influence`."""
+
+from dataclasses import dataclass, field
+
+from icons.choices import Normalize, Reduce
+from icons.cli.options.groups import RUN, STORE, GroupOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfluenceOptions(GroupOptions):
+    """Scores every training row on every task: the mean cosine of their gradients. The same line, run again, resumes.
+
+    $ icons influence --train train.zarr --task gqa=gqa.zarr --task pope=pope.zarr --out scores.zarr
+
+    Exit status: 0 all rows are scored; 1 something you can mend, said in one line; 2 wrong usage.
+    """
+
+    train: list[str]
+    """gradient store of the training data; repeat it for further checkpoints"""
+    task: list[str]
+    """NAME=STORE, a task and the gradient store of its validation rows; repeat it for each task. Several
+    checkpoints: NAME=STORE1,STORE2 in the order of --train"""
+    out: str
+    """the score store: a folder, or a URL (s3://bucket/name)"""
+    normalize: Normalize = "projected"
+    """divide each training row by its projected norm (the original, and LESS), by its exact norm, or not"""
+    task_normalize: Normalize | None = None
+    """the same for validation rows; default: as for training rows"""
+    weights: list[float] | None = None
+    """one for each --train (LESS: the checkpoints' learning rates); default: the mean"""
+    reduce: Reduce = field(default="max", metadata={"group": "tasks"})
+    """a group's influence is its tasks' highest (as the original does for MME), or their mean"""
+    pairwise: bool = False
+    """also store each training row's product with each single validation row"""
+    top_pairs: int = 0
+    """keep this many strongest validation rows for each training row and task, to see why"""
+    chunk_rows: int | None = field(default=None, metadata=STORE)
+    """rows per chunk of the score store, the unit of writing and resuming; default: about 16,000"""
+    accelerator: str = field(default="auto", metadata=RUN)
+    """where the products are computed (Lightning: auto, cpu, gpu, ...)"""
+    devices: str = field(default="1", metadata=RUN)
+    """number of devices or processes per machine, or a list of them"""
+    num_nodes: int = field(default=1, metadata=RUN)
+    """number of machines"""
+    strategy: str = field(default="auto", metadata=RUN)
+    """Lightning Fabric's strategy"""
+    overwrite: bool = field(default=False, metadata=RUN)
+    """write --out even if something else lies there; a score store of other settings is replaced"""

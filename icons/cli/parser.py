@@ -1,0 +1,238 @@
+"""Words of the command line -> an options object: one jsonargparse parser from a dataclass of `icons.cli.options`.
+
+Options may come from a YAML file (`--config`), from the command line, or both (the line wins). A field called `trainer`
+stands for every flag of Lightning's Trainer (`--trainer.devices 8`).
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import jsonargparse
+import yaml
+from jsonargparse import Namespace
+from jsonargparse.typing import restricted_string_type
+
+from icons.cli.tables import PACKAGE, TABLES
+
+LOADER = "icons"
+
+
+def parse(name: str, options: type, words: Sequence[str]) -> Any:
+    """The options of `icons NAME` that the words ask for.
+
+    Raises:
+        SystemExit: from argparse, with status 2 for wrong usage and 0 after `--help`.
+    """
+    hints = get_type_hints(options)
+    words = shipped_recipes(spelled(words, hints))
+    parser = parser_of(name, options)
+    if "trainer" not in hints or {"-h", "--help"} & set(words):
+        return options(**own(parser.parse_args(words)))
+    add_trainer(parser)
+    config = parser.parse_args(words)
+    given = parser.parse_args(words, defaults=False).get("trainer") or Namespace()
+    flags = vars(parser.instantiate(config).trainer)
+    return options(**own(config), trainer={key: flags[key] for key in vars(given)})
+
+
+def own(config: Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(config).items() if name not in ("config", "trainer")}
+
+
+def parser_of(name: str, options: type) -> jsonargparse.ArgumentParser:
+    """The parser of a command's own options, under their headings."""
+    positional: Sequence[str] = getattr(options, "positional", ())
+    parser = jsonargparse.ArgumentParser(
+        prog=f"icons {name}",
+        usage=" ".join([f"icons {name}", *(word.upper() for word in positional), "[options]"]),
+        description=inspect.getdoc(options),
+        formatter_class=Help,
+        parser_mode=LOADER,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of these options, or a recipe's name")
+    hints, texts = get_type_hints(options), documented(options)
+    for heading, placed in headed(options).items():
+        group = parser.add_argument_group(heading)
+        for field in placed:
+            if field.name == "trainer":
+                group.add_argument("--help-trainer", action="help", help=texts["trainer"])
+                continue
+            required = field.default is MISSING and field.default_factory is MISSING
+            hint = typed(field, hints[field.name])
+            settings: dict[str, Any] = {"type": hint, "help": texts.get(field.name, ""), "metavar": shown_as(hint)}
+            settings |= {} if required else {"default": field.default}
+            if field.name in positional:
+                settings |= {"metavar": field.name.upper()} | ({} if required else {"nargs": "?"})
+                parser.add_argument(field.name, **settings)
+            else:
+                group.add_argument("--" + dashed(field.name), **settings, required=required)
+    return parser
+
+
+def headed(options: type) -> dict[str, list[Field[Any]]]:
+    """The fields under their headings: the command's own first, then the shared groups in the order of the bases."""
+    own_heading = options.__name__.removesuffix("Options").lower()
+    bases = [kind for kind in options.__mro__[1:] if is_dataclass(kind)]
+    headings: dict[str, list[Field[Any]]] = {own_heading: [], **{kind.__doc__ or "": [] for kind in bases}}
+    left = {field.name: field for field in fields(options)}
+    for kind in (*bases, options):
+        for name in kind.__annotations__:
+            if (field := left.pop(name, None)) is not None:
+                heading = own_heading if kind is options else kind.__doc__ or ""
+                headings.setdefault(field.metadata.get("group", heading), []).append(field)
+    run = headings.pop("run", [])
+    return {heading: kept for heading, kept in [*headings.items(), ("run", run)] if kept}
+
+
+def documented(options: type) -> dict[str, str]:
+    """Each field's docstring, the nearest class's first."""
+    texts: dict[str, str] = {}
+    for kind in options.__mro__[:-1]:
+        for parameter in docstring_parser.parse_from_object(kind).params:
+            texts.setdefault(parameter.arg_name, filled(" ".join((parameter.description or "").split())))
+    return texts
+
+
+def filled(text: str) -> str:
+    """A help text with what the tables say in the place of their names in braces."""
+    for name in re.findall(r"(?<={)[a-z ]+(?=})", text):
+        text = text.replace(f"{{{name}}}", "; ".join(f"{key}: {does}" for key, does in TABLES[name]().items()))
+    return text
+
+
+def typed(field: Field[Any], hint: Any) -> Any:
+    """A field's annotation, narrowed to the names of the table in its metadata."""
+    if "choices" not in field.metadata:
+        return hint
+    names: Any = Literal[tuple(TABLES[field.metadata["choices"]]())]
+    if "or" not in field.metadata:
+        return names
+    return names | restricted_string_type("Own", f"^{field.metadata['or']}$", "a name of one's own")
+
+
+def shown_as(hint: Any) -> str:
+    """What stands behind an option in the help: its choices, or a word for its kind; nothing behind a flag."""
+    for part in (hint, *get_args(hint)):
+        if get_origin(part) is Literal:
+            return "{" + ",".join(map(str, get_args(part))) + "}"
+    kinds = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
+    return next((shown for kind, shown in kinds.items() if accepts(hint, kind)), "VALUE")
+
+
+def accepts(hint: Any, kind: type) -> bool:
+    """Whether an annotation takes `kind`: `list` for `list[str]` and for `list[str] | None`."""
+    return hint is kind or get_origin(hint) is kind or any(accepts(part, kind) for part in get_args(hint))
+
+
+def add_trainer(parser: jsonargparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
+    """Adds the flags of Lightning's Trainer, as `--trainer.*`."""
+    from lightning import Trainer  # seconds of imports, needed only where a Trainer is
+
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False, sub_configs=True)
+    parser.set_defaults({f"trainer.{flag}": value for flag, value in (defaults or {}).items()})
+
+
+def trainer_help(name: str, defaults: Mapping[str, Any]) -> str:
+    """The text of `icons NAME --help-trainer`: the Trainer's flags, with this command's defaults."""
+    parser = jsonargparse.ArgumentParser(prog=f"icons {name}", usage=f"icons {name} [options] [--trainer.FLAG VALUE]")
+    add_trainer(parser, defaults)
+    return parser.format_help()
+
+
+def shipped_recipes(words: Sequence[str]) -> list[str]:
+    """`--config NAME` is a recipe of the package (`icons/configs/NAME.yaml`) unless there is a file of that name."""
+    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    for position, word in enumerate(parts[1:], start=1):
+        recipe = PACKAGE / "configs" / f"{word}.yaml"
+        if parts[position - 1] == "--config" and not Path(word).is_file() and recipe.is_file():
+            parts[position] = str(recipe)
+    return parts
+
+
+def dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def spelled(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
+    """The words as jsonargparse takes them: a repeated option is one JSON list, a flag alone is true, and names have
+    the dashes or underscores that they are registered with.
+
+    >>> spelled(["--task", "a=1", "--dry_run", "--task=b=2"], {"task": list[str], "dry_run": bool})
+    ['--dry-run=true', '--task=["a=1", "b=2"]']
+    """
+    rest: list[str] = []
+    gathered: dict[str, list[Any]] = {}
+    stream = list(words)
+    while stream:
+        word = stream.pop(0)
+        option, equals, value = word.partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        if not re.match(r"--[A-Za-z]", option):
+            rest.append(word)
+        elif name in hints and accepts(hints[name], list):
+            value = value if equals else stream.pop(0) if stream else ""
+            gathered.setdefault(name, []).extend(listed(value))
+        elif name in hints:
+            if hints[name] is bool and not equals:
+                known = stream and stream[0].lower() in ("true", "false", "yes", "no")
+                equals, value = "=", stream.pop(0) if known else "true"
+            rest.append(f"--{dashed(name)}{equals}{value}")
+        else:
+            rest.append(f"--{'help-trainer' if name == 'help_trainer' else name}{equals}{value}")
+    return rest + [f"--{dashed(name)}={json.dumps(values)}" for name, values in gathered.items()]
+
+
+def listed(value: str) -> list[Any]:
+    """One value of a repeated option, or a JSON list of several.
+
+    >>> listed("a=1"), listed('["a=1", "b=2"]'), listed("[a=b")
+    (['a=1'], ['a=1', 'b=2'], ['[a=b'])
+    """
+    try:
+        values = json.loads(value) if value.startswith("[") else value
+    except json.JSONDecodeError:
+        values = value
+    return values if isinstance(values, list) else [values]
+
+
+def load(text: str) -> Any:
+    """YAML whose keys may be spelled as the options are: `chunk-rows: 4`."""
+    content = jsonargparse.get_loader("yaml")(text)
+    return (
+        {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in content.items()}
+        if isinstance(content, dict)
+        else content
+    )
+
+
+class Help(jsonargparse.DefaultHelpFormatter):
+    """Choices in braces, defaults behind the text, examples as they are written."""
+
+    def _get_help_string(self, action: Any) -> str:
+        text = action.help or ""
+        if not action.option_strings or "default:" in text or action.default in (None, False, "==SUPPRESS=="):
+            return text + (" (required)" if action.required and action.option_strings else "")
+        return f"{text} (default: {str(action.default).lower()})"
+
+    def _format_action_invocation(self, action: Any) -> str:
+        if not action.option_strings:
+            return action.metavar
+        names = [
+            name.replace("_", "-") for name in action.option_strings if not name.endswith("+")
+        ]  # --dim+ is a list's
+        metavar = "FILE" if action.metavar is None else action.metavar
+        return ", ".join(names) + f" {metavar}".rstrip() * (action.nargs != 0)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text
+        return "\n\n".join(part if part.startswith("$") else fill(part, width, indent) for part in text.split("\n\n"))
+
+
+jsonargparse.set_loader(LOADER, load, exceptions=(yaml.YAMLError,))
