@@ -15,11 +15,13 @@ from icons.consensus import Pairs, Selection
 from icons.consensus import select as select_rows
 from icons.consensus.border import Border, border
 from icons.consensus.duplicates import NearDuplicates
+from icons.consensus.origin import scorer_of
 from icons.consensus.ranking import ordered
 from icons.consensus.selection_file import is_manifest, is_written_by, manifest_path, save_manifest, write_table
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
 from icons.output import check_output
+from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
 
 console = Console()
@@ -36,7 +38,8 @@ def select(options: SelectOptions) -> int:
     loaded = Loaded(
         store, options.train, {name: paths.split(",") for name, paths in parse(options.task or [], "--task").items()}
     )
-    sources = sources_of(index, options.source_field) if options.source_weight or options.source_quota else None
+    by_source = options.source_weight or options.source_quota or options.method == "stratified"
+    sources = sources_of(index, options.source_field) if by_source else None
     included = rows_of(options.include, index) if options.include else []
     budget: dict[str, Any] = {
         "include": included,
@@ -108,6 +111,9 @@ class Loaded:
             console.print("products with single validation rows: one pass over the gradients", soft_wrap=True)
             self.kept = Pairs.of_store(self.store, self.train, self.of_tasks)
         return self.kept
+
+    def scorer(self, pairwise: bool) -> Scorer:
+        return scorer_of(self.store, self.train, self.of_tasks, pairwise)
 
     def array(self, name: str) -> np.ndarray | None:
         return np.asarray(self.store.arrays[name][:]) if name in self.store.arrays else None

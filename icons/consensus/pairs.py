@@ -4,18 +4,18 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from icons.consensus.origin import scorer_of
 from icons.scores import Scorer
-from icons.store import GradientStore, ScoreStore, check_compatible
+from icons.store import ScoreStore
 
 BLOCK_NUMBERS = 1 << 24
-SAME = ("data.fingerprint", "model.fingerprint", "adapter.fingerprint", "projector", "preconditioner")
 
 
 class PairBlock(NamedTuple):
@@ -121,20 +121,16 @@ class Pairs:
         groups = {name: list(members) for name, members in (manifest.get("groups") or {}).items()}
         members = {task: groups.get(task, [task]) for task in store.tasks}
         names = [name for some in members.values() for name in some]
-        if all(f"pairwise_{name}" in store.arrays for name in names):
+        if cls.are_in(store):
             plain = "none" in (manifest.get("normalize"), manifest.get("task_normalize"))
             return cls(store.num_rows, store.tasks, stored(store, names), members, "float32" if plain else "float16")
-        sources = opened(store, train, tasks)
-        scorer = Scorer.of(
-            sources[0],
-            sources[1],
-            normalize=manifest.get("normalize", "projected"),
-            task_normalize=manifest.get("task_normalize"),
-            weights=manifest.get("weights") if len(sources[0]) == len(manifest.get("weights") or []) else None,
-            groups=groups,
-            pairwise=True,
-        )
-        return cls.of_gradients(scorer, groups)
+        return cls.of_gradients(scorer_of(store, train, tasks, pairwise=True), groups)
+
+    @staticmethod
+    def are_in(store: ScoreStore) -> bool:
+        """Whether a score store holds products with single validation rows of all its tasks."""
+        groups = store.manifest.get("groups") or {}
+        return all(f"pairwise_{name}" in store.arrays for task in store.tasks for name in groups.get(task, [task]))
 
     @property
     def width(self) -> int:
@@ -237,39 +233,3 @@ def stored(store: ScoreStore, names: Sequence[str]) -> Iterator[PairBlock]:
         rows = store.partition.unit_rows(unit)
         span = slice(rows.start, rows.stop)
         yield PairBlock(rows, {name: store.stored(f"pairwise_{name}", span) for name in names})
-
-
-def opened(
-    store: ScoreStore, train: Sequence[str] | None, tasks: Mapping[str, Sequence[str]] | None
-) -> tuple[list[GradientStore], dict[str, list[GradientStore]]]:
-    """The gradient stores that a score store was made from."""
-    known: Any = store.manifest
-    entries = known.get("train") or []
-    trains = list(train) if train else [entry["path"] for entry in entries]
-    by_task = {name: [entry["path"] for entry in found] for name, found in tasks_known(known).items()}
-    by_task |= {name: list(paths) for name, paths in (tasks or {}).items()}
-    grouped = {member for members in (known.get("groups") or {}).values() for member in members}
-    lacking = [task for task in store.tasks if task not in by_task and task not in (known.get("groups") or {})]
-    if not trains or lacking:
-        raise ValueError(
-            f"scores {store.path}: this rule needs the gradients of training and validation rows, and the score store "
-            "names none (it was made without them); expected --train STORE and --task NAME=STORE for "
-            f"{', '.join(lacking or store.tasks)}"
-        )
-    wanted = {name: paths for name, paths in by_task.items() if name in store.tasks or name in grouped}
-    found = [GradientStore.open(path) for path in trains]
-    for source, entry in zip(found, entries, strict=False):
-        check_compatible(source.manifest, entry, SAME, f"the store {source.path}", f"the scores {store.path}")
-    return found, {name: [GradientStore.open(path) for path in paths] for name, paths in wanted.items()}
-
-
-def tasks_known(manifest: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Task -> its gradient stores' entries in a score store's manifest; none where it was scored without them."""
-    tasks = manifest.get("tasks")
-    if not isinstance(tasks, Mapping):
-        return {}
-    return {
-        name: entries
-        for name, entries in tasks.items()
-        if isinstance(entries, list) and all(isinstance(entry, Mapping) and "path" in entry for entry in entries)
-    }

@@ -1,6 +1,6 @@
 """Scores per task -> votes -> the selected rows: the generalist stage (arXiv 2501.00654, section 3)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,12 +11,15 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from icons.consensus.budget import Budget, Sources
+from icons.consensus.origin import scorer_of
 from icons.consensus.pairs import Pairs
 from icons.consensus.rules.aggregates import merge_weights
 from icons.consensus.rules.columns import Columns, survey
 from icons.consensus.rules.evidence import Evidence
 from icons.consensus.rules.own import OwnRule, imported, name_of, ordered_by
 from icons.consensus.rules.table import RULES, Rule
+from icons.scores import Scorer
+from icons.scores.rows import Source as Gradients
 from icons.store import ScoreStore
 
 
@@ -73,6 +76,8 @@ def select(
     values: Shaped[np.ndarray, " rows"] | None = None,
     num_validation: Sequence[int] | None = None,
     pairs: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None = None,
+    train: Gradients | Sequence[Gradients] | None = None,
+    tasks: Mapping[str, Gradients | Sequence[Gradients]] | None = None,
     options: Mapping[str, int | float] | None = None,
     seed: int = 0,
 ) -> Selection:
@@ -101,7 +106,9 @@ def select(
         values: `[N]` losses or norms for the baselines; default: the score store's.
         num_validation: validation rows per task, for `direct_merge`; default: the score store's.
         pairs: products with single validation rows, for rules that read them: `[N, M]` for each task, or open `Pairs`;
-            default: from the gradient stores that a score store was made from.
+            default: from `train` and `tasks`.
+        train, tasks: gradients as `icons.influence` takes them, for rules that read them; default: those that a score
+            store was made from.
         options: of the rule, such as `{"rounds": 20}` of `balanced`.
         seed: for rules that draw.
 
@@ -117,8 +124,8 @@ def select(
     ([0, 1], [1, 2, 1, 0])
     """
     rule = rule_of(method)
-    matrix, tasks = matrix_of(scores)
-    columns = Columns(matrix, tasks)
+    matrix, names = matrix_of(scores)
+    columns = Columns(matrix, names)
     size = int(fraction * columns.num_rows) if num_rows is None else num_rows
     share = fraction if num_rows is None else num_rows / columns.num_rows
     share = share if vote_fraction is None else vote_fraction
@@ -129,6 +136,10 @@ def select(
     limits = Budget(num_rows=size, **(budget or {}))
     limits.check(columns.scored)
     thresholds, counted, tie = survey(columns, share, weight)
+
+    def gradients(pairwise: bool) -> Scorer:
+        return scorer_behind(scores, train, tasks, columns, pairwise)
+
     with ExitStack() as stack:
         evidence = Evidence(
             scores=scores,
@@ -144,18 +155,19 @@ def select(
             values=values,
             num_validation=num_validation,
             sources=limits.sources,
-            open_pairs=cache(lambda: opened_pairs(pairs, scores, columns, stack)),
+            open_pairs=cache(lambda: opened_pairs(pairs, scores, gradients, columns, stack)),
+            open_scorer=lambda: gradients(False),
         )
         settings: dict[str, Any] = {
             "num_rows": size,
             "vote_fraction": share,
             "is_bounded": limits.is_bounded or bool(source_weights),
-            "weights": dict(zip(tasks, weight.tolist(), strict=True)),
+            "weights": dict(zip(names, weight.tolist(), strict=True)),
             "seed": seed,
             "options": dict(options or {}),
         }
         if method == "direct_merge":
-            settings["merge_weights"] = dict(zip(tasks, merge_weights(evidence).tolist(), strict=True))
+            settings["merge_weights"] = dict(zip(names, merge_weights(evidence).tolist(), strict=True))
         try:
             score = rule.apply(evidence, options or {})
         except ValueError as error:
@@ -192,27 +204,55 @@ def rule_of(method: str | OwnRule) -> Rule:
     return Rule(lambda evidence: ordered_by(own, evidence), f"the rule {name_of(own)}")
 
 
+def scorer_behind(scores: Any, train: Any, tasks: Any, columns: Columns, pairwise: bool) -> Scorer:
+    """The gradients that the scores come from.
+
+    Raises:
+        ValueError: they are neither given nor named by the scores, or they are of other rows or tasks.
+    """
+    if train is not None and tasks is not None:
+        found = Scorer.of(train, tasks, pairwise=pairwise)
+    elif hasattr(scores, "scorer"):
+        found = scores.scorer(pairwise)
+    elif isinstance(scores, ScoreStore):
+        found = scorer_of(scores, pairwise=pairwise)
+    else:
+        raise ValueError(
+            "got scores without gradients; expected a score store that names its gradient stores, or train and tasks "
+            "as `icons.influence` takes them"
+        )
+    if found.num_rows != columns.num_rows or found.tasks != columns.tasks:
+        raise ValueError(
+            f"gradients: got {found.num_rows} rows and the tasks {', '.join(found.tasks)}; expected {columns.num_rows} "
+            f"and {', '.join(columns.tasks)}, as the scores have"
+        )
+    return found
+
+
 def opened_pairs(
-    given: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None, scores: Any, columns: Columns, stack: ExitStack
+    given: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None,
+    scores: Any,
+    gradients: Callable[[bool], Scorer],
+    columns: Columns,
+    stack: ExitStack,
 ) -> Pairs:
     """Products with single validation rows; those made here are closed by `stack`.
 
     Raises:
-        ValueError: they are neither given nor to be had from the scores, or they are of other rows or tasks.
+        ValueError: they are neither given nor to be had, or they are of other rows or tasks.
     """
-    if given is None:
-        opener = getattr(scores, "pairs", None)
-        if opener is not None:
-            found: Pairs = opener()  # the caller's to close
-        elif isinstance(scores, ScoreStore):
-            found = stack.enter_context(Pairs.of_store(scores))
-        else:
-            raise ValueError(
-                "got scores without gradients; expected a score store that names its gradient stores, or pairs: for "
-                "each task an array [N, M] of products with its validation rows"
-            )
+    if isinstance(given, Pairs):
+        found = given
+    elif given is not None:
+        found = stack.enter_context(Pairs.of_arrays(given, columns.tasks))
+    elif hasattr(scores, "pairs"):
+        found = scores.pairs()  # the caller's to close
+    elif isinstance(scores, ScoreStore) and Pairs.are_in(scores):
+        found = stack.enter_context(Pairs.of_store(scores))
     else:
-        found = given if isinstance(given, Pairs) else stack.enter_context(Pairs.of_arrays(given, columns.tasks))
+        scorer = gradients(True)
+        groups = getattr(scores, "manifest", {}).get("groups") or {}
+        found = stack.enter_context(Pairs.of_gradients(scorer, groups))
     if found.num_rows != columns.num_rows or found.tasks != columns.tasks:
         raise ValueError(
             f"products: got {found.num_rows} rows and the tasks {', '.join(found.tasks)}; expected {columns.num_rows} "

@@ -16,8 +16,12 @@ EXTRA = {
     "loss": {"values": RNG.random(200)},
     "grad_norm": {"values": RNG.random(200)},
 }
-PAIRS = {str(task): RNG.normal(size=(200, 3 + task)) for task in range(5)}
+PAIRS = {str(task): RNG.uniform(-1, 1, size=(200, 3 + task)) for task in range(5)}
+TRAIN, TASKS = RNG.normal(size=(200, 6)), {str(task): RNG.normal(size=(2, 6)) for task in range(5)}
 EXTRA |= {name: {"pairs": PAIRS} for name, rule in RULES.items() if rule.reads_pairs}
+for of_gradients in (name for name, rule in RULES.items() if rule.reads_gradients):
+    EXTRA[of_gradients] = EXTRA.get(of_gradients, {}) | {"train": TRAIN, "tasks": TASKS}
+EXTRA["stratified"] = {"budget": {"sources": Sources(np.arange(200) % 3, ["a", "b", "c"])}}
 DRAWN = ("random", "filtered_random")
 
 
@@ -75,6 +79,10 @@ def test_failed_rows_change_nothing_and_are_never_selected(method: str) -> None:
         extra["values"] = np.concatenate([extra["values"], np.full(50, 1e9)])
     if "pairs" in extra:
         extra["pairs"] = {task: np.concatenate([part, np.full_like(part[:50], np.nan)]) for task, part in PAIRS.items()}
+    if "train" in extra:
+        extra["train"] = np.concatenate([TRAIN, TRAIN[:50]])
+    if "budget" in extra:
+        extra["budget"] = {"sources": Sources(np.append(np.arange(200) % 3, [0] * 50), ["a", "b", "c"])}
     plain = select(SCORES, method=method, num_rows=40, vote_fraction=0.2, **EXTRA.get(method, {}))
     padded = select(whole, method=method, num_rows=40, vote_fraction=0.2, **extra)
     assert padded.rows.max() < 200
@@ -97,6 +105,10 @@ def test_a_permutation_of_the_rows_permutes_the_selection(method: str) -> None:
         extra["values"] = extra["values"][order]
     if "pairs" in extra:
         extra["pairs"] = {task: part[order] for task, part in PAIRS.items()}
+    if "train" in extra:
+        extra["train"] = TRAIN[order]
+    if "budget" in extra:
+        extra["budget"] = {"sources": Sources(np.arange(200)[order] % 3, ["a", "b", "c"])}
     moved = select(SCORES[order], method=method, **extra)
     assert sorted(order[moved.rows].tolist()) == plain.rows.tolist()
 

@@ -9,7 +9,7 @@ from icons.consensus.rules.aggregates import mean
 from icons.consensus.rules.evidence import Evidence
 
 
-def balanced(evidence: Evidence, *, rounds: int = 30, scale: float = 0.5) -> Int[np.ndarray, " scored"]:
+def balanced(evidence: Evidence, *, rounds: int = 30, scale: float = 1.0) -> Int[np.ndarray, " scored"]:
     """Chooses S towards the highest sum over validation rows m of g(x_m), x_m the summed influence of S on m.
 
     g(x) = -log(1 + exp(-x / s)) is concave and bounded above: a validation row that is served stops paying, and

@@ -3,7 +3,6 @@
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from icons.consensus.ranking import best
 from icons.consensus.rules.aggregates import mean
 from icons.consensus.rules.evidence import Evidence
 
@@ -37,11 +36,8 @@ def filtered_random(evidence: Evidence, *, better: float = 0.5) -> Shaped[np.nda
     Raises:
         ValueError: a share that is not above 0 and at most 1.
     """
-    if not 0 < better <= 1:
-        raise ValueError(f"filtered_random: got better={better}; expected a share above 0 and at most 1")
+    inside = evidence.better(better)[evidence.columns.scored]
     scores = mean(evidence)
-    num_better = max(1, round(better * len(scores)))
-    inside = best(np.ones(len(scores), bool), scores, evidence.tie, num_better)
     found = scores - scores.max() - 1  # all below 0, in their order
     found[inside] = np.random.default_rng(evidence.seed).random(len(scores))[inside]
     return found

@@ -15,7 +15,7 @@ POOL_NUMBERS = 1 << 26
 TINY = 1e-30
 
 
-def coverage(evidence: Evidence, *, rounds: int = 50) -> Int[np.ndarray, " scored"]:
+def coverage(evidence: Evidence, *, rounds: int = 50, better: float = 1.0) -> Int[np.ndarray, " scored"]:
     """Greedy choice of S for the highest sum over validation rows of the square root of S's summed positive products.
 
     Tasks weigh equally (times their weights), whatever their number of validation rows. What a row adds shrinks as
@@ -27,13 +27,14 @@ def coverage(evidence: Evidence, *, rounds: int = 50) -> Int[np.ndarray, " score
     Args:
         evidence: scores, and products with validation rows.
         rounds: looks at all rows.
+        better: share of the scored rows, by mean score, within which rows are chosen.
 
     Raises:
-        ValueError: no round.
+        ValueError: no round, or a share that is not above 0 and at most 1.
     """
     if rounds < 1:
         raise ValueError(f"coverage: got rounds={rounds}; expected at least 1")
-    pairs, ties, free = evidence.pairs, evidence.ties, evidence.candidates
+    pairs, ties, free = evidence.pairs, evidence.ties, evidence.better(better)
     total = min(evidence.wanted, int(free.sum()))
     weight = pairs.share * evidence.weights[pairs.task]
     served = pairs.total(evidence.included, positive=True)

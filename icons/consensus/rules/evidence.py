@@ -9,7 +9,9 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from icons.consensus.budget import Sources
 from icons.consensus.pairs import Pairs
+from icons.consensus.ranking import best
 from icons.consensus.rules.columns import Columns
+from icons.scores import Scorer
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Evidence:
         num_validation: validation rows per task, if they were given.
         sources: the source of each row, if it was given.
         open_pairs: gives the products, or says what is missing.
+        open_scorer: gives the gradients that the scores come from, likewise.
     """
 
     scores: Any
@@ -50,6 +53,7 @@ class Evidence:
     num_validation: Sequence[int] | None
     sources: Sources | None
     open_pairs: Callable[[], Pairs]
+    open_scorer: Callable[[], Scorer]
 
     @property
     def candidates(self) -> Bool[np.ndarray, " rows"]:
@@ -80,6 +84,32 @@ class Evidence:
                 "expected the gradient stores that the scores were made from: make the scores anew"
             )
         return found
+
+    @property
+    def scorer(self) -> Scorer:
+        """The gradients that the scores come from.
+
+        Raises:
+            ValueError: they cannot be had.
+        """
+        return self.open_scorer()
+
+    def better(self, share: float) -> Bool[np.ndarray, " rows"]:
+        """Candidates within this share of the scored rows by mean score over tasks.
+
+        Raises:
+            ValueError: a share that is not above 0 and at most 1.
+        """
+        if not 0 < share <= 1:
+            raise ValueError(f"got better={share}; expected a share above 0 and at most 1")
+        if share == 1:
+            return self.candidates
+        columns = self.columns
+        scores = columns.total(lambda column, task: column.astype(np.float64), self.weights)
+        inside = best(np.ones(len(scores), bool), scores, self.tie, max(1, round(share * len(scores))))
+        found = np.zeros(columns.num_rows, bool)
+        found[np.flatnonzero(columns.scored)[inside]] = True
+        return found & self.candidates
 
     def placed(self, order: Int[np.ndarray, " some"]) -> Int[np.ndarray, " scored"]:
         """Numbers that rank rows in this order, the first highest; rows that are not in it come after, all alike."""
