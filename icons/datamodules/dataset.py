@@ -10,10 +10,21 @@ import torch
 from torch.utils.data import Dataset
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Status
+from icons.datamodules.chat.own_template import OwnTemplate
 from icons.datamodules.chat.processor import ProcessorSamples, join
-from icons.datamodules.chat.templates import IMAGE_PLACE, TEMPLATES, TemplateError, Turn, put_image_first
+from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.templates import (
+    CHAT_TEMPLATE,
+    IMAGE_PLACE,
+    NAMES,
+    TEMPLATES,
+    Template,
+    Turn,
+    check_fits,
+    put_image_first,
+)
 from icons.datamodules.chat.tokenizer import load_tokenizer
-from icons.datamodules.conversation import Conversation
+from icons.datamodules.conversation import IMAGE, Conversation
 from icons.datamodules.dialects import DIALECTS, Dialect, detect, read_conversation
 from icons.datamodules.failed_row import FailedRowError, bad_record
 from icons.datamodules.images import ImageSource, PixelMaker
@@ -61,9 +72,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
         self.records, self.folder, self.preprocessing = records, folder, replace(preprocessing, template=name)
         self.images = ImageSource(images)
-        if name not in TEMPLATES:
-            raise ValueError(f"template {name!r}; expected auto or one of {', '.join(TEMPLATES)}")
-        self.template, self.processor, self.pixels = TEMPLATES[name], None, None
+        if not name:
+            raise ValueError(
+                f"template auto: nothing in {folder.model} tells which conversation template the model was trained "
+                "with (it brings no chat template, and its tokenizer is neither Llama's nor Llama 3's); expected a "
+                f"--template: name it ({', '.join(NAMES)})"
+            )
+        if name not in NAMES:
+            raise ValueError(f"template {name!r}; expected auto or one of {', '.join(NAMES)}")
+        self.processor, self.pixels = None, None
         if folder.kind == "image-text":
             if name != "chat":
                 raise ValueError(
@@ -74,15 +91,22 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             self.tokenizer = self.processor.tokenizer
         else:
             self.tokenizer = load_tokenizer(folder.model, trust_remote_code)
-        if name == "chat" and not (self.processor.processor if self.processor else self.tokenizer).chat_template:
-            raise ValueError(
-                f"template chat: {folder.model} brings no chat template (chat_template.jinja); expected one of "
-                f"{', '.join(TEMPLATES)}: name the one that the model was trained with"
-            )
+        if name != CHAT_TEMPLATE:
+            check_fits(name, self.tokenizer, str(folder.model))
+            self.template: Template = TEMPLATES[name]
+        elif self.processor is None:
+            self.template = OwnTemplate(self.tokenizer, f"template chat: {folder.model}", self.image_token())
         if folder.kind == "llava":
             self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad)
         self.text_limit = preprocessing.text_limit(self.tokenizer.model_max_length)
         self.dialect = self.detected() if dialect == "auto" else DIALECTS[dialect]
+
+    def image_token(self) -> str | None:
+        """How a LLaVA's own chat template writes an image; None for a text model."""
+        number = self.folder.image_token_id
+        if self.folder.kind == "text" or number is None:
+            return None
+        return self.tokenizer.convert_ids_to_tokens(number) if 0 <= number < len(self.tokenizer) else IMAGE
 
     def __len__(self) -> int:
         return len(self.records)
@@ -160,7 +184,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         """Ids and labels, images expanded to one position per feature, cut as LLaVA cuts: before and after."""
         image, limit = bool(conversation.images), self.preprocessing.max_length
         ids, labels = self.template(self.tokenizer, self.turns(conversation), image, self.text_limit)
-        if self.template is TEMPLATES["llama_3"]:  # xtuner leaves room for one image, also where there is none
+        if self.preprocessing.template == "llama_3":  # xtuner leaves room for one image, also where there is none
             before = max(1, limit - self.folder.image_tokens)
             return self.expand(ids[:before], labels[:before])
         return self.expand(ids[:limit], labels[:limit])

@@ -8,10 +8,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from icons.models.template_choice import template_of
+
 LLAVA_IMAGE_TOKEN_ID = -200  # LLaVA's IMAGE_TOKEN_INDEX: no row of the vocabulary
-LLAMA_3_VOCABULARY = 128000
-VICUNA_VOCABULARY = range(32000, 32065)  # as it is, with <image> and <pad>, and padded to a multiple of 64
 DEFAULT_MAX_LENGTH = 2048
+# of which an image is always the same number of features; Pixtral, say, is a LLaVA whose images vary
+LLAVA_TOWERS = ("clip_vision_model", "clip", "siglip_vision_model", "siglip")
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 # what LLaVA-1.5 was trained with, for a base folder whose config says nothing about images
 LLAVA_DEFAULTS: dict[str, Any] = {
@@ -44,7 +46,7 @@ class ModelFolder:
     image_tokens: int = 0
     """Features per image; 0 where the model's own processor decides, or for text models."""
     template: str = "chat"
-    """What `--template auto` means: v1, llama_2, llama_3, mpt, or chat (the tokenizer's own)."""
+    """What `--template auto` means: v1, llama_2, llama_3, mpt, or chat (the model's own); empty: nothing tells."""
     max_length: int = DEFAULT_MAX_LENGTH
     """Tokens at which the model was trained to cut."""
     image_aspect_ratio: str = "pad"
@@ -174,7 +176,7 @@ def llava_settings(adapter: Path | str | None) -> dict[str, Any] | None:
 def huggingface(model: Path, config: dict[str, Any]) -> ModelFolder:
     text = config.get("text_config") or config
     cut = min(DEFAULT_MAX_LENGTH, int(text.get("max_position_embeddings") or DEFAULT_MAX_LENGTH))
-    if config.get("model_type") == "llava":
+    if config.get("model_type") == "llava" and vision_kind(config) in LLAVA_TOWERS:
         whole = config.get("vision_feature_select_strategy", "default") == "full"
         return ModelFolder(
             model,
@@ -182,7 +184,7 @@ def huggingface(model: Path, config: dict[str, Any]) -> ModelFolder:
             "llava",
             image_token_id=config.get("image_token_index", config.get("image_token_id", 32000)),
             image_tokens=features(config.get("vision_config") or {}, whole),
-            template=template_of(text, model, otherwise="chat"),
+            template=template_of(text, model, original=False),
             max_length=cut,
             select_feature="cls_patch" if whole else "patch",
         )
@@ -190,6 +192,10 @@ def huggingface(model: Path, config: dict[str, Any]) -> ModelFolder:
         token = config.get("image_token_id", config.get("image_token_index"))
         return ModelFolder(model, "huggingface", "image-text", image_token_id=token, max_length=cut)
     return ModelFolder(model, "huggingface", "text", max_length=cut)
+
+
+def vision_kind(config: dict[str, Any]) -> str:
+    return (config.get("vision_config") or {}).get("model_type") or "clip_vision_model"
 
 
 def original(
@@ -213,7 +219,7 @@ def original(
         tower_adapter=tower_adapter,
         image_token_id=LLAVA_IMAGE_TOKEN_ID,
         image_tokens=features(vision.get("vision_config") or vision, whole),
-        template=template_of(config, model, otherwise="v1"),
+        template=template_of(config, model, original=True),
         max_length=int(settings.get("tokenizer_model_max_length") or DEFAULT_MAX_LENGTH),
         image_aspect_ratio=settings.get("image_aspect_ratio") or "pad",
         select_layer=settings["mm_vision_select_layer"],
@@ -283,15 +289,3 @@ def features(vision: dict[str, Any], whole: bool) -> int:
     patches = (vision.get("image_size", 224) // vision.get("patch_size", 32)) ** 2
     has_class_token = "clip" in vision.get("model_type", "clip")
     return int(patches + (whole and has_class_token))
-
-
-def template_of(text: dict[str, Any], model: Path, otherwise: str) -> str:
-    """The conversation template that a model of this vocabulary was trained with."""
-    size = text.get("vocab_size", VICUNA_VOCABULARY.start)
-    if text.get("model_type") == "mpt":
-        return "mpt"
-    if size >= LLAMA_3_VOCABULARY:
-        return "llama_3"
-    if "llama-2" in model.name.lower() or "llama2" in model.name.lower():
-        return "llama_2"
-    return "v1" if size in VICUNA_VOCABULARY else otherwise

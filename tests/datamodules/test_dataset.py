@@ -180,6 +180,16 @@ def test_a_text_model_takes_text_rows_and_fails_image_rows(make: Make, text_fold
     )
 
 
+def test_a_template_that_nothing_tells_is_asked_for(make: Make, llava: ModelFolder) -> None:
+    with pytest.raises(ValueError, match=r"template auto: nothing in .* tells which conversation template"):
+        make([record()], folder=replace(llava, template=""))
+
+
+def test_a_template_that_does_not_fit_the_tokenizer_is_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"template llama_3: writes <\|start_header_id\|>"):
+        make([record()], template="llama_3")
+
+
 def test_an_unknown_template_is_refused(make: Make) -> None:
     with pytest.raises(ValueError, match="template 'v9'; expected auto or one of v1, llama_2"):
         make([record()], template="v9")

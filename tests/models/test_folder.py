@@ -50,7 +50,7 @@ def test_xtuners_projector_and_the_adapter_of_its_tower(tmp_path: Path, given: s
     found = ModelFolder.open(model, clip, tmp_path / given)
     assert found.mm_projector == tmp_path / "xtuner" / "projector" / "model.safetensors"
     assert (found.tower_adapter is None) == given.endswith(".safetensors")
-    assert (found.template, found.image_tokens) == ("llama_3", 576)
+    assert found.image_tokens == 576
 
 
 def test_xtuners_whole_folder(tmp_path: Path) -> None:
@@ -75,25 +75,15 @@ def test_class_token_counts_where_it_is_kept(tmp_path: Path) -> None:
     assert features({"image_size": 384, "patch_size": 14, "model_type": "siglip_vision_model"}, whole=True) == 729
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "name", "template"),
-    [
-        (32000, "llava-1.5", "v1"), (32064, "hf", "v1"), (128320, "x", "llama_3"),
-        (32000, "llava-llama-2-7b", "llama_2"), (512, "d", "chat"),
-    ],
-)  # fmt: skip
-def test_templates(tmp_path: Path, vocabulary: int, name: str, template: str) -> None:
-    config = {
-        "model_type": "llava", "image_token_index": 32000, "vision_config": CLIP,
-        "text_config": {"vocab_size": vocabulary, "max_position_embeddings": 128},
-    }  # fmt: skip
-    found = ModelFolder.open(make(tmp_path / name, config))
-    assert (found.template, found.max_length, found.image_tokens) == (template, 128, 576)
-
-
 def test_mpt_has_its_own_template(tmp_path: Path) -> None:
     model = make(tmp_path / "mpt", LLAVA | {"model_type": "mpt"})
     assert ModelFolder.open(model, make(tmp_path / "clip", CLIP)).template == "mpt"
+
+
+def test_a_llava_whose_images_vary_is_left_to_its_processor(tmp_path: Path) -> None:
+    config = {"model_type": "llava", "image_token_index": 10, "vision_config": {"model_type": "pixtral"}}
+    found = ModelFolder.open(make(tmp_path / "pixtral", config))
+    assert (found.kind, found.image_token_id, found.template) == ("image-text", 10, "chat")
 
 
 def test_text_models_have_no_images(tmp_path: Path) -> None:

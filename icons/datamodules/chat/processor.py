@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoProcessor
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from icons.batch import IGNORE_INDEX, Status
-from icons.datamodules.chat.templates import TemplateError, Turn, alternating, answer_end, rendered
+from icons.datamodules.chat.own_template import messages_of
+from icons.datamodules.chat.rendering import ChatTemplate, Message, Rendered, TemplateError
+from icons.datamodules.chat.templates import Turn, alternating
 from icons.datamodules.conversation import IMAGE
 from icons.datamodules.failed_row import FailedRowError
 from icons.models.folder import own_code
@@ -30,40 +32,40 @@ class ProcessorSamples:
         folder: the model's folder.
         image_token_id: id at image positions, to see whether the maximal length cuts an image; None: unknown.
         trust_remote_code: whether the processor may be code of the folder's own.
+
+    Raises:
+        ValueError: the processor needs what is not there, or its chat template leaves texts or images out.
     """
 
     def __init__(self, folder: Path, image_token_id: int | None, trust_remote_code: bool = False) -> None:
         self.processor = load_processor(folder, trust_remote_code)
         self.tokenizer = self.processor.tokenizer
         self.image_token_id = image_token_id
+        self.template = ChatTemplate(self.processor, f"template chat: {folder}", self.image_marks())
 
     def __call__(self, turns: Sequence[Turn], images: Sequence[Image.Image], max_length: int) -> dict[str, Tensor]:
         """`input_ids [L]` and `labels [L]`, per-token inputs `[L]`, and inputs per image with the images first.
 
         Raises:
-            TemplateError: the turns do not alternate, or the chat template rewrites earlier turns.
+            TemplateError: the turns do not alternate, or the chat template has no form for them.
             FailedRowError: BAD_RECORD, for another number of image marks than images; TOO_LARGE, if the maximal length
                 would cut an image, which these models cannot take.
         """
-        turns = alternating(turns)
-        marks = sum(turn.text.count(IMAGE) for turn in turns)
+        messages = messages_of(alternating(turns), image=bool(images))
+        marks = sum(not isinstance(part, str) for message in messages for part in message.parts)
         if marks > len(images):
             raise FailedRowError(Status.BAD_RECORD, f"{marks} image marks for {len(images)} images")
         images = list(images)[:marks]
-        whole = self.prompt(turns)
-        inputs = self.process(whole, images)
+        self.check_texts(messages)
+        whole = self.template(messages)
+        if len(whole.images) != marks:
+            raise TemplateError(f"the chat template has a place for {len(whole.images)} of {marks} images")
+        inputs = self.process(whole.text, images)
         ids = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask", None)
         labels = torch.full_like(ids, IGNORE_INDEX)
-        for place, turn in enumerate(turns):
-            if not turn.human:
-                asked = self.prompt(turns[:place], ask=True)
-                answered = self.prompt(turns[: place + 1])
-                if not (answered.startswith(asked) and whole.startswith(answered)):
-                    raise TemplateError("the chat template rewrites earlier turns, so answers cannot be told apart")
-                begin = self.position(asked, whole, ids, turns[:place], images)
-                end = self.position(answer_end(asked, answered), whole, ids, turns[: place + 1], images)
-                labels[begin:end] = ids[begin:end]
+        for begin, end in self.positions(whole, ids, images):
+            labels[begin:end] = ids[begin:end]
         if len(ids) > max_length and images:
             cut = ids[max_length:]
             if self.image_token_id is None or bool((cut == self.image_token_id).any()):
@@ -80,11 +82,29 @@ class ProcessorSamples:
             **per_token,
         }
 
-    def prompt(self, turns: Sequence[Turn], ask: bool = False) -> str:
-        messages = [{"role": "user" if turn.human else "assistant", "content": content(turn.text)} for turn in turns]
-        return rendered(self.processor, messages, ask)
+    def image_marks(self) -> list[str]:
+        """What may stand for an image in a prompt, the likeliest first."""
+        names = ("image_token", "boi_token", "start_image_token")
+        found = [getattr(owner, name, None) for owner in (self.processor, self.tokenizer) for name in names]
+        if self.image_token_id is not None and self.image_token_id < len(self.tokenizer):
+            found.append(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        return list(dict.fromkeys([*(str(mark) for mark in found if mark), IMAGE]))
+
+    def check_texts(self, messages: Sequence[Message]) -> None:
+        """A text that holds the model's own mark would take an image of its own.
+
+        Raises:
+            TemplateError: one does.
+        """
+        marks = {self.template.mark, getattr(self.processor, "image_token", None) or self.template.mark}
+        for message in messages:
+            for part in message.parts:
+                found = [mark for mark in marks if isinstance(part, str) and mark in part]
+                if found:
+                    raise TemplateError(f"a text holds {found[0]}, the model's mark for an image")
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The processor's tensors."""
         given: Mapping[str, Any] = self.processor(
             text=[text],
             images=[list(images)] if images else None,
@@ -97,25 +117,53 @@ class ProcessorSamples:
         """Whether the chat template has written the BOS already."""
         return self.tokenizer.bos_token is None or text.startswith(self.tokenizer.bos_token)
 
-    def position(
-        self, text: str, whole: str, ids: Int[Tensor, " tokens"], turns: Sequence[Turn], images: Sequence[Image.Image]
-    ) -> int:
-        """Place in `ids` where `text`, the beginning of `whole`, ends."""
-        seen = sum(turn.text.count(IMAGE) for turn in turns)
-        if seen == len(images):  # no image comes later: count from the end, where nothing is expanded
-            before, after = (self.plain(part) for part in (text, whole))
-            if after[: len(before)] == before:
-                return len(ids) - (len(after) - len(before))
-        beginning = self.process(text, images[:seen])["input_ids"][0]
-        if not torch.equal(ids[: len(beginning)], beginning):
-            raise TemplateError(
-                "the tokenizer joins the end of a question with its answer, so they cannot be told apart"
-            )
-        return len(beginning)
+    def positions(
+        self, whole: Rendered, ids: Int[Tensor, " tokens"], images: Sequence[Image.Image]
+    ) -> list[tuple[int, int]]:
+        """Places in `ids` of the answers, whose characters are known.
 
-    def plain(self, text: str) -> list[int]:
-        """Ids of a text whose images are not expanded."""
-        return list(self.tokenizer(text, add_special_tokens=not self.begins(text)).input_ids)
+        After the last image they are counted from the end, where nothing is expanded; before it the text up to there is
+        processed apart.
+        """
+        last = whole.images[-1][1] if whole.images else 0
+        known = self.places(whole.text, [span for span in whole.answers if span[0] >= last], ids)
+        if known is None:
+            known = [self.apart(whole, span, ids, images) for span in whole.answers if span[0] >= last]
+        return [self.apart(whole, span, ids, images) for span in whole.answers if span[0] < last] + known
+
+    def places(
+        self, text: str, spans: Sequence[tuple[int, int]], ids: Int[Tensor, " tokens"]
+    ) -> list[tuple[int, int]] | None:
+        """By the characters that each token came from; None where the tokenizer does not tell them."""
+        if not spans or not self.tokenizer.is_fast:
+            return None if spans else []
+        plain = self.tokenizer(text, add_special_tokens=not self.begins(text), return_offsets_mapping=True)
+        shift = len(ids) - len(plain.input_ids)
+        found = []
+        for begin, end in spans:
+            inside = [place for place, (first, last) in enumerate(plain.offset_mapping) if first < end and last > begin]
+            found.append((inside[0] + shift, inside[-1] + 1 + shift))
+        first = found[0][0]
+        return found if ids[first:].tolist() == plain.input_ids[first - shift :] else None
+
+    def apart(
+        self, whole: Rendered, span: tuple[int, int], ids: Int[Tensor, " tokens"], images: Sequence[Image.Image]
+    ) -> tuple[int, int]:
+        """By what the text up to the answer, and up to its end, becomes.
+
+        Raises:
+            TemplateError: that is not the beginning of `ids`.
+        """
+        found = []
+        for place in span:
+            seen = sum(end <= place for _, end in whole.images)
+            beginning = self.process(whole.text[:place], images[:seen])["input_ids"][0]
+            if not torch.equal(ids[: len(beginning)], beginning):
+                raise TemplateError(
+                    "the tokenizer joins the end of a question with its answer, so they cannot be told apart"
+                )
+            found.append(len(beginning))
+        return found[0], found[1]
 
 
 def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -159,20 +207,6 @@ class ImagesOnly:
     @classmethod
     def get_attributes(cls) -> list[str]:
         return [name for name in super().get_attributes() if name != "video_processor"]  # type: ignore[misc]
-
-
-def content(text: str) -> list[dict[str, str]]:
-    """A turn's text as chat templates take it: images and texts in their order.
-
-    >>> content("<image>\\nWhat?")
-    [{'type': 'image'}, {'type': 'text', 'text': '\\nWhat?'}]
-    """
-    parts: list[dict[str, str]] = []
-    for place, part in enumerate(text.split(IMAGE)):
-        parts += [{"type": "image"}] * (place > 0)
-        if part or IMAGE not in text:
-            parts.append({"type": "text", "text": part})
-    return parts
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

@@ -4,15 +4,12 @@ Ids hold IMAGE_PLACE once for each image; the dataset expands it. Labels are the
 answer, -100 elsewhere. Source: LLaVA's `llava/train/train.py` and `llava/conversation.py`; xtuner's `llama3_chat`.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
-import jinja2
-
 from icons.batch import IGNORE_INDEX
+from icons.datamodules.chat.rendering import TemplateError
 from icons.datamodules.conversation import IMAGE
 
 IMAGE_PLACE = -200
@@ -30,10 +27,6 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-
-
-class TemplateError(ValueError):
-    """A conversation that the template has no form for; its row fails."""
 
 
 def put_image_first(text: str, several: bool = False) -> str:
@@ -200,75 +193,6 @@ def llama_3(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int)
     return Tokens(ids, labels)
 
 
-def chat(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
-    """Any tokenizer's own chat template; what an assistant turn adds to the generation prompt is supervised.
-
-    That is the answer and its end token, not white space after it. The text is tokenised as a whole, as
-    `apply_chat_template` does, where the tokenizer tells which characters a token came from; else in pieces.
-    """
-    turns = alternating(turns)
-    whole = prompt(tokenizer, turns)
-    spans = []
-    for place, turn in enumerate(turns):
-        if not turn.human:
-            asked, answered = prompt(tokenizer, turns[:place], ask=True), prompt(tokenizer, turns[: place + 1])
-            if not (answered.startswith(asked) and whole.startswith(answered)):
-                raise TemplateError("the chat template rewrites earlier turns, so answers cannot be told apart")
-            spans.append((len(asked), len(answer_end(asked, answered))))
-    ids: list[int] = []
-    labels: list[int] = []
-    for text, begin in pieces(whole, [] if tokenizer.is_fast else [place for span in spans for place in span], image):
-        if text == IMAGE and image:
-            ids.append(IMAGE_PLACE)
-            labels.append(IGNORE_INDEX)
-        elif tokenizer.is_fast:
-            found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids += found.input_ids
-            for token, (first, last) in zip(found.input_ids, found.offset_mapping, strict=True):
-                answers = any(first + begin < end and last + begin > start for start, end in spans)
-                labels.append(token if answers else IGNORE_INDEX)
-        else:
-            tokens = encode(tokenizer, text)
-            ids += tokens
-            labels += tokens if any(start <= begin < end for start, end in spans) else [IGNORE_INDEX] * len(tokens)
-    return Tokens(ids, labels)
-
-
-def prompt(tokenizer: Any, turns: Sequence[Turn], ask: bool = False) -> str:
-    messages = [{"role": "user" if turn.human else "assistant", "content": turn.text} for turn in turns]
-    return rendered(tokenizer, messages, ask)
-
-
-def rendered(tokenizer: Any, messages: Sequence[dict[str, Any]], ask: bool) -> str:
-    """Messages by the chat template of a tokenizer or processor.
-
-    Raises:
-        TemplateError: the template refuses these messages.
-    """
-    try:
-        text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-    except jinja2.TemplateError as error:
-        raise TemplateError(f"the chat template refuses the turns: {error}") from None
-    return text
-
-
-def answer_end(asked: str, answered: str) -> str:
-    """`answered` without white space that the template puts after the answer's end token."""
-    return asked + answered[len(asked) :].rstrip()
-
-
-def pieces(text: str, cuts: Sequence[int], image: bool) -> list[tuple[str, int]]:
-    """Parts of a text and where they begin: cut at the given places and, if `image`, around each mark.
-
-    >>> pieces("<image>ab", [8], image=True)
-    [('<image>', 0), ('a', 7), ('b', 8)]
-    """
-    places = {0, len(text), *cuts}
-    if image:
-        places |= {place for found in re.finditer(IMAGE, text) for place in found.span()}
-    return [(text[begin:end], begin) for begin, end in pairwise(sorted(places))]
-
-
 def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -284,5 +208,32 @@ TEMPLATES: dict[str, Template] = {
     ),
     "plain": plain,
     "llama_3": llama_3,
-    "chat": chat,
 }
+CHAT_TEMPLATE = "chat"  # the model's own, see own_template.py
+NAMES = (*TEMPLATES, CHAT_TEMPLATE)
+SPECIAL_TOKENS = {
+    "v1": ["</s>"],
+    "llama_2": ["<s>", "</s>"],
+    "mpt": ["<|im_start|>", "<|im_end|>"],
+    "llama_3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "plain": [],
+}
+
+
+def check_fits(name: str, tokenizer: Any, what: str) -> None:
+    """Checks that each special token that a template writes is one token of the tokenizer.
+
+    Otherwise it would be read, and learned, as plain text.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for token in SPECIAL_TOKENS[name]:
+        number, ids = tokenizer.convert_tokens_to_ids(token), encode(tokenizer, token)
+        if number is None or number == tokenizer.unk_token_id or ids[-1:] != [number] or len(ids) > 2:
+            raise ValueError(
+                f"template {name}: writes {token}, which {what} has no token for (it reads it as {len(ids)} tokens); "
+                f"expected a template that this model was trained with: name another --template ({', '.join(NAMES)})"
+            )
+    if name == "llama_3" and tokenizer.bos_token_id is None:
+        raise ValueError(f"template {name}: begins with BOS, and {what} has none; name another --template")

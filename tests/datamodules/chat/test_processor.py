@@ -10,7 +10,8 @@ from PIL import Image
 
 from icons.batch import IGNORE_INDEX, Status, model_inputs
 from icons.datamodules.chat.processor import ProcessorSamples
-from icons.datamodules.chat.templates import TemplateError, Turn
+from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.templates import Turn
 from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.images import FailedRowError
 from icons.datamodules.preprocessing import Preprocessing
@@ -66,10 +67,40 @@ def test_text_may_be_cut_and_images_not(samples: ProcessorSamples) -> None:
     assert failure.value.status == Status.TOO_LARGE
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(samples: ProcessorSamples) -> None:
-    samples.processor.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(TemplateError, match="rewrites earlier turns"):
-        samples([Turn(True, "a"), Turn(False, "b"), Turn(True, "c"), Turn(False, "d")], [], 2048)
+def test_a_template_that_drops_texts_is_refused(image_text_folder: Path) -> None:
+    (image_text_folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content | length }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="writes no conversation that holds its question and answer"):
+        ProcessorSamples(image_text_folder, None)
+
+
+def test_the_models_image_mark_in_a_text_fails_its_row(image_text_folder: Path) -> None:
+    samples = ProcessorSamples(image_text_folder, None)
+    samples.template.mark = samples.processor.image_token = "<|mark|>"
+    with pytest.raises(TemplateError, match=r"a text holds <\|mark\|>, the model's mark for an image"):
+        samples([Turn(True, "What is <|mark|>?"), Turn(False, "A mark.")], [], 2048)
+
+
+def test_a_template_that_leaves_out_an_image_fails_the_row(samples: ProcessorSamples) -> None:
+    samples.template.template = samples.template.template.replace("<image>", "{{ '<image>' if loop.first }}")
+    with pytest.raises(TemplateError, match="has a place for 1 of 2 images"):
+        samples([Turn(True, "<image>a<image>"), Turn(False, "b")], [WIDE, HIGH], 2048)
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_labels(samples: ProcessorSamples) -> None:
+    whole = samples(ASKED, [WIDE, HIGH], 2048)
+    samples.tokenizer = SlowTokenizer(samples.tokenizer)
+    assert torch.equal(samples(ASKED, [WIDE, HIGH], 2048)["labels"], whole["labels"])
+
+
+class SlowTokenizer:
+    """One that does not tell which characters its tokens came from."""
+
+    is_fast = False
+
+    def __init__(self, fast: Any) -> None:
+        self.bos_token = fast.bos_token
 
 
 def test_a_batch_holds_whatever_the_processor_gives(image_text_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from icons.batch import IGNORE_INDEX
-from icons.datamodules.chat.templates import IMAGE_PLACE, TEMPLATES, TemplateError, Turn, put_image_first
+from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.templates import IMAGE_PLACE, TEMPLATES, Turn, check_fits, put_image_first
 from icons.datamodules.chat.tokenizer import SentencePieceTokenizer
 
 DATA = Path(__file__).parents[2] / "data"
@@ -121,7 +122,6 @@ def test_llama_3_joins_questions_and_drops_what_has_no_partner(tokenizer: PreTra
     [
         ("v1", [Turn(False, "a")], "no question"),
         ("v1", [Turn(True, "a"), Turn(True, "b")], "turn 2 is a second question in a row"),
-        ("chat", [Turn(True, "a"), Turn(False, "b"), Turn(False, "c")], "turn 3 is a second answer in a row"),
         ("llama_3", [Turn(True, "a"), Turn(False, "b"), Turn(False, "c")], "turn 3 is a second answer in a row"),
         ("llama_3", [Turn(True, "<image><image>"), Turn(False, "b")], "turn 1 has more than one <image>"),
         ("plain", [Turn(True, "a"), Turn(False, "b")], "two turns, the first with <image>"),
@@ -134,46 +134,27 @@ def test_turns_without_a_form_are_refused(
         TEMPLATES[template](tokenizer, turns, True, 2048)
 
 
-def test_chat_is_the_tokenizers_own_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [Turn(True, "What?"), Turn(False, "Ein Hund ü."), Turn(True, "Sure?"), Turn(False, " Yes ")]
-    ids, labels = TEMPLATES["chat"](tokenizer, turns, False, 2048)
-    messages = [{"role": "user" if turn.human else "assistant", "content": turn.text} for turn in turns]
-    assert ids == tokenizer.apply_chat_template(messages, return_dict=False)
-    assert supervised(tokenizer, ids, labels) == "Ein Hund ü.<|im_end|> Yes <|im_end|>"
+@pytest.mark.parametrize(("name", "token"), [("v1", "</s>"), ("llama_2", "<s>"), ("llama_3", None)])
+def test_a_template_whose_special_tokens_the_tokenizer_lacks_is_refused(
+    name: str, token: str | None, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    if token is None:
+        check_fits(name, tokenizer, "M")
+        tokenizer.bos_token = None
+        with pytest.raises(ValueError, match="template llama_3: begins with BOS, and M has none"):
+            check_fits(name, tokenizer, "M")
+        return
+    with pytest.raises(ValueError, match=rf"template {name}: writes {token}, which M has no token for .* name another"):
+        check_fits(name, tokenizer, "M")
 
 
-def test_chat_puts_each_image_in_its_place(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = [Turn(True, "<image>a<image>"), Turn(False, "b")]
-    ids, labels = TEMPLATES["chat"](tokenizer, turns, True, 2048)
-    rest = [token for token in ids if token != IMAGE_PLACE]
-    assert ids.count(IMAGE_PLACE) == 2
-    assert tokenizer.decode(rest) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-    assert supervised(tokenizer, ids, labels) == "b<|im_end|>"
-    assert TEMPLATES["chat"](tokenizer, turns, False, 2048).ids.count(IMAGE_PLACE) == 0
-
-
-def test_chat_by_pieces_supervises_the_same() -> None:
-    slow = sentencepiece()
-    slow.chat_template = "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} ASSISTANT: {% else %}"
-    slow.chat_template += "{{ m.content }}</s>{% endif %}{% endfor %}"
-    ids, labels = TEMPLATES["chat"](slow, DIALOGUE, True, 2048)
-    assert [label for label in labels if label != IGNORE_INDEX] == [
-        *slow("A dog.</s>", add_special_tokens=False).input_ids,
-        *slow("Yes</s>", add_special_tokens=False).input_ids,
-    ]
-    assert ids.count(IMAGE_PLACE) == 1
-
-
-def test_turns_that_the_chat_template_refuses_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{{ raise_exception('no such turns') }}"
-    with pytest.raises(TemplateError, match="the chat template refuses the turns: no such turns"):
-        TEMPLATES["chat"](tokenizer, DIALOGUE, False, 2048)
-
-
-def test_chat_refuses_a_template_that_rewrites_earlier_turns(tokenizer: PreTrainedTokenizerFast) -> None:
-    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(TemplateError, match="rewrites earlier turns"):
-        TEMPLATES["chat"](tokenizer, DIALOGUE, False, 2048)
+def test_a_template_fits_the_tokenizer_it_was_made_for(
+    tokenizer: PreTrainedTokenizerFast, originals: dict[bool, SentencePieceTokenizer]
+) -> None:
+    for name in ("v1", "llama_2", "plain"):
+        for original in originals.values():
+            check_fits(name, original, "Vicuna")
+    check_fits("mpt", tokenizer, "MPT")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,391 @@
+"""ChatTemplate: a model's own chat template: messages -> one text, and where in it the answers stand.
+
+A template may want a message's content as a text or as a list of parts, may trim it, write something between a role's
+name and the answer, or write earlier answers otherwise than the last (a `<think>` block). So nothing is assumed of it:
+a conversation with words of our own in place of its texts is rendered beside the real one, which shows what the
+template writes around them, and the real one must be just that with its own texts. A text that is not there, or a
+template that takes neither form, is an error, never a sample of empty questions.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import jinja2
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Role = Literal["system", "user", "assistant"]
+Form = Literal["text", "parts"]
+SENTINEL = re.compile(r"IconsText(\d{4})")
+SPECIAL = re.compile(r"<[^<>\s]+>")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# Llama's own default. The day on which rows are computed must not change them.
+FIXED_DATE = (
+    "{%- macro strftime_now(format) -%}{{ {'%Y-%m-%d': '2024-07-26'}.get(format, '26 Jul 2024') }}{%- endmacro -%}"
+)
+MOST_SKELETONS = 64
+# what a template written by others may raise when it runs
+FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class TemplateError(ValueError):
+    """A conversation that the template has no form for; its row fails."""
+
+
+class ImagePlace:
+    """Stands among a message's parts where an image is."""
+
+
+IMAGE_PART = ImagePlace()
+Part = str | ImagePlace
+
+
+class Message(NamedTuple):
+    """One message: texts and image places in their order."""
+
+    role: Role
+    parts: tuple[Part, ...]
+
+
+SHORT = (Message("user", (IMAGE_PART, "?")), Message("assistant", (".",)))
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as the model reads it.
+
+    Attributes:
+        text: all of it.
+        answers: `[begin, end)` of each answer in `text`: what the assistant adds to the generation prompt, with the
+            token that ends it, without white space after that.
+        images: `[begin, end)` of each image's mark in `text`, in their order.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    images: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A text of a conversation: which message it is of, and whether a template may leave it out (earlier thoughts)."""
+
+    message: int
+    text: str
+    required: bool = True
+    answer: bool = False
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a template writes around the texts: `literals[0] text literals[1] text ...`, and which slots those are."""
+
+    literals: list[str]
+    slots: list[int]
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer or a processor.
+
+    Args:
+        source: what has `chat_template` and `apply_chat_template`.
+        what: whose it is, for messages.
+        marks: what may stand for an image in a text, the likeliest first; none for a model without images.
+
+    Attributes:
+        form: how the template wants a message's content, found by trying: the first form in which question, answer and
+            image all appear in what it writes.
+        mark: the one of the marks that stands for an image.
+
+    Raises:
+        ValueError: in neither form they do.
+    """
+
+    def __init__(self, source: Any, what: str, marks: Sequence[str] = ()) -> None:
+        self.source, self.mark = source, ""
+        self.template = with_fixed_date(own_template(source, what))
+        self.skeletons: dict[Any, Skeleton] = {}
+        reasons: dict[Form, str] = {}
+        forms: tuple[Form, Form] = ("parts", "text") if marks else ("text", "parts")
+        for form in forms:
+            for mark in marks or ("",):
+                self.form, self.mark = form, mark
+                self.skeletons.clear()
+                problem = self.problem()
+                if problem is None:
+                    return
+                reasons.setdefault(form, problem)
+        raise ValueError(
+            f"{what}: its chat template writes no conversation that holds its question and answer (content as a text: "
+            f"{reasons['text']}; as a list of parts: {reasons['parts']}); expected both: mend chat_template.jinja, or "
+            "name a --template"
+        )
+
+    def __call__(self, messages: Sequence[Message]) -> Rendered:
+        """One text and the places of its answers.
+
+        Where the template marks what the assistant generates (`{% generation %}`), those marks are taken as they are.
+
+        Raises:
+            TemplateError: the template refuses the messages, leaves a text out, or writes them otherwise than it does
+                others of the same form, so that answers cannot be told apart.
+        """
+        slots = slots_of(messages, self.knows_thoughts)
+        skeleton = self.skeleton(messages, slots)
+        text = self.render(self.contents(messages))
+        begins = place(text, skeleton, slots)
+        if begins is None:
+            raise TemplateError(
+                "the chat template rewrites these turns: what it writes does not hold their texts as they are, so "
+                "answers cannot be told apart"
+            )
+        images = list(self.image_marks(skeleton, begins))
+        if GENERATION.search(self.template):
+            return Rendered(text, self.generated(messages, text), images)
+        return Rendered(text, self.answers(skeleton, slots, begins), images)
+
+    def problem(self) -> str | None:
+        """What is wrong with the present form and mark, seen on short conversations; None: nothing."""
+        try:
+            self([Message("user", ("?",)), Message("assistant", (".",))])
+            if self.mark and (count := len(self(SHORT).images)) != 1:
+                return f"{count} times {self.mark!r} for one image"
+        except TemplateError as error:
+            return str(error)
+        return None
+
+    def render(self, messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
+        """What the template makes of messages; with `ask`, up to where the assistant answers.
+
+        Raises:
+            TemplateError: it refuses them.
+        """
+        try:
+            text: str = self.source.apply_chat_template(
+                list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=ask
+            )
+        except FAILURES as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise TemplateError(f"the chat template refuses the turns: {reason}") from None
+        return text
+
+    def contents(self, messages: Sequence[Message], texts: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """Messages in the template's form; `texts`, in their order, in place of their own."""
+        others = iter(texts or [])
+        found = []
+        for message in messages:
+            parts = [next(others) if texts and isinstance(part, str) else part for part in message.parts]
+            content: Any = [
+                {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts
+            ]
+            if self.form == "text":
+                content = "".join(part if isinstance(part, str) else self.mark for part in parts)
+            found.append({"role": message.role, "content": content})
+        return found
+
+    def skeleton(self, messages: Sequence[Message], slots: Sequence[Slot]) -> Skeleton:
+        """What the template writes around the texts of such messages; found once for each form of conversation.
+
+        Raises:
+            TemplateError: a text is left out or written twice.
+        """
+        thoughtful = [not slot.required for slot in slots]
+        form = (*((message.role, *map(type, message.parts)) for message in messages), *thoughtful)
+        if form not in self.skeletons:
+            self.skeletons[form] = self.find_skeleton(messages, slots)
+            if len(self.skeletons) > MOST_SKELETONS:
+                del self.skeletons[next(iter(self.skeletons))]
+        return self.skeletons[form]
+
+    def find_skeleton(self, messages: Sequence[Message], slots: Sequence[Slot]) -> Skeleton:
+        numbers = iter(range(len(slots)))
+        texts = []
+        for number in numbers:
+            if slots[number].required:
+                texts.append(sentinel(number))
+            else:  # a thought and its answer are one text
+                texts.append(f"<think>\n{sentinel(number)}\n</think>\n\n{sentinel(next(numbers))}")
+        pieces = SENTINEL.split(self.render(self.contents(messages, texts)))
+        literals, found = pieces[::2], [int(number) for number in pieces[1::2]]
+        for number, slot in enumerate(slots):
+            times = found.count(number)
+            if times > 1 or (times == 0 and slot.required):
+                role = messages[slot.message].role
+                does = "leaves out" if times == 0 else "writes twice"
+                raise TemplateError(f"the chat template {does} the text of message {slot.message + 1} ({role})")
+        if found != sorted(found):
+            raise TemplateError("the chat template writes the texts in another order")
+        if any("'type':" in literal or '"type":' in literal for literal in literals):
+            raise TemplateError("the chat template writes the content's list of parts as it stands in Python")
+        return Skeleton(literals, found)
+
+    def answers(
+        self, skeleton: Skeleton, slots: Sequence[Slot], begins: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Each answer from the end of the generation prompt, where it has one, to the end of its end token."""
+        spans: dict[int, tuple[int, int]] = {}
+        for number, (begin, end) in enumerate(begins):
+            slot = slots[skeleton.slots[number]]
+            if not slot.answer:
+                continue
+            if slot.message in spans:  # further parts of the same answer
+                begin = spans[slot.message][0]
+            else:
+                before = skeleton.literals[number]
+                at = before.rfind(self.generation_prompt) if self.generation_prompt else -1
+                begin -= len(before) - at - len(self.generation_prompt) if at >= 0 else 0
+            after = skeleton.literals[number + 1]
+            closing = after.rstrip() if number + 1 == len(begins) else self.closing(after)
+            spans[slot.message] = (begin, end + len(closing))
+        return list(spans.values())
+
+    def closing(self, after: str) -> str:
+        """The end token of an answer that is not the last: what the last one has too, or what the next role's name
+        comes after."""
+        common = whole_tokens(common_prefix(after, self.tail))
+        first = SPECIAL.match(self.generation_prompt)
+        if common or not first or not SPECIAL.match(after):
+            return common
+        return after[: max(0, after.find(first[0]))].rstrip()
+
+    def generated(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
+        """What stands between the template's generation marks."""
+        tokenizer = getattr(self.source, "tokenizer", self.source)
+        found: Any = render_jinja_template(
+            [self.contents(messages)],
+            chat_template=self.template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        (rendered,), (spans,) = found
+        assert rendered == text, "marks write nothing"
+        return [(begin, end) for begin, end in spans if end > begin]
+
+    def image_marks(self, skeleton: Skeleton, begins: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Marks that the template, or we, wrote: those in the texts are text."""
+        found = []
+        starts = [0, *(end for _, end in begins)]
+        for start, literal in zip(starts, skeleton.literals, strict=True):
+            for match in re.finditer(re.escape(self.mark), literal) if self.mark else ():
+                found.append((start + match.start(), start + match.end()))
+        return found
+
+    @property
+    def knows_thoughts(self) -> bool:
+        return "</think>" in self.template
+
+    @cached_property
+    def tail(self) -> str:
+        """What follows the last answer."""
+        messages = [Message("user", ("?",)), Message("assistant", (".",))]
+        return self.skeleton(messages, slots_of(messages, False)).literals[-1]
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What the template writes where the assistant is to answer; empty if it cannot tell."""
+        messages = self.contents([Message("user", (sentinel(0),))])
+        try:
+            without, asked = self.render(messages), self.render(messages, ask=True)
+        except TemplateError:  # no conversation without an answer
+            return ""
+        common = common_prefix(without, asked)
+        return asked[len(common if common == without else whole_tokens(common, strip=False)) :]
+
+
+def own_template(source: Any, what: str) -> str:
+    """The template's text.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for owner in (source, getattr(source, "tokenizer", None)):
+        found = getattr(owner, "chat_template", None)
+        if isinstance(found, Mapping):
+            found = found.get("default")
+        if found:
+            return str(found)
+    raise ValueError(
+        f"{what}: brings no chat template (chat_template.jinja); expected one, or a --template: name the one that the "
+        "model was trained with"
+    )
+
+
+def with_fixed_date(template: str) -> str:
+    return FIXED_DATE + template if "strftime_now" in template else template
+
+
+def sentinel(number: int) -> str:
+    return f"IconsText{number:04d}"
+
+
+def slots_of(messages: Sequence[Message], thoughts: bool) -> list[Slot]:
+    """The texts of messages in their order; where a template knows of them, an answer's thoughts apart."""
+    slots = []
+    for number, message in enumerate(messages):
+        answer = message.role == "assistant"
+        for part in message.parts:
+            if not isinstance(part, str):
+                continue
+            thought, closed, rest = part.rpartition("</think>")
+            if thoughts and answer and closed:
+                thought = thought.rpartition("<think>")[2]
+                slots.append(Slot(number, thought, required=False, answer=True))
+                slots.append(Slot(number, rest, answer=True))
+            else:
+                slots.append(Slot(number, part, answer=answer))
+    return slots
+
+
+def place(text: str, skeleton: Skeleton, slots: Sequence[Slot]) -> list[tuple[int, int]] | None:
+    """Where the texts stand in a rendered conversation, each as it is or without white space at its ends.
+
+    None: the conversation is not the skeleton with these texts.
+
+    >>> slots = [Slot(0, " Hi "), Slot(1, "you")]
+    >>> place("<u>Hi<a>you<e>", Skeleton(["<u>", "<a>", "<e>"], [0, 1]), slots)
+    [(3, 5), (8, 11)]
+    """
+    first = skeleton.literals[0]
+    if not text.startswith(first):
+        return None
+    reached: dict[int, list[tuple[int, int]]] = {len(first): []}  # where one can be -> the places so far
+    for number, literal in zip(skeleton.slots, skeleton.literals[1:], strict=True):
+        onward: dict[int, list[tuple[int, int]]] = {}
+        for position, places in reached.items():
+            for spelling in spellings(slots[number].text):
+                end = position + len(spelling)
+                if text.startswith(spelling, position) and text.startswith(literal, end):
+                    onward.setdefault(end + len(literal), [*places, (position, end)])
+        reached = onward
+    return reached.get(len(text))
+
+
+def spellings(text: str) -> list[str]:
+    """A text as templates write it: whole first, then trimmed."""
+    trimmed = (text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
+    return list(dict.fromkeys((text, *trimmed)))
+
+
+def common_prefix(a: str, b: str) -> str:
+    """What two texts begin with, character by character.
+
+    >>> common_prefix("<e>\n<u>", "<e>\n")
+    '<e>\n'
+    """
+    same = next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[:same]
+
+
+def whole_tokens(text: str, strip: bool = True) -> str:
+    """A beginning that two texts have in common, without a special token that they have only a part of.
+
+    >>> whole_tokens("<|end|>\\n<|")
+    '<|end|>'
+    """
+    for opening, closing in ("<>", "[]"):
+        at = text.rfind(opening)
+        if at > text.rfind(closing):
+            text = text[:at]
+    return text.rstrip() if strip else text

@@ -1,0 +1,75 @@
+"""What `--template auto` means for a LLaVA: told by its tokenizer and chat template, never by numbers that happen to
+fit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+LLAMA_3 = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
+OTHER_CHATS = {"<|im_start|>", "<start_of_turn>"}
+VICUNA_ROLE = "ASSISTANT"  # in Vicuna's chat template as llava-hf and `icons export` write it
+UNKNOWN = ""
+
+
+def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
+    """The conversation template that a LLaVA was trained with, as far as its files tell.
+
+    In order: MPT is trained with `mpt`; a name with `llama-2` means `llama_2`, which is LLaVA's own rule; the special
+    tokens of Llama 3 mean `llama_3`, as xtuner trains; Llama's SentencePiece tokenizer, or a chat template with
+    Vicuna's role names, means `v1`; any other chat template is the model's own (`chat`). In LLaVA's original layout the
+    chat template is only the base model's, and comes after the tokenizer.
+
+    Args:
+        text: the language model's config.
+        model: its folder.
+        original: whether the folder is in LLaVA's own layout.
+
+    Returns:
+        The template's name; empty if nothing tells.
+    """
+    settings = read_json(model / "tokenizer_config.json")
+    known = special_tokens(model, settings)
+    if text.get("model_type") == "mpt":
+        return "mpt"
+    if "llama-2" in model.name.lower() or "llama2" in model.name.lower():
+        return "llama_2"
+    if known >= LLAMA_3:
+        return "llama_3"
+    written = chat_template(model, settings)
+    sentencepiece = (model / "tokenizer.model").is_file() or str(settings.get("tokenizer_class")).startswith("Llama")
+    vicuna = sentencepiece and not known & OTHER_CHATS
+    if written and not (original and vicuna):
+        return "v1" if VICUNA_ROLE in written else "chat"
+    return "v1" if vicuna else UNKNOWN
+
+
+def special_tokens(model: Path, settings: dict[str, Any]) -> set[str]:
+    """The added tokens that a tokenizer's files name; the big `tokenizer.json` is read only where others name none."""
+    found = {content(token) for token in (settings.get("added_tokens_decoder") or {}).values()}
+    found |= set(read_json(model / "added_tokens.json"))
+    for token in read_json(model / "special_tokens_map.json").values():
+        found |= {content(part) for part in (token if isinstance(token, list) else [token])}
+    if not found:
+        found = {content(token) for token in read_json(model / "tokenizer.json").get("added_tokens") or []}
+    return found
+
+
+def chat_template(model: Path, settings: dict[str, Any]) -> str:
+    """The text of the folder's chat template; empty without one."""
+    if (model / "chat_template.jinja").is_file():
+        return (model / "chat_template.jinja").read_text()
+    found = settings.get("chat_template") or read_json(model / "chat_template.json").get("chat_template") or ""
+    return found if isinstance(found, str) else json.dumps(found)
+
+
+def content(token: Any) -> str:
+    return str(token["content"] if isinstance(token, dict) else token)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A settings file; empty if it is not there, or holds no object: whoever loads the tokenizer says so."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
