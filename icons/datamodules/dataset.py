@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Status
 from icons.datamodules.chat.own_template import OwnTemplate
 from icons.datamodules.chat.processor import ProcessorSamples, join
-from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.skeleton import TemplateError
 from icons.datamodules.chat.templates import (
     CHAT_TEMPLATE,
     IMAGE_PLACE,

@@ -5,7 +5,8 @@ from itertools import pairwise
 from typing import Any
 
 from icons.batch import IGNORE_INDEX
-from icons.datamodules.chat.rendering import IMAGE_PART, ChatTemplate, Message, Part, Rendered, TemplateError
+from icons.datamodules.chat.rendering import ChatTemplate, Rendered
+from icons.datamodules.chat.skeleton import IMAGE_PART, Message, Part, TemplateError
 from icons.datamodules.chat.templates import IMAGE_PLACE, Tokens, Turn, alternating, encode
 from icons.datamodules.conversation import IMAGE
 

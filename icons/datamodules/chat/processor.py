@@ -16,7 +16,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from icons.batch import IGNORE_INDEX, Status
 from icons.datamodules.chat.own_template import messages_of
-from icons.datamodules.chat.rendering import ChatTemplate, Message, Rendered, TemplateError
+from icons.datamodules.chat.rendering import ChatTemplate, Rendered
+from icons.datamodules.chat.skeleton import Message, TemplateError
 from icons.datamodules.chat.templates import Turn, alternating
 from icons.datamodules.conversation import IMAGE
 from icons.datamodules.failed_row import FailedRowError

@@ -11,14 +11,26 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
-Role = Literal["system", "user", "assistant"]
+from icons.datamodules.chat.skeleton import (
+    IMAGE_PART,
+    SENTINEL,
+    Message,
+    Skeleton,
+    Slot,
+    TemplateError,
+    common_prefix,
+    place,
+    sentinel,
+    slots_of,
+    whole_tokens,
+)
+
 Form = Literal["text", "parts"]
-SENTINEL = re.compile(r"IconsText(\d{4})")
 SPECIAL = re.compile(r"<[^<>\s]+>")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Llama's own default. The day on which rows are computed must not change them.
@@ -26,30 +38,9 @@ FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ {'%Y-%m-%d': '2024-07-26'}.get(format, '26 Jul 2024') }}{%- endmacro -%}"
 )
 MOST_SKELETONS = 64
+SHORT = (Message("user", (IMAGE_PART, "?")), Message("assistant", (".",)))
 # what a template written by others may raise when it runs
 FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-
-
-class TemplateError(ValueError):
-    """A conversation that the template has no form for; its row fails."""
-
-
-class ImagePlace:
-    """Stands among a message's parts where an image is."""
-
-
-IMAGE_PART = ImagePlace()
-Part = str | ImagePlace
-
-
-class Message(NamedTuple):
-    """One message: texts and image places in their order."""
-
-    role: Role
-    parts: tuple[Part, ...]
-
-
-SHORT = (Message("user", (IMAGE_PART, "?")), Message("assistant", (".",)))
 
 
 @dataclass(frozen=True)
@@ -66,24 +57,6 @@ class Rendered:
     text: str
     answers: list[tuple[int, int]]
     images: list[tuple[int, int]]
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A text of a conversation: which message it is of, and whether a template may leave it out (earlier thoughts)."""
-
-    message: int
-    text: str
-    required: bool = True
-    answer: bool = False
-
-
-@dataclass(frozen=True)
-class Skeleton:
-    """What a template writes around the texts: `literals[0] text literals[1] text ...`, and which slots those are."""
-
-    literals: list[str]
-    slots: list[int]
 
 
 class ChatTemplate:
@@ -314,78 +287,3 @@ def own_template(source: Any, what: str) -> str:
 
 def with_fixed_date(template: str) -> str:
     return FIXED_DATE + template if "strftime_now" in template else template
-
-
-def sentinel(number: int) -> str:
-    return f"IconsText{number:04d}"
-
-
-def slots_of(messages: Sequence[Message], thoughts: bool) -> list[Slot]:
-    """The texts of messages in their order; where a template knows of them, an answer's thoughts apart."""
-    slots = []
-    for number, message in enumerate(messages):
-        answer = message.role == "assistant"
-        for part in message.parts:
-            if not isinstance(part, str):
-                continue
-            thought, closed, rest = part.rpartition("</think>")
-            if thoughts and answer and closed:
-                thought = thought.rpartition("<think>")[2]
-                slots.append(Slot(number, thought, required=False, answer=True))
-                slots.append(Slot(number, rest, answer=True))
-            else:
-                slots.append(Slot(number, part, answer=answer))
-    return slots
-
-
-def place(text: str, skeleton: Skeleton, slots: Sequence[Slot]) -> list[tuple[int, int]] | None:
-    """Where the texts stand in a rendered conversation, each as it is or without white space at its ends.
-
-    None: the conversation is not the skeleton with these texts.
-
-    >>> slots = [Slot(0, " Hi "), Slot(1, "you")]
-    >>> place("<u>Hi<a>you<e>", Skeleton(["<u>", "<a>", "<e>"], [0, 1]), slots)
-    [(3, 5), (8, 11)]
-    """
-    first = skeleton.literals[0]
-    if not text.startswith(first):
-        return None
-    reached: dict[int, list[tuple[int, int]]] = {len(first): []}  # where one can be -> the places so far
-    for number, literal in zip(skeleton.slots, skeleton.literals[1:], strict=True):
-        onward: dict[int, list[tuple[int, int]]] = {}
-        for position, places in reached.items():
-            for spelling in spellings(slots[number].text):
-                end = position + len(spelling)
-                if text.startswith(spelling, position) and text.startswith(literal, end):
-                    onward.setdefault(end + len(literal), [*places, (position, end)])
-        reached = onward
-    return reached.get(len(text))
-
-
-def spellings(text: str) -> list[str]:
-    """A text as templates write it: whole first, then trimmed."""
-    trimmed = (text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
-    return list(dict.fromkeys((text, *trimmed)))
-
-
-def common_prefix(a: str, b: str) -> str:
-    """What two texts begin with, character by character.
-
-    >>> common_prefix("<e>\n<u>", "<e>\n")
-    '<e>\n'
-    """
-    same = next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-    return a[:same]
-
-
-def whole_tokens(text: str, strip: bool = True) -> str:
-    """A beginning that two texts have in common, without a special token that they have only a part of.
-
-    >>> whole_tokens("<|end|>\\n<|")
-    '<|end|>'
-    """
-    for opening, closing in ("<>", "[]"):
-        at = text.rfind(opening)
-        if at > text.rfind(closing):
-            text = text[:at]
-    return text.rstrip() if strip else text

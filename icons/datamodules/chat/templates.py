@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from icons.batch import IGNORE_INDEX
-from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.skeleton import TemplateError
 from icons.datamodules.conversation import IMAGE
 
 IMAGE_PLACE = -200

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from icons.batch import IGNORE_INDEX
 from icons.datamodules.chat.own_template import OwnTemplate
-from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.skeleton import TemplateError
 from icons.datamodules.chat.templates import IMAGE_PLACE, Turn
 from icons.datamodules.chat.tokenizer import SentencePieceTokenizer, load_tokenizer
 

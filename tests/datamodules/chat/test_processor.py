@@ -10,7 +10,7 @@ from PIL import Image
 
 from icons.batch import IGNORE_INDEX, Status, model_inputs
 from icons.datamodules.chat.processor import ProcessorSamples
-from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.skeleton import TemplateError
 from icons.datamodules.chat.templates import Turn
 from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.images import FailedRowError

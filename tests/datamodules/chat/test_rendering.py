@@ -13,14 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from icons.batch import IGNORE_INDEX
 from icons.datamodules.chat.own_template import OwnTemplate
-from icons.datamodules.chat.rendering import (
-    IMAGE_PART,
-    MOST_SKELETONS,
-    SPECIAL,
-    ChatTemplate,
-    Message,
-    TemplateError,
-)
+from icons.datamodules.chat.rendering import MOST_SKELETONS, SPECIAL, ChatTemplate
+from icons.datamodules.chat.skeleton import IMAGE_PART, Message, TemplateError
 from icons.datamodules.chat.templates import Turn
 
 _spec = find_spec("trl")  # not imported: it brings much with it

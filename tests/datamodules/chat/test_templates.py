@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from icons.batch import IGNORE_INDEX
-from icons.datamodules.chat.rendering import TemplateError
+from icons.datamodules.chat.skeleton import TemplateError
 from icons.datamodules.chat.templates import IMAGE_PLACE, TEMPLATES, Turn, check_fits, put_image_first
 from icons.datamodules.chat.tokenizer import SentencePieceTokenizer
 
