@@ -32,11 +32,14 @@ def tasks(options: TasksOptions) -> int:
         num_rows=options.num_rows or None,
         split=options.split,
         seed=options.seed,
+        overwrite=options.overwrite,
     )
     table = Table("task", "rows", "of", "data", "images")
     for task in built:
         table.add_row(task.name, str(task.num_rows), str(task.num_questions), str(task.path), str(task.images))
     console.print(table)
+    for reason, count in built[0].left_out.items():
+        console.print(f"left out: {count:,} questions: {reason}", markup=False, soft_wrap=True)
     if (options.split or benchmark.splits[0]) in benchmark.evaluated:
         console.print(
             "These questions are among those that LLaVA's evaluation scores: leave the ids in the manifest out of it."

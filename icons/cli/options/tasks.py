@@ -30,3 +30,5 @@ class TasksOptions:
     """part of the benchmark; default: one that the evaluation does not score, where there is one"""
     seed: int = 0
     """of the sample"""
+    overwrite: bool = False
+    """write to --out even where something lies that was not built before, or was edited since"""

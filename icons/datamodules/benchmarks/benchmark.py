@@ -1,18 +1,18 @@
 """A benchmark's published files, and the task file made of them: layout, seeded sample, provenance."""
 
+import csv
+import hashlib
 import json
 import random
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-OPTION_LETTER = "Answer with the option's letter from the given choices directly."
+from icons.datamodules.benchmarks.pictures import Image, PictureFolder
+from icons.output import check_output, is_marked, mark, put, read_object
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,7 @@ class Example:
     """One question of a benchmark, in the words that LLaVA's evaluation asks it with."""
 
     id: str
-    image: Path | Callable[[], bytes]
-    """An image file of the source, or what reads the encoded image out of a table."""
+    image: Image
     image_name: str
     """Its path inside the task's image folder, unique in the benchmark."""
     prompt: str
@@ -30,7 +29,17 @@ class Example:
     """Set where the benchmark is a group of tasks (MME): one file is written per subtask."""
 
 
-Reader = Callable[[Path, str], Iterator[Example]]
+@dataclass(frozen=True)
+class LeftOut:
+    """A question that cannot be asked, and why: it is counted."""
+
+    reason: str
+
+
+Reader = Callable[[Path, str], Iterator[Example | LeftOut]]
+COMMAND = "tasks build"
+# what a reader runs into in a file of another form than it knows
+OTHER_FORM = (KeyError, TypeError, AttributeError, IndexError, AssertionError, OverflowError, RecursionError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -62,10 +71,19 @@ class BuiltTask:
     """Rows written."""
     num_questions: int
     """Questions that the sample was drawn from."""
+    left_out: dict[str, int]
+    """Reason -> questions of the benchmark that cannot be asked."""
 
 
 def build(
-    benchmark: Benchmark, source: Path, out: Path, *, num_rows: int | None, split: str | None = None, seed: int = 0
+    benchmark: Benchmark,
+    source: Path,
+    out: Path,
+    *,
+    num_rows: int | None,
+    split: str | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> list[BuiltTask]:
     """Writes `out/NAME.json` (LLaVA JSON), its images below `out/NAME/`, and `out/NAME.manifest.json`.
 
@@ -76,12 +94,14 @@ def build(
     Args:
         num_rows: size of the sample; None takes every question.
         split: one of `benchmark.splits`; None takes the first.
+        overwrite: write also where something lies that was not built before.
 
     Returns:
         One entry per written task file, in the order of the benchmark's subtasks.
 
     Raises:
-        ValueError: unknown split, `num_rows` below 1, no question in the files, or files of another form.
+        ValueError: unknown split, `num_rows` below 1, no question in the files, files of another form, or something
+            of the user's lies where they would be written.
         FileNotFoundError: a file of the benchmark's layout is missing; says where it is published.
     """
     split = benchmark.splits[0] if split is None else split
@@ -89,19 +109,48 @@ def build(
         raise ValueError(f"{benchmark.name}: no split {split!r} with public answers; has {', '.join(benchmark.splits)}")
     if num_rows is not None and num_rows < 1:
         raise ValueError(f"num_rows must be at least 1, got {num_rows}")
+    names = ["_".join(filter(None, [benchmark.name, subtask])) for subtask in benchmark.subtasks or ("",)]
+    check_outputs(benchmark, names, source, out, overwrite)
     try:
-        examples = list(benchmark.read(source, split))
+        found = list(benchmark.read(source, split))
     except FileNotFoundError as error:
         wanted = "; ".join(f"{path} from {url}" for path, url in benchmark.downloads)
         raise FileNotFoundError(f"{benchmark.name}: {error}. The layout is: {wanted}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{benchmark.name}: a file in {source} is not UTF-8 ({error.reason}); convert it") from error
     except KeyError as error:
         raise ValueError(f"{benchmark.name}: no {error} in {source}'s files; is it another version of them?") from error
+    except OTHER_FORM as error:
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"{benchmark.name}: the files in {source} are of another form than known ({what}); is it another version?"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{benchmark.name}: {error}") from error
+    examples = [one for one in found if isinstance(one, Example)]
+    left_out = Counter(one.reason for one in found if isinstance(one, LeftOut))
+    mark(out / benchmark.name, COMMAND)
     groups = {name: [one for one in examples if one.subtask == name] for name in benchmark.subtasks or ("",)}
     share = None if num_rows is None else -(-num_rows // len(groups))
     return [
-        write_task(benchmark, subtask, group, share, out, source=source, split=split, seed=seed)
+        write_task(benchmark, subtask, group, share, out, source=source, split=split, seed=seed, left_out=left_out)
         for subtask, group in groups.items()
     ]
+
+
+def check_outputs(benchmark: Benchmark, names: Sequence[str], source: Path, out: Path, overwrite: bool) -> None:
+    """Refuses to write over anything but a task that was built before, with not a byte changed since."""
+    common: dict[str, Any] = {"inputs": {}, "searched": {"--source": source}, "overwrite": overwrite}
+    for name in names:
+        manifest = out / f"{name}.manifest.json"
+        kept = read_object(manifest)
+        check_output(manifest, kind="file", ours=lambda _: kept.get("benchmark") == benchmark.name, **common)  # noqa: B023
+        check_output(out / f"{name}.json", kind="file", ours=partial(is_as_built, kept=kept), **common)
+    check_output(out / benchmark.name, kind="folder", ours=partial(is_marked, command=COMMAND), **common)
+
+
+def is_as_built(path: Path, kept: dict[str, object]) -> bool:
+    return kept.get("sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_task(
@@ -114,18 +163,22 @@ def write_task(
     source: Path,
     split: str,
     seed: int,
+    left_out: Counter[str],
 ) -> BuiltTask:
     name = "_".join(filter(None, [benchmark.name, subtask]))
     if not examples:
-        raise ValueError(f"{name}: no question of split {split!r} in {source}; is it the benchmark's own folder?")
-    images = out / benchmark.name
+        without = "".join(f", {count:,} {reason}" for reason, count in left_out.items())
+        raise ValueError(
+            f"{name}: no question of split {split!r} in {source}{without}; is it the benchmark's own folder?"
+        )
+    images = PictureFolder(out / benchmark.name)
     chosen = sample(examples, num_rows, seed)
     records = []
     for example in chosen:
-        copy_image(example, images / example.image_name)
-        records.append(record(example))
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{name}.json", records)
+        image_name = images.add(example.image, example.image_name, example.id)
+        records.append(record(replace(example, image_name=image_name)))
+    content = json_of(records)
+    put(out / f"{name}.json", content)
     manifest = {
         "benchmark": benchmark.name,
         "subtask": subtask or None,
@@ -134,11 +187,13 @@ def write_task(
         "seed": seed,
         "num_rows": len(records),
         "num_questions": len(examples),
+        "left_out": dict(left_out),
+        "sha256": hashlib.sha256(content).hexdigest(),
         "source": str(source.resolve()),
         "ids": [example.id for example in chosen],
     }
-    write_json(out / f"{name}.manifest.json", manifest)
-    return BuiltTask(name, out / f"{name}.json", images, len(records), len(examples))
+    put(out / f"{name}.manifest.json", json_of(manifest))
+    return BuiltTask(name, out / f"{name}.json", images.folder, len(records), len(examples), dict(left_out))
 
 
 def record(example: Example) -> dict[str, Any]:
@@ -169,117 +224,5 @@ def sample(examples: Sequence[Example], num_rows: int | None, seed: int) -> list
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), num_rows))]
 
 
-def copy_image(example: Example, target: Path) -> None:
-    if target.exists():  # several questions ask about one image
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")  # a copy cut short must not pass for the image
-    if isinstance(example.image, Path):
-        if not example.image.is_file():
-            raise FileNotFoundError(f"question {example.id}: its image {example.image} is not there; unpack all images")
-        shutil.copyfile(example.image, part)
-    else:
-        part.write_bytes(example.image())
-    part.replace(target)
-
-
-def write_json(path: Path, value: object) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file of a benchmark.
-
-    Raises:
-        ValueError: the file is not JSON.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes())
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from error
-
-
-def read_lines(path: Path) -> Iterator[Any]:
-    """The records of a JSON-lines file of a benchmark; empty lines are skipped.
-
-    Raises:
-        ValueError: a line is not JSON.
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield msgspec.json.decode(line)
-            except msgspec.DecodeError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}); download it again") from error
-
-
-def locate(source: Path, *patterns: str) -> Path:
-    """The first path below `source` that fits one of the glob `patterns`, at most two folders deep.
-
-    Raises:
-        FileNotFoundError: none does.
-    """
-    for pattern in patterns:
-        for depth in ("", "*/", "*/*/"):
-            found = sorted(source.glob(depth + pattern))
-            if found:
-                return found[0]
-    raise FileNotFoundError(f"no {' or '.join(patterns)} in {source}")
-
-
-def majority(answers: Iterable[str]) -> str:
-    """The answer that most annotators gave, compared without case and outer spaces; the first given on a tie.
-
-    Raises:
-        ValueError: no answer at all.
-
-    >>> majority(["blue", "Red", "red "])
-    'Red'
-    """
-    given = [answer.strip() for answer in answers]
-    if not given:
-        raise ValueError("a question has no answers; take a split whose answers are published")
-    folded = [answer.casefold() for answer in given]
-    winner = Counter(folded).most_common(1)[0][0]
-    return given[folded.index(winner)]
-
-
-def capital(answer: str) -> str:
-    """First letter in upper case, as LLaVA-665K writes short answers ("Yes", "Left"). Other letters stay.
-
-    >>> capital("red and Blue")
-    'Red and Blue'
-    """
-    return answer[:1].upper() + answer[1:]
-
-
-def short_answer(question: str) -> str:
-    """A question with LLaVA's line for short answers (its docs/Evaluation.md, form 1).
-
-    >>> print(short_answer("Red?"))
-    Red?
-    Answer the question using a single word or phrase.
-    """
-    return f"{question}\n{SHORT_ANSWER}"
-
-
-def multiple_choice(question: str, options: Sequence[str], instruction: str = OPTION_LETTER) -> str:
-    """A question with one line per lettered option (LLaVA's docs/Evaluation.md, form 2).
-
-    >>> print(multiple_choice("Red?", ["yes", "no"]))
-    Red?
-    A. yes
-    B. no
-    Answer with the option's letter from the given choices directly.
-    """
-    lines = [f"{letter(i)}. {option}" for i, option in enumerate(options)]
-    return "\n".join([question, *lines, instruction])
-
-
-def letter(index: int) -> str:
-    """The letter of an option: 0 is A."""
-    return chr(ord("A") + index)
+def json_of(value: object) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

@@ -1,27 +1,32 @@
 """Questions asked as they are: LLaVA-Bench in the wild, MM-Vet, RealWorldQA."""
 
+import glob
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from icons.datamodules.benchmarks.benchmark import Benchmark, Example, locate, read_json, read_lines
+from icons.datamodules.benchmarks.benchmark import Benchmark, Example
+from icons.datamodules.benchmarks.files import locate, locate_beside, read_json, read_lines
+from icons.datamodules.benchmarks.pictures import within
 
 
 def read_llava_bench(source: Path, split: str) -> Iterator[Example]:
     """The reference answers are GPT-4's, which LLaVA's evaluation compares with."""
     answers = {one["question_id"]: one["text"] for one in read_lines(locate(source, "answers_gpt4.jsonl"))}
-    images = locate(source, "images")
-    for one in read_lines(locate(source, "questions.jsonl")):
+    questions = locate(source, "questions.jsonl")
+    images = locate_beside(questions, source, "images")
+    for one in read_lines(questions):
         number, name = one["question_id"], one["image"]
-        yield Example(str(number), images / name, name, one["text"], answers[number])
+        yield Example(str(number), within(images, name), name, one["text"], answers[number])
 
 
 def read_mmvet(source: Path, split: str) -> Iterator[Example]:
-    images = locate(source, "images")
-    for number, one in read_json(locate(source, "mm-vet.json")).items():
+    questions = locate(source, "mm-vet.json")
+    images = locate_beside(questions, source, "images")
+    for number, one in read_json(questions).items():
         name = one["imagename"]
-        yield Example(number, images / name, name, one["question"], mmvet_answer(one["answer"]))
+        yield Example(number, within(images, name), name, one["question"], mmvet_answer(one["answer"]))
 
 
 def mmvet_answer(answer: str) -> str:
@@ -42,18 +47,26 @@ def read_realworldqa(source: Path, split: str) -> Iterator[Example]:
     path = locate(source, "annotations.json", "annotations.jsonl")
     for number, one in enumerate(read_json(path) if path.suffix == ".json" else read_lines(path)):
         name = Path(one["image"]).name
-        image = locate(path.parent, name)
+        image = locate(path.parent, glob.escape(name))
         yield Example(str(number), image, name, one["question"].strip(), one["answer"].strip())
 
 
 def read_realworldqa_tables(tables: list[Path]) -> Iterator[Example]:
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise ValueError("RealWorldQA is in Parquet files; install their reader: pip install pyarrow") from error
     number = 0
     for path in tables:
-        table = parquet.ParquetFile(path)
+        try:
+            table = parquet.ParquetFile(path)
+            lacking = {"image", "question", "answer"} - set(table.schema_arrow.names)
+        except (pyarrow.ArrowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{path}: cannot be read as Parquet ({reason}); download it again") from error
+        if lacking:
+            raise ValueError(f"{path}: has no column {min(lacking)}; is it another version of RealWorldQA?")
         for group in range(table.num_row_groups):
             for i, one in enumerate(table.read_row_group(group, columns=["question", "answer"]).to_pylist()):
                 # the images are read at the end, for the sample alone: all of them take 700 MB
@@ -63,9 +76,8 @@ def read_realworldqa_tables(tables: list[Path]) -> Iterator[Example]:
 
 
 def parquet_image(table: Any, group: int, index: int) -> bytes:
-    content = table.read_row_group(group, columns=["image"]).column("image")[index].as_py()["bytes"]
-    assert isinstance(content, bytes)
-    return content
+    found = table.read_row_group(group, columns=["image"]).column("image")[index].as_py() or {}
+    return found.get("bytes") or b""
 
 
 LLAVA_BENCH = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"

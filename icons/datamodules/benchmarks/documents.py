@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from icons.datamodules.benchmarks.benchmark import Benchmark, Example, locate, read_json, short_answer
+from icons.datamodules.benchmarks.benchmark import Benchmark, Example
+from icons.datamodules.benchmarks.files import locate, locate_beside, read_json
+from icons.datamodules.benchmarks.pictures import within
+from icons.datamodules.benchmarks.wording import short_answer
 
 SINGLE_WORD = "Answer the question with a single word."
 
@@ -15,25 +18,29 @@ def read_chartqa(source: Path, split: str) -> Iterator[Example]:
         for number, one in enumerate(read_json(images.parent / f"{split}_{part}.json")):
             name = one["imgname"]
             prompt = f"{one['query']}\n{SINGLE_WORD}"
-            yield Example(f"{part}_{number}", images / name, name, prompt, str(one["label"]))
+            yield Example(f"{part}_{number}", within(images, name), name, prompt, str(one["label"]))
 
 
 def read_docvqa(source: Path, split: str) -> Iterator[Example]:
     """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
     path = locate(source, f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
-    images = locate(source, "documents", "spdocvqa_images")
+    images = locate_beside(path, source, "documents", "spdocvqa_images")
     for one in read_json(path)["data"]:
         name = Path(one["image"]).name
-        yield Example(str(one["questionId"]), images / name, name, short_answer(one["question"]), one["answers"][0])
+        yield Example(
+            str(one["questionId"]), within(images, name), name, short_answer(one["question"]), one["answers"][0]
+        )
 
 
 def read_infovqa(source: Path, split: str) -> Iterator[Example]:
     """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
     path = locate(source, f"infographicsVQA_{split}_v1.0_withQT.json", f"infographic*VQA_{split}_v1.0.json")
-    images = locate(source, "infographicsvqa_images", "infographic*images")
+    images = locate_beside(path, source, "infographicsvqa_images", f"infographic*{split}*images", "infographic*images")
     for one in read_json(path)["data"]:
         name = one["image_local_name"]
-        yield Example(str(one["questionId"]), images / name, name, short_answer(one["question"]), one["answers"][0])
+        yield Example(
+            str(one["questionId"]), within(images, name), name, short_answer(one["question"]), one["answers"][0]
+        )
 
 
 RRC = "https://rrc.cvc.uab.es/?ch=17&com=downloads"

@@ -3,16 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from icons.datamodules.benchmarks.benchmark import (
-    SHORT_ANSWER,
-    Benchmark,
-    Example,
-    capital,
-    locate,
-    majority,
-    read_json,
-    short_answer,
-)
+from icons.datamodules.benchmarks.benchmark import Benchmark, Example
+from icons.datamodules.benchmarks.files import locate, read_json
+from icons.datamodules.benchmarks.pictures import within
+from icons.datamodules.benchmarks.wording import SHORT_ANSWER, capital, majority, short_answer
 
 
 def read_vqav2(source: Path, split: str) -> Iterator[Example]:
@@ -23,7 +17,7 @@ def read_vqav2(source: Path, split: str) -> Iterator[Example]:
     for one in questions:
         name = f"COCO_{split}2014_{one['image_id']:012d}.jpg"
         answer = capital(answers[one["question_id"]])
-        yield Example(str(one["question_id"]), images / name, name, short_answer(one["question"]), answer)
+        yield Example(str(one["question_id"]), within(images, name), name, short_answer(one["question"]), answer)
 
 
 def read_gqa(source: Path, split: str) -> Iterator[Example]:
@@ -31,7 +25,7 @@ def read_gqa(source: Path, split: str) -> Iterator[Example]:
     images = locate(source, "images")
     for number, one in questions.items():
         name = f"{one['imageId']}.jpg"
-        yield Example(number, images / name, name, short_answer(one["question"]), capital(one["answer"]))
+        yield Example(number, within(images, name), name, short_answer(one["question"]), capital(one["answer"]))
 
 
 def read_vizwiz(source: Path, split: str) -> Iterator[Example]:
@@ -42,7 +36,7 @@ def read_vizwiz(source: Path, split: str) -> Iterator[Example]:
         name = one["image"]
         prompt = f"{one['question']}\n{instruction}\n{SHORT_ANSWER}"
         answer = capital(majority(answer["answer"] for answer in one["answers"]))
-        yield Example(Path(name).stem, images / name, name, prompt, answer)
+        yield Example(Path(name).stem, within(images, name), name, prompt, answer)
 
 
 def read_textvqa(source: Path, split: str) -> Iterator[Example]:
@@ -55,7 +49,7 @@ def read_textvqa(source: Path, split: str) -> Iterator[Example]:
         name = f"{one['image_id']}.jpg"
         read = f"Reference OCR token: {', '.join(tokens[one['image_id']])}"
         prompt = short_answer(f"{capital(one['question'])}\n{read}")
-        yield Example(str(one["question_id"]), images / name, name, prompt, capital(majority(one["answers"])))
+        yield Example(str(one["question_id"]), within(images, name), name, prompt, capital(majority(one["answers"])))
 
 
 COCO = "http://images.cocodataset.org/zips"

@@ -6,16 +6,12 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
-from icons.datamodules.benchmarks.benchmark import (
-    OPTION_LETTER,
-    Benchmark,
-    Example,
-    letter,
-    locate,
-    multiple_choice,
-    read_json,
-)
+from icons.datamodules.benchmarks.benchmark import Benchmark, Example, LeftOut
+from icons.datamodules.benchmarks.files import locate, read_json, read_text
+from icons.datamodules.benchmarks.pictures import within
+from icons.datamodules.benchmarks.wording import OPTION_LETTER, letter, multiple_choice, unanswerable
 
 CHINESE_OPTION_LETTER = "请直接回答选项字母。"
 EMPTY = {"", "#n/a", "#n/a n/a", "#na", "-1.#ind", "-1.#qnan", "-nan", "1.#ind", "1.#qnan", "<na>", "n/a", "na", "nan"}
@@ -25,7 +21,7 @@ LONGEST_FIELD = 1 << 27
 """Characters of an MMBench field: an encoded image is far above the csv module's own limit."""
 
 
-def read_scienceqa(source: Path, split: str) -> Iterator[Example]:
+def read_scienceqa(source: Path, split: str) -> Iterator[Example | LeftOut]:
     """LLaVA's form CQM-A (context, question, options in one line) and then its option-letter line.
 
     Source: LLaVA's scripts/convert_sqa_to_llava_base_prompt.py, llava/eval/model_vqa_science.py.
@@ -36,39 +32,49 @@ def read_scienceqa(source: Path, split: str) -> Iterator[Example]:
         one = problems[number]
         if not one["image"]:
             continue
+        if reason := unanswerable(one["choices"], one["answer"]):
+            yield LeftOut(reason)
+            continue
         options = " ".join(f"({letter(i)}) {choice}" for i, choice in enumerate(one["choices"]))
         prompt = f"Context: {one['hint'].strip() or 'N/A'}\nQuestion: {one['question']}\nOptions: {options}\n"
         prompt = prompt.replace("  ", " ").strip()
         name = f"{number}/{one['image']}"
-        yield Example(number, images / name, name, f"{prompt}\n{OPTION_LETTER}", letter(one["answer"]))
+        yield Example(number, within(images, name), name, f"{prompt}\n{OPTION_LETTER}", letter(one["answer"]))
 
 
-def read_mmbench(source: Path, split: str, *, files: tuple[str, ...], instruction: str) -> Iterator[Example]:
+def read_mmbench(source: Path, split: str, *, files: tuple[str, ...], instruction: str) -> Iterator[Example | LeftOut]:
     """Options end at the first empty one. Source: LLaVA's llava/eval/model_vqa_mmbench.py."""
     csv.field_size_limit(max(LONGEST_FIELD, csv.field_size_limit()))
-    with locate(source, *files).open(encoding="utf-8", newline="") as table:
-        rows = {row["index"]: row for row in csv.DictReader(table, delimiter="\t")}
+    with locate(source, *files).open(encoding="utf-8-sig", newline="") as table:
+        reader = csv.DictReader(table, delimiter="\t")
+        if lacking := {"index", "question", "A", "B", "answer", "image"} - set(reader.fieldnames or []):
+            raise KeyError(min(lacking))
+        rows = {row["index"]: row for row in reader}
     for index, row in rows.items():
         if is_empty(row.get("answer")):
             continue
         options = list(takewhile(lambda option: not is_empty(option), (row.get(name, "") for name in "ABCD")))
+        answer = row["answer"].strip()
+        if reason := unanswerable(options, ord(answer) - ord("A") if len(answer) == 1 else None):
+            yield LeftOut(reason)
+            continue
         question = row["question"] if is_empty(row.get("hint")) else f"{row['hint']}\n{row['question']}"
         # a question that shares its image names the row that holds it (from version 1.1 on)
         encoded = rows[row["image"]]["image"] if row["image"] in rows else row["image"]
         prompt = multiple_choice(question, options, instruction)
-        yield Example(index, partial(base64.b64decode, encoded), f"{index}.jpg", prompt, row["answer"].strip())
+        yield Example(index, partial(base64.b64decode, encoded), f"{index}.jpg", prompt, answer)
 
 
 def is_empty(field: str | None) -> bool:
     return (field or "").strip().lower() in EMPTY
 
 
-def read_ai2d(source: Path, split: str) -> Iterator[Example]:
+def read_ai2d(source: Path, split: str) -> Iterator[Example | LeftOut]:
     """Questions about letters in the diagram need its version with letters drawn in, from `abc_images/` where it is.
 
     Without that folder, those questions are left out.
     """
-    tested = set(locate(source, "ai2d_test_ids.csv").read_text(encoding="utf-8").split())
+    tested = set(read_text(locate(source, "ai2d_test_ids.csv")).split())
     questions = locate(source, "questions")
     for path in sorted(questions.glob("*.json")):
         diagram = read_json(path)
@@ -79,14 +85,19 @@ def read_ai2d(source: Path, split: str) -> Iterator[Example]:
             yield from ai2d_question(questions.parent, name, text, one)
 
 
-def ai2d_question(source: Path, name: str, text: str, one: Mapping[str, object]) -> Iterator[Example]:
+def ai2d_question(source: Path, name: str, text: str, one: Mapping[str, Any]) -> Iterator[Example | LeftOut]:
     folder = source / ("abc_images" if one.get("abcLabel") else "images")
-    options, correct = one["answerTexts"], one["correctAnswer"]
-    assert isinstance(options, list) and isinstance(correct, int)
-    if folder.is_dir():
+    # an option that was not transcribed is an empty object, as text or not
+    options = ["" if option in ({}, "{}", None) else str(option) for option in one.get("answerTexts") or []]
+    correct = one.get("correctAnswer")
+    if reason := unanswerable(options, correct):
+        yield LeftOut(reason)
+    elif not folder.is_dir():
+        yield LeftOut(f"about letters in the diagram, and there is no {folder.name}/")
+    else:
         image_name = f"{folder.name}/{name}"
-        prompt = multiple_choice(text, [str(option) for option in options])
-        yield Example(str(one["questionId"]), folder / name, image_name, prompt, letter(correct))
+        prompt = multiple_choice(text, options)
+        yield Example(str(one["questionId"]), within(folder, name), image_name, prompt, letter(int(correct or 0)))
 
 
 MMBENCH = "https://download.openmmlab.com/mmclassification/datasets/mmbench"
@@ -109,7 +120,11 @@ OPTIONS = (
         "hint, question, one line per option, option-letter line -> the letter",
         ("dev",),
         ("dev",),
-        partial(read_mmbench, files=("mmbench_dev_2*.tsv", "MMBench_DEV_EN*.tsv"), instruction=OPTION_LETTER),
+        partial(
+            read_mmbench,
+            files=("mmbench_dev_2*.tsv", "mmbench_dev_en*.tsv", "MMBench_DEV_EN*.tsv"),
+            instruction=OPTION_LETTER,
+        ),
     ),
     Benchmark(
         "mmbench_cn",

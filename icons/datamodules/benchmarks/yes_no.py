@@ -3,7 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from icons.datamodules.benchmarks.benchmark import Benchmark, Example, capital, locate, read_lines, short_answer
+from icons.datamodules.benchmarks.benchmark import Benchmark, Example, LeftOut
+from icons.datamodules.benchmarks.files import locate, read_lines, read_text
+from icons.datamodules.benchmarks.pictures import within
+from icons.datamodules.benchmarks.wording import capital, short_answer
 
 POPE_PARTS = ("adversarial", "popular", "random")
 MME_SUBTASKS = (
@@ -20,10 +23,10 @@ def read_pope(source: Path, split: str) -> Iterator[Example]:
         for one in read_lines(locate(source, f"coco_pope_{part}.json")):
             name = one["image"]
             number = f"{part}_{one['question_id']}"
-            yield Example(number, images / name, name, short_answer(one["text"]), capital(one["label"]))
+            yield Example(number, within(images, name), name, short_answer(one["text"]), capital(one["label"]))
 
 
-def read_mme(source: Path, split: str) -> Iterator[Example]:
+def read_mme(source: Path, split: str) -> Iterator[Example | LeftOut]:
     """Questions lie as `IMAGE.txt`, one `question TAB Yes|No` a line: beside the images, or in a folder of their own.
 
     LLaVA asks without MME's "Please answer yes or no." and with its own short-answer line.
@@ -36,18 +39,21 @@ def read_mme(source: Path, split: str) -> Iterator[Example]:
         split_folders = (folder / "images").is_dir()
         questions = folder / "questions_answers_YN" if split_folders else folder
         images = folder / "images" if split_folders else folder
-        pictures = {path.stem: path for path in sorted(images.iterdir()) if path.suffix != ".txt"}
+        pictures = {path.stem: path for path in sorted(images.iterdir()) if path.is_file() and path.suffix != ".txt"}
         for path in sorted(questions.glob("*.txt")):
             if path.stem not in pictures:
                 raise FileNotFoundError(
                     f"no image {path.stem}.jpg or .png in {images} for the questions in {path.name}"
                 )
             picture = pictures[path.stem]
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            for number, line in enumerate(read_text(path).split("\n")):
                 if not line.strip():
                     continue
                 question, _, answer = line.rpartition("\t")
                 question = question.replace(MME_REQUEST, "").strip()
+                if not question or answer.strip().lower() not in ("yes", "no"):
+                    yield LeftOut(f"{subtask}: a line that is no question, tab, and Yes or No")
+                    continue
                 yield Example(
                     f"{subtask}_{path.stem}_{number}",
                     picture,
