@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from icons.batch import Status
 from icons.cli.options.select import SelectOptions
 from icons.cli.pairs import parse, places
 from icons.consensus import Pairs, Selection
@@ -20,7 +21,8 @@ from icons.consensus.ranking import ordered
 from icons.consensus.selection_file import is_manifest, is_written_by, manifest_path, save_manifest, write_table
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
-from icons.output import check_output
+from icons.datamodules.training_formats import MADE_BY, facts_of, write_training_data
+from icons.output import check_output, is_marked
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
 
@@ -31,7 +33,7 @@ def select(options: SelectOptions) -> int:
     """Selects the rows that help most tasks at once, and writes them in the data file's own form and order."""
     inputs: dict[str, Any] = {"--scores": options.scores, "--data": options.data, "--train": options.train}
     inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": places(options.task or [])}
-    check_outputs(options.out, options.table, inputs, options.overwrite)
+    check_outputs(options, inputs)
     store = ScoreStore.open(options.scores)
     index = open_records(options.data)
     check_data(store, index, options.data)
@@ -71,7 +73,6 @@ def select(options: SelectOptions) -> int:
     found = border(chosen, loaded.influence, loaded.stderr, store.manifest.get("dim"))
     if options.table is not None:
         write_table(options.table, columns(chosen, loaded, index))
-    index.write_selection(chosen.rows.tolist(), options.out)
     given = {
         "source_field": options.source_field,
         "max_tokens": options.max_tokens,
@@ -83,15 +84,26 @@ def select(options: SelectOptions) -> int:
         "include": str(options.include) if options.include else None,
         "exclude": str(options.exclude) if options.exclude else None,
     }
-    save_manifest(options.out, chosen.rows, manifest(chosen, store, index, found, given), options.table)
+    made_from = manifest(chosen, store, index, found, given)
+    if options.format is None:
+        index.write_selection(chosen.rows.tolist(), options.out)
+    else:
+        root, card = options.images.absolute() if options.images else None, facts_of(made_from)
+        write_training_data(index, chosen.rows.tolist(), options.out, options.format, image_root=root, card=card)
+    save_manifest(options.out, chosen.rows, made_from, options.table)
     summary(chosen, store, options.out, found, num_near)
     return 0
 
 
-def check_outputs(out: Path, table: Path | None, inputs: Mapping[str, Any], overwrite: bool) -> None:
+def check_outputs(options: SelectOptions, inputs: Mapping[str, Any]) -> None:
     """Refuses to write over anything but a former selection; one that was edited since is the user's."""
-    common: dict[str, Any] = {"kind": "file", "overwrite": overwrite}
-    check_output(out, inputs=inputs, ours=lambda path: is_written_by(out, "data", path), **common)
+    out, table = options.out, options.table
+    common: dict[str, Any] = {"kind": "file", "overwrite": options.overwrite}
+    if options.format is None:
+        check_output(out, inputs=inputs, ours=lambda path: is_written_by(out, "data", path), **common)
+    else:
+        folder = {**common, "kind": "folder", "searched": {"--images": options.images}}
+        check_output(out, inputs=inputs, ours=lambda path: is_marked(path, MADE_BY), **folder)
     check_output(manifest_path(out), "the manifest of --out", inputs=inputs, ours=is_manifest, **common)
     if table is not None:
         named = {**inputs, "--out": [out, manifest_path(out)]}
@@ -191,9 +203,15 @@ def without_near_duplicates(
 
 
 def columns(chosen: Selection, loaded: Loaded, index: RecordSource) -> dict[str, np.ndarray]:
-    """The table's columns: the selected rows, the best first."""
-    order = ordered(chosen.rows, chosen.score, chosen.percentile_rank)
-    found: dict[str, np.ndarray] = {"rank": np.arange(1, len(order) + 1), "row": order}
+    """The table's columns: the selected rows, the best first; the other scored rows likewise; rows without a score."""
+    is_scored, is_selected = np.isfinite(chosen.score), np.zeros(len(chosen.score), bool)
+    is_selected[chosen.rows] = True
+    parts = [chosen.rows, np.flatnonzero(is_scored & ~is_selected)]
+    order = np.concatenate([ordered(part, chosen.score, chosen.percentile_rank) for part in parts])
+    order = np.concatenate([order, np.setdiff1d(np.arange(len(is_scored)), order)])
+    found: dict[str, np.ndarray] = {"rank": np.arange(1, len(order) + 1), "row": order, "selected": is_selected[order]}
+    names = {status.value: status.name.lower() for status in Status}
+    found["status"] = np.array([names.get(code, str(code)) for code in loaded.statuses()[order].tolist()], dtype=object)
     found |= {"id": np.array(ids_of(index, order.tolist()), dtype=object), "votes": chosen.votes[order]}
     found |= {"score": chosen.score[order], "percentile_rank": chosen.percentile_rank[order]}
     return found | {f"influence_{task}": loaded.influence[order, place] for place, task in enumerate(loaded.tasks)}

@@ -33,7 +33,13 @@ def rule_options() -> dict[str, str]:
     return {name: options for name, options in having.items() if options}
 
 
-TABLES = {"projectors": projectors, "rules": rules, "rule options": rule_options}
+def training_formats() -> dict[str, str]:
+    """Each of `icons.datamodules.training_formats.FORMATS`, with what it is."""
+    table = entries("datamodules/training_formats.py", "FORMATS")
+    return {name: ast.literal_eval(value.args[0]) for name, value in table}
+
+
+TABLES = {"projectors": projectors, "rules": rules, "rule options": rule_options, "training formats": training_formats}
 
 
 def entries(file: str, table: str) -> Iterator[tuple[str, ast.Call]]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from icons.consensus.budget import Budget, Sources
+from icons.consensus.explanation import Explanation, explain
 from icons.consensus.origin import scorer_of
 from icons.consensus.pairs import Pairs
 from icons.consensus.rules.aggregates import merge_weights
@@ -58,6 +59,14 @@ class Selection:
     tasks: list[str]
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
+
+    def explain(self, row: int, scores: Any) -> Explanation:
+        """Why a row is selected, or is not: see `icons.consensus.explanation.explain`."""
+        return explain(row, self, scores)
+
+    def __repr__(self) -> str:
+        tasks = f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)}"
+        return f"Selection({self.method}: {len(self.rows):,} of {len(self.votes):,} rows, {tasks})"
 
 
 METHODS = tuple(RULES)

@@ -1,8 +1,9 @@
 """ScoreStore: each row's influence on each task, with its standard error."""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
@@ -12,7 +13,12 @@ from icons.partition import Partition
 from icons.store.layout import Column
 from icons.store.row_store import RowStore
 
+if TYPE_CHECKING:
+    import pandas
+    import xarray
+
 SCORE_CHUNK_ROWS = 1 << 16
+SCALARS = ("norm", "loss", "tokens")
 
 
 class ScoreStore(RowStore):
@@ -95,6 +101,37 @@ class ScoreStore(RowStore):
         values = {"influence": influence, "stderr": stderr, **extra, "status": status}
         self.write_columns(unit, {name: np.asarray(value) for name, value in values.items()})
 
+    def to_pandas(self) -> "pandas.DataFrame":
+        """A table with a line per row: each task's influence under its name, `stderr_TASK`, `status` in words.
+
+        Raises:
+            ValueError: pandas is not installed.
+        """
+        table: dict[str, Any] = {}
+        for prefix, array in (("", self.influence), ("stderr_", self.stderr)):
+            values = np.asarray(array[:])
+            table |= {f"{prefix}{task}": values[:, place] for place, task in enumerate(self.tasks)}
+        table |= {name: np.asarray(self.arrays[name][:]) for name in SCALARS if name in self.arrays}
+        names = {status.value: status.name.lower() for status in Status}
+        table["status"] = [names.get(code, str(code)) for code in self.statuses().tolist()]
+        frame = module("pandas", "table").DataFrame(table)
+        return frame.rename_axis("row")
+
+    def to_xarray(self, ids: Sequence[str] | None = None) -> "xarray.Dataset":
+        """The store with names for its coordinates, read as it is used: `to_xarray().sel(task="gqa")`.
+
+        Args:
+            ids: of the records, row by row; they become a coordinate `id` along the rows.
+
+        Raises:
+            ValueError: xarray is not installed; another number of ids than rows.
+        """
+        if ids is not None and len(ids) != self.num_rows:
+            raise ValueError(f"ids: got {len(ids)}; expected {self.num_rows}, one for each row")
+        data = module("xarray", "table").open_zarr(self.group.store, consolidated=False)
+        named: dict[str, Any] = {"task": self.tasks, "row": np.arange(self.num_rows)}
+        return data.assign_coords(named if ids is None else named | {"id": ("row", list(ids))})
+
     def __repr__(self) -> str:
         counts = self.counts()
         return (
@@ -102,3 +139,15 @@ class ScoreStore(RowStore):
             f"  rows   {self.num_rows:,} x {len(self.tasks)} tasks ({', '.join(self.tasks)})\n"
             f"  done   {counts['done']:,}   failed {counts['failed']:,}   missing {counts['missing']:,}"
         )
+
+
+def module(name: str, extra: str) -> Any:
+    """A package that only an extra brings.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} is not installed; pip install 'icons-lightning[{extra}]'") from error

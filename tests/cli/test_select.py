@@ -83,9 +83,12 @@ def test_the_table_has_the_best_row_first(folder: Path, suffix: str) -> None:
         table = parquet.read_table(folder / "table.parquet").to_pylist()
     chosen = select(SCORES)
     best = max(chosen.rows.tolist(), key=lambda row: (chosen.votes[row], chosen.percentile_rank[row]))
-    assert len(table) == 12 and int(table[0]["row"]) == best and table[0]["id"] == f"r{best}"
+    assert len(table) == 60 and int(table[0]["row"]) == best and table[0]["id"] == f"r{best}"
+    assert sorted(int(line["row"]) for line in table[:12]) == chosen.rows.tolist()
+    assert [str(line["selected"]) for line in table] == ["True"] * 12 + ["False"] * 48
+    assert int(table[-1]["row"]) == 11 and table[-1]["status"] == "image_missing"
     assert float(table[0]["influence_gqa"]) == pytest.approx(float(SCORES[best, 0]))
-    assert [int(entry["rank"]) for entry in table] == list(range(1, 13))
+    assert [int(entry["rank"]) for entry in table] == list(range(1, 61))
 
 
 def test_lists_quotas_and_budgets_reach_the_selection(folder: Path) -> None:
@@ -236,3 +239,20 @@ def test_rules_of_ones_own_and_options_of_rules_reach_the_selection(
     assert run(folder, "--method", "balanced") == 1
     assert "expected --train STORE and --task NAME=STORE for gqa, pope, vqa" in capsys.readouterr().err
     assert run(folder, "--method", "best") == 2
+
+
+def test_another_tools_form_is_a_folder_with_a_card(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    records = [{"id": f"r{row}", "image": f"{row}.jpg", "conversations": turns} for row in range(60)]
+    (folder / "talk.json").write_text(json.dumps(records))
+    words = ["--format", "swift", "--images", str(folder)]
+    assert run(folder, *words, data="talk.json", out="swift") == 0
+    rows = open_selection(folder / "swift").rows.tolist()
+    lines = [json.loads(line) for line in (folder / "swift" / "data.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [[f"{folder}/{row}.jpg"] for row in rows]
+    assert "| rule | vote at 20 % |" in (folder / "swift" / "README.md").read_text()
+    assert run(folder, *words, data="talk.json", out="swift") == 0  # its own former output
+    (folder / "mine").mkdir()
+    (folder / "mine" / "letter.txt").write_text("")
+    assert run(folder, *words, data="talk.json", out="mine") == 1
+    assert [path.name for path in (folder / "mine").iterdir()] == ["letter.txt"]

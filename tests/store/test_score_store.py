@@ -1,5 +1,6 @@
 """A score store holds influence, standard error and status per row, and further arrays where asked for."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,3 +47,33 @@ def test_rows_never_written_read_as_nan(tmp_path: Path) -> None:
 def test_no_rows_no_tasks_or_a_task_twice_is_an_error(tmp_path: Path, num_rows: int, tasks: list[str]) -> None:
     with pytest.raises(ValueError, match=f"got num_rows={num_rows}, tasks=.*; expected rows, and distinct tasks"):
         ScoreStore.create(tmp_path / "s", num_rows=num_rows, tasks=tasks)
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> ScoreStore:
+    store = ScoreStore.create(tmp_path / "t.zarr", num_rows=3, tasks=["gqa", "pope"], extra={"loss": ("float32", [])})
+    values = np.array([[0.1, 0.2], [0.3, 0.4], [np.nan, np.nan]], np.float32)
+    store.write_unit(0, values, values / 10, np.array([1, 1, 3], np.uint8), loss=np.ones(3, np.float32))
+    return ScoreStore.open(tmp_path / "t.zarr")
+
+
+def test_as_a_table_of_pandas(scored: ScoreStore) -> None:
+    table = scored.to_pandas()
+    assert list(table.columns) == ["gqa", "pope", "stderr_gqa", "stderr_pope", "loss", "status"]
+    assert table.index.name == "row" and table["pope"].tolist()[:2] == [np.float32(0.2), np.float32(0.4)]
+    assert table["status"].tolist() == ["done", "done", "image_missing"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_xarray_knows_tasks_and_ids_by_name(scored: ScoreStore) -> None:
+    data = scored.to_xarray(ids=["a", "b", "c"])
+    assert data.sel(task="pope")["influence"].values[1] == np.float32(0.4)
+    assert data.set_index(row="id").sel(row="b", task="gqa")["influence"].item() == np.float32(0.3)
+    with pytest.raises(ValueError, match="ids: got 1; expected 3, one for each row"):
+        scored.to_xarray(ids=["a"])
+
+
+def test_a_package_that_is_missing_is_named(scored: ScoreStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ValueError, match=r"pandas is not installed; pip install 'icons-lightning\[table\]'"):
+        scored.to_pandas()

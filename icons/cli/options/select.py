@@ -32,8 +32,13 @@ class SelectOptions:
     seed: int = 0
     """of rules that draw"""
     table: Path | None = None
-    """also write a table of the selected rows, the best first (.csv or .parquet): rank, row, id, votes, score, each
-    task's influence"""
+    """also write a table of all rows (.csv or .parquet), the selected first and the best first among them: rank, row,
+    id, selected, status, votes, score, each task's influence"""
+    format: str | None = field(default=None, metadata={"choices": "training formats"})
+    """write --out as a folder for another tool, with a data-set card, instead of in the data file's own form.
+    {training formats}"""
+    images: Path | None = None
+    """with --format, the folder that relative image names start from; without it they stay relative"""
     num_rows: int | None = field(default=None, metadata=BUDGET)
     """rows to select, in place of --fraction"""
     vote_fraction: float | None = field(default=None, metadata=BUDGET)

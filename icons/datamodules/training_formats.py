@@ -1,0 +1,219 @@
+"""Training formats: a selection as the next tool reads it (LLaMA-Factory, TRL, ms-swift, Hugging Face data sets).
+
+| format | files in the folder |
+|---|---|
+| `llamafactory` | `data.json` in its ShareGPT form and `dataset_info.json`, which its `dataset_dir` asks for |
+| `trl` | `data.jsonl`: `messages` whose contents are lists of parts, `images` |
+| `swift` | `data.jsonl`: `messages` with `<image>` in their texts, `images` |
+| `datasets` | what `datasets.load_from_disk` reads: `messages` as for `trl`, `images` |
+
+Beside them lie `rows.npy` (the records' positions in the data file), `ids.txt`, `images/` (only images that the records
+bring along themselves) and a data-set card, `README.md`. Images of the image folder are named as the records name them,
+below `image_root` where one is given.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icons.datamodules.conversation import Conversation, ImageRef
+from icons.datamodules.dialects import detect, read_conversation
+from icons.datamodules.failed_row import FailedRowError
+from icons.datamodules.records import RecordSource
+from icons.output import mark, whole_folder
+from icons.store.manifest import versions
+
+Message = dict[str, Any]
+Example = dict[str, Any]
+NUM_PROBED = 64
+MADE_BY, CARD = "select", "README.md"
+
+
+@dataclass(frozen=True)
+class TrainingFormat:
+    """How one tool wants a conversation, and the files that it is written to."""
+
+    does: str
+    content: Callable[[Sequence[Any]], Any]
+    """The parts of a turn (texts, and None for an image) -> a message's content."""
+    write: Callable[[Iterator[Example], Path], None]
+
+
+def write_training_data(
+    records: RecordSource,
+    rows: Sequence[int],
+    out: Path,
+    form: str,
+    *,
+    image_root: Path | None = None,
+    card: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the records of `rows` into the folder `out` for another tool.
+
+    Args:
+        records: the data file.
+        rows: positions in it; the order of the examples.
+        out: the folder, whole or not there; what a former selection left in it is replaced.
+        form: a key of `FORMATS`.
+        image_root: what relative image names start from; None leaves them relative.
+        card: the data-set card's table, what was selected from what and how.
+
+    Raises:
+        ValueError: no such format; a record that is no conversation.
+    """
+    if form not in FORMATS:
+        raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
+    with whole_folder(out, last=CARD, stale=lambda _: True) as partial:
+        images = partial / "images"
+        images.mkdir()
+        own = Images(images, out.absolute() / "images", image_root)
+        FORMATS[form].write(examples(records, rows, own, FORMATS[form]), partial)
+        if not any(images.iterdir()):
+            images.rmdir()
+        np.save(partial / "rows.npy", np.asarray(rows, np.int64))
+        (partial / "ids.txt").write_text("".join(f"{records.id(row)}\n" for row in rows), encoding="utf-8")
+        mark(partial, MADE_BY)
+        (partial / CARD).write_text(data_card(len(rows), form, card or {}), encoding="utf-8")
+
+
+def examples(records: RecordSource, rows: Sequence[int], images: "Images", form: TrainingFormat) -> Iterator[Example]:
+    """The records as examples, one at a time."""
+    dialect = detect([records.light(row) for row in rows[:NUM_PROBED]])
+    for row in rows:
+        try:
+            conversation = read_conversation(records[row], dialect)
+        except (ValueError, FailedRowError) as error:
+            raise ValueError(f"record {row} of {records.path}: {error}; leave it out with --exclude") from error
+        names = [images.place(image, f"{row}-{number}") for number, image in enumerate(conversation.images)]
+        yield {"messages": messages(conversation, form), "images": names}
+
+
+def messages(conversation: Conversation, form: TrainingFormat) -> list[Message]:
+    system = [] if conversation.system is None else [{"role": "system", "content": form.content([conversation.system])}]
+    turns = [
+        {
+            "role": "user" if turn.human else "assistant",
+            "content": form.content([None if isinstance(part, ImageRef) else part for part in turn.parts]),
+        }
+        for turn in conversation.turns
+    ]
+    return system + turns
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the tool will find the images.
+
+    Attributes:
+        folder: where those that records bring along are written.
+        final: what that folder will be called.
+        root: what relative names start from; None leaves them relative.
+    """
+
+    folder: Path
+    final: Path
+    root: Path | None
+
+    def place(self, image: ImageRef, name: str) -> str:
+        """The image's name for the tool; its content, if it has one, is written under `name`."""
+        if image.content is not None:
+            file = f"{name}{suffix_of(image.content)}"
+            (self.folder / file).write_bytes(image.content)
+            return str(self.final / file)
+        is_relative = not (":" in image.name.split("/")[0] or Path(image.name).is_absolute())
+        return str(self.root / image.name) if self.root is not None and is_relative else image.name
+
+
+def suffix_of(content: bytes) -> str:
+    """The usual suffix of an image file, by its first bytes.
+
+    >>> suffix_of(b"\\x89PNG...."), suffix_of(b"\\xff\\xd8\\xff\\xe0"), suffix_of(b"?")
+    ('.png', '.jpg', '')
+    """
+    known = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
+    return next((suffix for start, suffix in known.items() if content.startswith(start)), "")
+
+
+def as_text(parts: Sequence[Any]) -> str:
+    """`<image>` stands where an image is."""
+    return "".join("<image>" if part is None else part for part in parts)
+
+
+def as_parts(parts: Sequence[Any]) -> list[dict[str, str]]:
+    return [{"type": "image", "text": ""} if part is None else {"type": "text", "text": part} for part in parts]
+
+
+def write_lines(found: Iterator[Example], out: Path) -> None:
+    with (out / "data.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in found)
+
+
+def write_llamafactory(found: Iterator[Example], out: Path) -> None:
+    with (out / "data.json").open("w", encoding="utf-8") as file:
+        for number, example in enumerate(found):
+            file.write(("[\n" if number == 0 else ",\n") + json.dumps(example, ensure_ascii=False))
+        file.write("\n]\n")
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    columns = {"messages": "messages", "images": "images"}
+    entry = {"file_name": "data.json", "formatting": "sharegpt", "columns": columns}
+    entry["tags"] = tags | {"system_tag": "system"}
+    (out / "dataset_info.json").write_text(json.dumps({"icons_selection": entry}, indent=1) + "\n")
+
+
+def write_dataset(found: Iterator[Example], out: Path) -> None:
+    """
+    Raises:
+        ValueError: the package `datasets` is not installed.
+    """
+    try:
+        from datasets import Dataset
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "format datasets: needs the package datasets, which is not installed; pip install 'icons-lightning[hf]'"
+        ) from error
+    lines = out / "data.jsonl"
+    write_lines(found, out)
+    Dataset.from_json(str(lines), cache_dir=str(out / ".cache")).save_to_disk(out / "dataset")
+    lines.unlink()
+
+
+def facts_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """A selection's manifest as a data-set card's table."""
+    scores = manifest["scores"]
+    trained = (scores.get("train") or [{}])[0]
+    facts = {
+        "selected": f"{manifest['num_selected']:,} of {manifest['num_rows']:,} rows of {manifest['data']['path']}",
+        "data fingerprint": manifest["data"]["fingerprint"],
+        "rule": f"{manifest['method']} at {100 * manifest['fraction']:.4g} %",
+        "tasks": ", ".join(manifest["thresholds"]),
+        "model": str((trained.get("model") or {}).get("path", "unknown")),
+        "adapter": str((trained.get("adapter") or {}).get("path", "unknown")),
+        "projection": str(trained.get("projector") or "none"),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions("icons-lightning", "numpy").items()),
+    }
+    return facts | ({"certain": str(manifest["border"]["verdict"])} if manifest["border"] else {})
+
+
+def data_card(num_rows: int, form: str, facts: Mapping[str, str]) -> str:
+    """A data-set card: what the rows are, what they were selected from, and by what."""
+    table = "".join(f"| {name} | {' '.join(value.split()).replace('|', ' ')} |\n" for name, value in facts.items())
+    return (
+        "---\ntags:\n- icons\n- data-selection\n---\n\n# A selected part of a training set\n\n"
+        f"{num_rows:,} rows, selected with [icons](https://arxiv.org/abs/2501.00654) and written for `{form}`. "
+        "`rows.npy` holds their positions in the data file, `ids.txt` their ids.\n\n"
+        f"| | |\n|---|---|\n{table}"
+    )
+
+
+FORMATS: dict[str, TrainingFormat] = {
+    "llamafactory": TrainingFormat(
+        "LLaMA-Factory's ShareGPT form, with dataset_info.json", as_text, write_llamafactory
+    ),
+    "trl": TrainingFormat("TRL's messages with lists of parts", as_parts, write_lines),
+    "swift": TrainingFormat("ms-swift's messages", as_text, write_lines),
+    "datasets": TrainingFormat("a data set saved for datasets.load_from_disk", as_parts, write_dataset),
+}
