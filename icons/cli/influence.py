@@ -46,6 +46,7 @@ def influence(options: InfluenceOptions) -> int:
         options.top_pairs,
         options.chunk_rows,
         options.overwrite,
+        options.drop_axes,
     )
     fabric = Fabric(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy

@@ -40,6 +40,7 @@ def scorer_of(
         groups=manifest.get("groups") or {},
         reduce=manifest.get("reduce", "max"),
         pairwise=pairwise,
+        drop_axes=manifest.get("drop_axes", 0),
     )
 
 

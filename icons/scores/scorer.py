@@ -30,6 +30,7 @@ def influence(
     weights: Sequence[float] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     reduce: Reduce = "max",
+    drop_axes: int = 0,
     device: str | torch.device = "cpu",
 ) -> Float[Tensor, "rows tasks"]:
     """Mean cosine similarity of each training row with each task's validation rows.
@@ -48,6 +49,7 @@ def influence(
             rates). Default: the mean.
         groups: name -> tasks that are reduced to one column of this name, as the original does with MME's subtasks.
         reduce: `max` (the original's) or `mean` over a group's tasks.
+        drop_axes: leading axes along which the validation rows differ that scores leave out, see `icons.scores.axes`.
         device: where the products are computed.
 
     Returns:
@@ -71,6 +73,7 @@ def influence(
         weights=weights,
         groups=groups,
         reduce=reduce,
+        drop_axes=drop_axes,
         device=device,
     )
     return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))])
@@ -127,9 +130,12 @@ class Scorer:
         groups: Mapping[str, Sequence[str]] | None = None,
         reduce: Reduce = "max",
         pairwise: bool = False,
+        drop_axes: int = 0,
         device: str | torch.device = "cpu",
     ) -> "Scorer":
         """Checks that everything fits together and averages the validation rows. Arguments as for `influence`."""
+        if drop_axes < 0:
+            raise ValueError(f"drop axes: got {drop_axes}; expected 0 or more")
         trains = [as_rows(source) for source in listed(train)]
         if not tasks:
             raise ValueError("influence: got no task; expected at least one")
@@ -157,7 +163,7 @@ class Scorer:
         for place, source in enumerate(trains):
             vectors = task_vectors(
                 source, {name: found[place] for name, found in on.items()}, task_norm, where, pairwise
-            )
+            ).without_axes(drop_axes)
             if reduce == "mean":
                 vectors = vectors.pooled(of_group)
             checkpoints.append(Checkpoint(source, vectors, weight[place]))

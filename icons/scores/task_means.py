@@ -1,7 +1,7 @@
 """What a task's validation rows come down to: one averaged vector per task, and what its error bars need."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icons.batch import Status
+from icons.scores.axes import leading_axes, without
 from icons.scores.rows import Block, StoredRows, blocks, ranges
 from icons.scores.stderr import mean_squared_cosine
 
@@ -45,6 +46,24 @@ class TaskVectors:
     def square(self) -> Float[Tensor, " vectors"]:
         """Squared norm of each average."""
         return self.mean.square().sum(dim=1)
+
+    def without_axes(self, count: int) -> "TaskVectors":
+        """Without the leading axes along which the tasks' rows differ, see `icons.scores.axes`; 0: as they are.
+
+        Raises:
+            ValueError: the rows do not vary along so many axes.
+        """
+        if count == 0:
+            return self
+        axes = leading_axes(self.sample, count)
+        samples = [without(rows, axes) for rows in self.sample]
+        return replace(
+            self,
+            mean=without(self.mean, axes),
+            overlap=overlaps(samples),
+            sample=samples,
+            rows={name: without(rows, axes) for name, rows in self.rows.items()},
+        )
 
     def pooled(self, group: Mapping[str, str]) -> "TaskVectors":
         """With the tasks of a group replaced by one vector, the mean of their means, whatever their sizes."""

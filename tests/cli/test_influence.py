@@ -11,6 +11,7 @@ import torch
 
 from icons.batch import Status
 from icons.cli import main
+from icons.consensus.pairs import Pairs
 from icons.scores import influence
 from icons.store import GradientStore, ScoreStore
 
@@ -146,3 +147,19 @@ def test_two_processes_and_a_killed_run_give_the_same_bits(line: list[str], tmp_
     torch.set_num_threads(1)
     assert scores.missing() == []
     assert np.array_equal(scores.influence[:], expected(tmp_path), equal_nan=True)
+
+
+def test_axes_that_are_dropped_are_dropped_for_rules_that_read_single_validation_rows_too(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*line, "--drop-axes", "2"]) == 0
+    scores = ScoreStore.open(tmp_path / "scores.zarr")
+    assert scores.manifest["drop_axes"] == 2
+    whole = np.nan_to_num(scores.influence[:])
+    with Pairs.of_store(scores) as pairs:
+        for place in range(2):
+            weights = np.where(pairs.task == place, pairs.share, 0)
+            assert pairs.weighted(weights) == pytest.approx(whole[:, place], abs=1e-3)  # products are in float16
+    assert np.abs(whole - np.nan_to_num(expected(tmp_path))).max() > 0.05
+    assert main(line) == 1  # the same store without: other scores
+    assert "drop_axes" in capsys.readouterr().err

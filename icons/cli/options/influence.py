@@ -34,6 +34,9 @@ class InfluenceOptions(GroupOptions):
     """also store each training row's product with each single validation row"""
     top_pairs: int = 0
     """keep this many strongest validation rows for each training row and task, to see why"""
+    drop_axes: int = 0
+    """leave out this many leading axes along which the tasks' validation rows differ: they tell which answer is asked
+    for, and a selection by them can have too much of one answer"""
     chunk_rows: int | None = field(default=None, metadata=STORE)
     """rows per chunk of the score store, the unit of writing and resuming; default: about 16,000"""
     accelerator: str = field(default="auto", metadata=RUN)
