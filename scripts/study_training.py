@@ -96,7 +96,7 @@ class KnownSamples(ConversationDataset):
 class KnownData(ConversationDataModule):
     """A data module whose data sets are opened once per process."""
 
-    def make_dataset(self, data: Path, images: Path | None) -> ConversationDataset:
+    def make_dataset(self, data: Path, images: Path | None, dialect: str = "auto") -> ConversationDataset:
         assert images is not None
         return known_samples(data, images, self.folder, self.preprocessing)
 
