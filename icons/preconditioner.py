@@ -211,7 +211,7 @@ def fused_step(
     eps: float,
 ) -> Float[Tensor, "batch *shape"]:
     """Adam's step with the projector's signs; compiled once for all weights, once for biases."""
-    flat = gradient.flatten(1), sign.flatten(), first.flatten(), second.flatten()
+    flat = gradient[:, None].flatten(1), sign.flatten(), first.flatten(), second.flatten()
     device = gradient.device.type
     if device in UNCOMPILED:
         return step(*flat, scale1, scale2, eps).view_as(gradient)

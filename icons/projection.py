@@ -68,7 +68,7 @@ class Seeded:
         self.seed = seed
 
     def start(self, batch: int, layout: Mapping[str, torch.Size], device: torch.device) -> Float[Tensor, "batch dim"]:
-        return torch.zeros(batch, self.dim, device=device)
+        return torch.zeros(batch, self.dim, device=device, dtype=torch.float32)
 
     def sign(self, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
         return None
@@ -127,7 +127,7 @@ class CountSketch(Seeded):
 
     def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
         length, begin = self.place(name, block.shape[1:])
-        flat = block.flatten(1)
+        flat = block[:, None].flatten(1)
         whole = flat.shape[1] // length * length
         rest = flat.shape[1] - whole
         folded = flat[:, :whole].unflatten(1, (-1, length)).sum(dim=1) if whole else flat.new_zeros(len(flat), length)
@@ -145,7 +145,7 @@ class Dense(Seeded):
         raise NotImplementedError
 
     def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
-        flat, height = block.flatten(1), max(1, DENSE_BLOCK // self.dim)
+        flat, height = block[:, None].flatten(1), max(1, DENSE_BLOCK // self.dim)
         for number, begin in enumerate(range(0, flat.shape[1], height)):
             part = flat[:, begin : begin + height]
             matrix = self.entries(stream(self.seed, name, f"block {number}"), part.shape[1] * self.dim)
@@ -186,13 +186,13 @@ class Identity:
         for name, shape in layout.items():
             self.begin[name] = self.dim
             self.dim += shape.numel()
-        return torch.zeros(batch, self.dim, device=device)
+        return torch.zeros(batch, self.dim, device=device, dtype=torch.float32)
 
     def sign(self, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
         return None
 
     def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
-        flat = block.flatten(1)
+        flat = block[:, None].flatten(1)
         total[:, self.begin[name] : self.begin[name] + flat.shape[1]] += flat
 
     def describe(self) -> dict[str, Any]:

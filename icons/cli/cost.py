@@ -105,7 +105,7 @@ def activations(model: ModelSize, load: Workload) -> dict[str, int]:
 
 def supervised_logits(model: ModelSize, load: Workload) -> dict[str, int]:
     """Bytes of logits and their gradient in `icons gradients`: of supervised tokens alone (taken as half), in the
-    model's dtype; float32 ones exist in chunks of 4 M, three of them (`icons.gradients.token_loss`)."""
+    model's dtype; float32 ones exist in chunks of 4 M, three of them (`icons.gradients.output_layer`)."""
     tokens = load.batch_tokens / 2
     return {
         "logits": int(

@@ -1,13 +1,17 @@
 """Per-sample gradients from one batched backward pass.
 
 per_sample.py       whole, projected as they stream by, or scored against tasks; each of them from
-capture.py          each parameter's gradients, sample by sample, block by block, through a
-tap.py              layer's input and its output's gradient;
-weight_edges.py     uses of a weight outside its layer's own call are noticed, and
-dropout.py          chance is refused
-positions.py        only supervised positions reach the output layer, and
-token_loss.py       each token's cross-entropy
-representation.py   what else can be collected of a sample
+capture.py          each parameter's gradients, sample by sample, block by block: once
+self_test.py        a sample's loss is known to depend on the sample alone, and
+proof.py            every layer's blocks have agreed with autograd; what is
+knowledge.py        known of a model is kept with it; each of these from
+sweep.py            one forward and backward pass, in which
+tap.py              a layer's inputs and its output's gradient are seen, and
+layers.py           turned into per-sample gradients
+output_layer.py     only supervised positions reach the output layer; each token's cross-entropy
+loss_scale.py       float16 loses no small gradient, and
+chance.py           chance is refused
+features.py         what else can be collected of a sample
 """
 
 from icons.gradients.per_sample import (

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import Batch, model_inputs
-from icons.gradients.dropout import refuse_dropout
-from icons.gradients.positions import SupervisedPositions, output_layer
+from icons.batch import Batch
+from icons.gradients.chance import refuse_dropout
+from icons.gradients.output_layer import SupervisedPositions, output_layer
 
 
 def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
@@ -24,12 +24,9 @@ def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     """
     refuse_dropout(model)
     if len(batch["labels"]) == 0:
-        return torch.zeros(0, device=batch["labels"].device)
+        return torch.zeros(0, device=batch["labels"].device, dtype=torch.float32)
     with torch.no_grad():
-        positions = SupervisedPositions(model, batch["labels"])
-        with positions.narrowed():
-            logits = model(**{"use_cache": False} | model_inputs(batch)).logits
-        return positions.losses(logits)
+        return SupervisedPositions(model, batch["labels"]).run(model, batch)
 
 
 def representations(model: nn.Module, batch: Batch) -> Float[Tensor, "batch width"]:
@@ -49,7 +46,9 @@ def represented(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "batch wi
     refuse_dropout(model)
     if len(batch["labels"]) == 0:
         device = batch["labels"].device
-        return torch.zeros(0, width, device=device), torch.zeros(0, device=device)
+        return torch.zeros(0, width, device=device, dtype=torch.float32), torch.zeros(
+            0, device=device, dtype=torch.float32
+        )
     seen: list[Tensor] = []
 
     def remember(_module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -21,9 +21,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from icons.batch import Batch, model_inputs, supervised_tokens
+from icons.batch import Batch, supervised_tokens
 from icons.gradients.capture import per_sample_blocks, trainable_parameters
-from icons.gradients.positions import SupervisedPositions
+from icons.gradients.knowledge import knowledge_of
+from icons.gradients.loss_scale import needs_scale
+from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.sweep import Receiver
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector
 
@@ -56,15 +59,19 @@ def per_sample_gradients(model: nn.Module, batch: Batch) -> Float[Tensor, "batch
         ValueError: in inference mode, with active dropout, or without trainable parameters.
     """
     identity = Identity()
-    total = identity.start(len(batch["labels"]), layout(model), device_of(model))
-    rows = [total]
+    total = torch.zeros(0)
 
-    def receive(name: str, block: Tensor) -> None:
-        rows[0] = rows[0].to(block.dtype)
-        identity.add(rows[0], name, block)
+    def begin() -> Receiver:
+        nonlocal total
+        total = identity.start(len(batch["labels"]), layout(model), device_of(model))
 
-    per_sample_blocks(model, batch, receive)
-    return rows[0]
+        def receive(name: str, block: Tensor) -> None:
+            identity.add(total, name, block.float())
+
+        return receive
+
+    per_sample_blocks(model, batch, begin)
+    return total
 
 
 def projected_gradients(
@@ -87,20 +94,26 @@ def projected_gradients(
         ValueError: in inference mode, with active dropout, without trainable parameters, or without their moments.
     """
     size, device = len(batch["labels"]), device_of(model)
-    total = projector.start(size, layout(model), device)
-    square = torch.zeros(size, device=device)
+    total = square = torch.zeros(0)
 
-    def receive(name: str, block: Tensor) -> None:
-        block = block.float()
-        sign = projector.sign(name, block.shape[1:], block.device)
-        if preconditioner is not None:
-            block = preconditioner.apply(name, block, sign)
-        elif sign is not None:
-            block = block.mul_(sign)
-        square.add_(squared_norm(block))
-        projector.add(total, name, block)
+    def begin() -> Receiver:
+        nonlocal total, square
+        total = projector.start(size, layout(model), device)
+        square = torch.zeros(size, device=device, dtype=torch.float32)
 
-    losses = per_sample_blocks(model, batch, receive)
+        def receive(name: str, block: Tensor) -> None:
+            block = block.float()
+            sign = projector.sign(name, block.shape[1:], block.device)
+            if preconditioner is not None:
+                block = preconditioner.apply(name, block, sign)
+            elif sign is not None:
+                block = block.mul_(sign)
+            square.add_(squared_norm(block))
+            projector.add(total, name, block)
+
+        return receive
+
+    losses = per_sample_blocks(model, batch, begin)
     return ProjectedGradients(total, square.sqrt(), losses.float(), supervised_tokens(batch["labels"]))
 
 
@@ -164,12 +177,12 @@ class TaskMatrix:
         device = torch.device("cpu") if offload else device_of(model)
         self.rows: dict[str, Tensor] = {}
         for name, shape in shapes.items() if task_vectors else ():
-            rows = [vector.get(name, torch.zeros(shape)).flatten() for vector in task_vectors]
+            rows = [vector.get(name, torch.zeros(shape, dtype=torch.float32)).flatten() for vector in task_vectors]
             self.rows[name] = torch.stack(rows).to(device, dtype)
 
     def product(self, name: str, block: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch tasks"]:
         rows = self.rows[name].to(block.device, block.dtype, non_blocking=True)
-        return block.flatten(1) @ rows.mT
+        return block[:, None].flatten(1) @ rows.mT
 
 
 def scored_gradients(
@@ -186,22 +199,31 @@ def scored_gradients(
         (else an empty projection that still carries loss and tokens).
     """
     size, device = len(batch["labels"]), device_of(model)
-    product = torch.zeros(size, tasks.tasks, device=device)
-    square = torch.zeros(size, device=device)
-    total = torch.zeros(size, 0, device=device) if projector is None else projector.start(size, layout(model), device)
+    product = square = total = torch.zeros(0)
 
-    def receive(name: str, block: Tensor) -> None:
-        block = block.float()
-        if preconditioner is not None:
-            block = preconditioner.apply(name, block)
-        if tasks.rows:
-            product.add_(tasks.product(name, block))
-        square.add_(squared_norm(block))
+    def begin() -> Receiver:
+        nonlocal product, square, total
+        product, square, total = (
+            torch.zeros(*shape, device=device, dtype=torch.float32)
+            for shape in ((size, tasks.tasks), (size,), (size, 0))
+        )
         if projector is not None:
-            sign = projector.sign(name, block.shape[1:], block.device)
-            projector.add(total, name, block if sign is None else block.mul_(sign))
+            total = projector.start(size, layout(model), device)
 
-    losses = per_sample_blocks(model, batch, receive)
+        def receive(name: str, block: Tensor) -> None:
+            block = block.float()
+            if preconditioner is not None:
+                block = preconditioner.apply(name, block)
+            if tasks.rows:
+                product.add_(tasks.product(name, block))
+            square.add_(squared_norm(block))
+            if projector is not None:
+                sign = projector.sign(name, block.shape[1:], block.device)
+                projector.add(total, name, block if sign is None else block.mul_(sign))
+
+        return receive
+
+    losses = per_sample_blocks(model, batch, begin)
     norm, tokens = square.sqrt(), supervised_tokens(batch["labels"])
     return product, norm, ProjectedGradients(total, norm, losses.float(), tokens)
 
@@ -222,19 +244,20 @@ def weighted_gradient(
     if len(weights) == 0:
         return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     kept = weights != 0
-    if not bool(kept.all()):
-        sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
 
+    def begin() -> Receiver:
         def receive(name: str, block: Tensor) -> None:
-            sums[name] = torch.einsum("b,b...->...", weights[kept], block.float()[kept])
+            sums[name] = torch.einsum("b,b...->...", weights[kept].float(), block.float()[kept])
 
-        per_sample_blocks(model, batch, receive)
+        return receive
+
+    if not bool(kept.all()) or needs_scale(model):
+        per_sample_blocks(model, batch, begin)
         return {name: sums[name] for name in parameters}
     with torch.enable_grad():
-        positions = SupervisedPositions(model, batch["labels"])
-        with positions.narrowed():
-            logits = model(**{"use_cache": False} | model_inputs(batch)).logits
-        total = (positions.losses(logits) * weights.to(logits.device)).sum()
+        losses = SupervisedPositions(model, batch["labels"], knowledge_of(model, parameters).narrows).run(model, batch)
+        total = (losses * weights.to(losses.device)).sum()
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {
         name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
@@ -243,7 +266,7 @@ def weighted_gradient(
 
 
 def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
-    flat = block.flatten(1)
+    flat = block[:, None].flatten(1)
     return torch.bmm(flat[:, None], flat[:, :, None])[:, 0, 0]  # one reading pass, no product is stored
 
 

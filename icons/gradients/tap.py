@@ -1,6 +1,6 @@
 """The tap: shows a layer's input and its output's gradient, and keeps no more of the input than it must."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -8,18 +8,19 @@ from torch import Tensor, nn
 
 
 class Tap(torch.autograd.Function):
-    """The identity; its backward pass shows the saved input and the output's gradient to `see`."""
+    """The identity; its backward pass shows the saved tensors and the output's gradient to `see`."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, see: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)  # not a closure: so that checkpointing can drop and recompute it
+    def forward(ctx: Any, output: Tensor, see: Callable[[Sequence[Tensor], Tensor], None], *kept: Tensor) -> Tensor:
+        ctx.save_for_backward(*kept)  # not a closure: so that checkpointing can drop and recompute them
         ctx.see = see
-        return output.view_as(output)
+        return output.detach()  # not a view, which the model might not change in place
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ctx.see(ctx.saved_tensors[0], gradients[0])
-        return gradients[0], None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        kept = ctx.saved_tensors  # once: a checkpoint gives them once
+        ctx.see(kept, gradients[0])
+        return gradients[0], None, *(None for _ in kept)
 
 
 class NarrowInputs:
@@ -31,17 +32,17 @@ class NarrowInputs:
 
     Args:
         model: whose layers are tapped.
-        tapped: the linear layers.
+        tapped: the layers.
         equal: by name, whether a layer was found to get nothing but its owner's input; learnt while `checking`.
     """
 
-    def __init__(self, model: nn.Module, tapped: list[nn.Linear], equal: dict[str, bool]) -> None:
+    def __init__(self, model: nn.Module, tapped: Iterable[nn.Module], equal: dict[str, bool]) -> None:
         self.equal, self.checking = equal, False
         self.given: tuple[nn.Module, Tensor] | None = None  # one alone: no tensor lives longer for it
         modules = dict(model.named_modules())
         wanted = set(tapped)
         self.name = {module: name for name, module in modules.items() if module in wanted}
-        self.owner = {module: enclosing(modules, name) for module, name in self.name.items()}
+        self.owner = {module: enclosing(modules, name)[1] for module, name in self.name.items()}
 
     def hooks(self) -> list[Any]:
         """Registers what remembers the owners' inputs; the handles."""
@@ -55,7 +56,7 @@ class NarrowInputs:
         garbage sees through a graph. All activations would stay for good."""
         self.given = None
 
-    def of(self, module: nn.Linear, x: Tensor) -> Tensor:
+    def of(self, module: nn.Module, x: Tensor) -> Tensor:
         """What to keep of `module`'s input: `x`, or the narrower tensor of the same values."""
         if self.given is None or self.given[0] is not self.owner[module]:
             return x
@@ -68,10 +69,10 @@ class NarrowInputs:
         return narrow if self.equal.get(name, False) else x
 
 
-def enclosing(modules: dict[str, nn.Module], name: str) -> nn.Module:
-    """The nearest module around `name` that is called itself: not a list or dict of modules."""
+def enclosing(modules: dict[str, nn.Module], name: str) -> tuple[str, nn.Module]:
+    """The nearest module around `name` that is called itself, not a list or dict of modules; its name before it."""
     while name:
         name = name.rpartition(".")[0]
         if not isinstance(modules[name], nn.ModuleDict | nn.ModuleList):
-            return modules[name]
-    return modules[""]
+            return name, modules[name]
+    return "", modules[""]

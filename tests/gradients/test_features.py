@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.batch import model_inputs, sample_losses
 from icons.gradients.features import losses, representations, with_noise_images
-from icons.gradients.positions import SupervisedPositions
+from icons.gradients.output_layer import SupervisedPositions
 
 
 def model() -> LlamaForCausalLM:

@@ -6,20 +6,26 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
+from small_models import (
+    SMALL,
+    assert_rows_close,
+    image_batch,
+    llama,
+    llava,
+    one_by_one,
+    text_batch,
+    trainable,
+    with_lora,
+)
 from torch import Tensor, nn
 from transformers import (
-    CLIPVisionConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -38,94 +44,8 @@ from icons.gradients import (
     weighted_gradient,
 )
 from icons.gradients.capture import SlowerPathWarning
-from icons.models.llava import Llava
 from icons.preconditioner import AdamPreconditioner, Sign
 from icons.projection import CountSketch, Identity, Rademacher
-
-SMALL: dict[str, Any] = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-IMAGE = -200
-
-
-def llama(**changes: Any) -> nn.Module:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SMALL | changes))
-
-
-def llava() -> nn.Module:
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
-    )
-    config = LlavaConfig(text_config=LlamaConfig(**SMALL), vision_config=vision, image_token_index=63)
-    return Llava.of(LlavaForConditionalGeneration(config), IMAGE)
-
-
-def with_lora(model: nn.Module, targets: Any = "all-linear", **changes: Any) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = get_peft_model(model, LoraConfig(r=3, lora_dropout=0.1, target_modules=targets, **changes)).eval()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in found.named_parameters():
-        if "lora_B" in name:
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-    return found
-
-
-def text_batch(lengths: tuple[int, ...] = (12, 5, 9), padded: int = 14) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    ids = torch.randint(3, 64, (len(lengths), padded), generator=generator)
-    mask = torch.arange(padded) < torch.tensor(lengths)[:, None]
-    labels = ids.masked_fill(~mask, -100)
-    labels[:, :3] = -100
-    return {
-        "input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels,
-        "row": torch.arange(len(lengths)),
-    }  # fmt: skip
-
-
-def image_batch() -> dict[str, Tensor]:
-    """Rows with two images, none, and one that is cut; four features an image."""
-    batch = text_batch((12, 9, 7), 13)
-    batch["input_ids"][0, 1:5] = batch["input_ids"][0, 6:10] = IMAGE
-    batch["input_ids"][2, 5:7] = IMAGE
-    batch["labels"][batch["input_ids"] == IMAGE] = -100
-    batch["labels"][2, 3:5] = torch.tensor([5, 6])
-    batch["pixel_values"] = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(3))
-    return batch
-
-
-def alone(batch: dict[str, Tensor], sample: int) -> dict[str, Tensor]:
-    """One sample of a batch, unpadded, with its own images."""
-    length = int(batch["attention_mask"][sample].sum())
-    found = {name: batch[name][sample : sample + 1, :length] for name in ("input_ids", "attention_mask", "labels")}
-    if "pixel_values" in batch:
-        images = -(-(batch["input_ids"] == IMAGE).sum(dim=1) // 4)
-        begin = int(images[:sample].sum())
-        pixels = batch["pixel_values"][begin : begin + int(images[sample])]
-        found |= {"pixel_values": pixels} if len(pixels) else {}
-    return found
-
-
-def one_by_one(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The slow oracle: `torch.autograd.grad` of each sample's loss."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rows = []
-    for sample in range(len(batch["labels"])):
-        single = alone(batch, sample)
-        loss = sample_losses(model(**model_inputs(single), use_cache=False).logits, single["labels"]).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        rows.append(torch.cat([gradient.flatten().float() for gradient in zeros]))
-    return torch.stack(rows)
-
-
-def assert_rows_close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    error = (found - expected).norm(dim=1) / expected.norm(dim=1)
-    assert error.max() < tolerance, error
-
 
 ARCHITECTURES = {
     "llama": llama,
@@ -192,29 +112,14 @@ def test_bfloat16_weights_give_float32_rows_near_the_float32_ones() -> None:
     assert_rows_close(found, expected, 0.05)
 
 
-def trainable(model: nn.Module, names: str) -> nn.Module:
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(part in name for part in names.split()))
-    return model.eval()
-
-
 @pytest.mark.parametrize(
-    ("names", "kind"),
-    [("norm", "norms"), ("embed_tokens", "embeddings"), ("norm q_proj embed_tokens", "a mixture with linear layers")],
+    ("names", "tied"),
+    [("norm", False), ("embed_tokens", False), ("norm q_proj embed_tokens", False), ("embed_tokens q_proj", True)],
 )
-def test_the_slower_path_is_exact_and_announced_once(names: str, kind: str) -> None:
-    model, batch = trainable(llama(), names), text_batch()
-    with pytest.warns(SlowerPathWarning, match="not weights or biases of linear layers"):
-        found = per_sample_gradients(model, batch)
-    assert_rows_close(found, one_by_one(model, batch))
+def test_norms_embeddings_and_tied_weights_take_no_slower_path(names: str, tied: bool) -> None:
+    model, batch = trainable(llama(tie_word_embeddings=tied), names), text_batch()
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowerPathWarning)
-        per_sample_gradients(model, batch)
-
-
-def test_tied_weights() -> None:
-    model, batch = trainable(llama(tie_word_embeddings=True), "embed_tokens q_proj"), text_batch()
-    with pytest.warns(SlowerPathWarning):
         assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
 
 
@@ -238,7 +143,8 @@ def test_a_module_used_twice_in_one_forward() -> None:
 
 def test_dora() -> None:
     model, batch = with_lora(llama(), ["q_proj"], use_dora=True), text_batch()
-    with pytest.warns(SlowerPathWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerPathWarning)
         assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
 
 
@@ -279,7 +185,7 @@ class AlsoPenalised(nn.Module):
 
 def test_a_weight_that_is_also_read_outside_its_layer() -> None:
     model, batch = AlsoPenalised().eval(), text_batch()
-    with pytest.warns(SlowerPathWarning, match=r"1 trainable parameters .*layers.1.*outside the call of their own"):
+    with pytest.warns(SlowerPathWarning, match=r"1 trainable parameters .*layers.1.*one backward pass per sample"):
         assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
 
 
@@ -358,7 +264,7 @@ class Longer(nn.Module):
 
 @pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
 def test_logits_must_lie_as_labels_do() -> None:
-    with pytest.raises(ValueError, match=r"logits have shape \(3, 15, 64\).*one position per label"):
+    with pytest.raises(ValueError, match=r"logits of Longer have shape \(3, 15, 64\).*one position per label"):
         per_sample_gradients(Longer().eval(), text_batch())
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.gradients import per_sample_gradients
-from icons.gradients.capture import KNOWN, Sweep
+from icons.gradients.knowledge import KNOWN
+from icons.gradients.sweep import Sweep
 from icons.gradients.tap import NarrowInputs, Tap
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -39,9 +40,9 @@ def kept_inputs(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Tenso
     kept: list[Tensor] = []
     plain = Tap.apply
 
-    def apply(output: Tensor, x: Tensor, see: Any) -> Tensor:
-        kept.append(x)
-        return plain(output, x, see)  # type: ignore[no-untyped-call,no-any-return]
+    def apply(output: Tensor, see: Any, *x: Tensor) -> Tensor:
+        kept.extend(x)
+        return plain(output, see, *x)  # type: ignore[no-untyped-call,no-any-return]
 
     monkeypatch.setattr(Tap, "apply", apply)
     per_sample_gradients(model, text())
@@ -63,8 +64,8 @@ def test_nothing_of_a_pass_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[weakref.ref[Sweep]] = []
     begun = Sweep.__init__
 
-    def remembered(self: Sweep, *args: Any) -> None:
-        begun(self, *args)
+    def remembered(self: Sweep, *args: Any, **options: Any) -> None:
+        begun(self, *args, **options)
         passes.append(weakref.ref(self))
 
     monkeypatch.setattr(Sweep, "__init__", remembered)
@@ -72,7 +73,7 @@ def test_nothing_of_a_pass_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         per_sample_gradients(model, text())
     gc.collect()
-    assert [one() for one in passes] == [None] * 3  # a survey and two passes
+    assert [one() for one in passes] == [None] * 3  # a proof and two passes
 
 
 def test_the_rows_are_the_same_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,11 +115,11 @@ def test_not_a_number_is_the_same_as_itself() -> None:
     assert inputs.of(module[0].inner, torch.full((1, 4), float("nan"))).dtype == torch.bfloat16
 
 
-def test_the_survey_keeps_no_activation_and_comes_once() -> None:
+def test_the_self_test_and_the_proof_come_once() -> None:
     model, calls = half_model(), []
     model.base_model.model.lm_head.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,operator]
     per_sample_gradients(model, text())
-    assert len(calls) == 2
+    assert len(calls) == 3 + 2 + 1  # whole and changed, and alone; the truth and what taps say; the pass itself
     per_sample_gradients(model, text())
-    assert len(calls) == 3
-    assert KNOWN[model].surveyed
+    assert len(calls) == 7
+    assert KNOWN[model].tested == {"right"}

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import icons.gradients.token_loss
-from icons.gradients.token_loss import token_losses
+import icons.gradients.output_layer
+from icons.gradients.output_layer import token_losses
 
 
 def pair(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +17,7 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 500, 1 << 22])
 def test_equal_the_plain_cross_entropy(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(icons.gradients.token_loss, "CHUNK", chunk)
+    monkeypatch.setattr(icons.gradients.output_layer, "CHUNK", chunk)
     logits, targets = pair(dtype)
     wide = logits.double() if dtype == torch.float64 else logits.float()
     expected = F.cross_entropy(wide, targets, reduction="none")

@@ -1,0 +1,244 @@
+"""The proof that per-sample gradients are autograd's, in the first pass over a model and where a new use is met.
+
+With weights w of the samples that differ, `sum_i w_i block_i` must be the gradient of `sum_i w_i loss_i`, which
+autograd gives. The blocks come from a backward pass without weights: were a block another sample's, or wrong in itself,
+the sums would differ. The weights are powers of two, so that weighing rounds nothing.
+
+A layer of a vision tower can look laid out as the batch is, and be so in one batch, while its rows are images. So what
+does not see the text is a stranger, whatever it looks like: its input does not move when the text does.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
+from icons.gradients.chance import without_chance
+from icons.gradients.knowledge import SLOW, Knowledge, owners_of, parts_of
+from icons.gradients.layers import FOREIGN
+from icons.gradients.loss_scale import LossScale, needs_scale
+from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.sweep import Sweep, finite
+from icons.gradients.tap import NarrowInputs, enclosing
+
+WEIGHTS = (1.0, -2.0, 4.0, -1.0, 2.0, -4.0, 0.5, -0.5)
+FLOOR = 3e-6  # of |x| |g|: what float32 sums of such products are good for
+
+
+@dataclass
+class Truth:
+    """What autograd says of one batch: `weights [B]` (0 for a sample whose loss is not finite), and each parameter's
+    gradient of the weighted sum of losses; None: it has no influence."""
+
+    weights: Float[Tensor, " batch"]
+    gradients: dict[str, Tensor | None]
+
+
+def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Knowledge) -> set[str]:
+    """Finds, for each parameter, the quickest path that is right on this batch, and writes it down.
+
+    Costs one pass for the truth, and one for each path that has to be tried.
+
+    Returns:
+        Parameters of which nothing could be shown, their gradient not being finite: for this batch they are slow.
+    """
+    size = len(batch["labels"])
+    if size > 1 and holds_more_than_text(batch):
+        for name in strangers(model, batch, parameters):
+            known.path[name] = SLOW
+    truth = truth_of(model, batch, parameters, known)
+    while True:
+        verdict = Verdict(truth)
+        scale = LossScale(batch["labels"]) if needs_scale(model) else None
+        sweep = Sweep(model, batch, parameters, known, verdict.receive, scale=scale, proving=True)
+        sweep.run()
+        wrong, silent, unknown = verdict.of(sweep, parameters)
+        for name in wrong:
+            known.worsen(name)
+        if not wrong:
+            for name in set(parameters) - known.slow(parameters) - unknown:
+                known.record(name, sweep.met[name], size, name in silent)
+            return unknown
+
+
+class Verdict:
+    """Compares blocks with the truth as they stream by."""
+
+    def __init__(self, truth: Truth) -> None:
+        self.truth = truth
+        self.found: dict[str, Tensor] = {}  # |sum - truth|, |truth|, root of sum of |w block|^2
+
+    def receive(self, name: str, block: Tensor) -> None:
+        kept = self.truth.weights != 0
+        weights = self.truth.weights[kept].to(block.device)
+        flat = block[:, None].flatten(1)[kept.to(block.device)].to(weights.dtype)
+        expected = self.truth.gradients[name]
+        total = weights @ flat
+        true = torch.zeros_like(total) if expected is None else expected.reshape(-1).to(total)
+        spread = (weights[:, None] * flat).norm()
+        self.found[name] = torch.stack([(total - true).norm(), true.norm(), spread])
+
+    def of(self, sweep: Sweep, parameters: dict[str, nn.Parameter]) -> tuple[set[str], set[str], set[str]]:
+        """Names found wrong; names without any gradient; names whose gradient is not finite."""
+        wrong: set[str] = set()
+        silent: set[str] = set()
+        unknown: set[str] = set()
+        for name, numbers in self.found.items():
+            error, true, spread = numbers.tolist()
+            rounding = FLOOR * 4 * float(sweep.size_of.get(name, 0))
+            if not all(map(torch.isfinite, numbers.cpu())):
+                unknown.add(name)
+            elif error > tolerance(sweep, parameters[name]) * max(true, spread) + rounding:
+                wrong.add(name)
+            elif true == spread == 0:
+                # a call that is not tapped would stay silent when it no longer is
+                (wrong if FOREIGN in sweep.met[name] else silent).add(name)
+        return wrong, silent, unknown
+
+
+def tolerance(sweep: Sweep, parameter: nn.Parameter) -> float:
+    """Relative error below which two ways of summing agree; kernels of GPUs do not repeat bit for bit."""
+    dtypes = {value.dtype for value in sweep.model.parameters() if value.is_floating_point()}
+    half = bool(dtypes & {torch.float16, torch.bfloat16}) or torch.is_autocast_enabled(parameter.device.type)
+    if not half:
+        return 1e-4
+    return 2**-8 if parameter.device.type == "cpu" else 2**-6
+
+
+def truth_of(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Knowledge) -> Truth:
+    """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
+    its activations in the CPU's."""
+    try:
+        return ordinary_pass(model, batch, parameters, known)
+    except torch.OutOfMemoryError:
+        with torch.autograd.graph.save_on_cpu():
+            return ordinary_pass(model, batch, parameters, known)
+
+
+def ordinary_pass(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Knowledge) -> Truth:
+    grads = {name: parameter.grad for name, parameter in parameters.items()}
+    inputs = NarrowInputs(model, parts_of(model, parameters, known), known.narrow)
+    inputs.checking = True
+    positions = SupervisedPositions(model, batch["labels"], known.narrows)
+    try:
+        with ExitStack() as stack:
+            for parameter in parameters.values():
+                parameter.grad = None
+            for handle in [*inputs.hooks(), *watches(inputs)]:
+                stack.callback(handle.remove)
+            stack.callback(inputs.forget)
+            stack.enter_context(torch.enable_grad())
+            with without_chance(model):
+                losses = positions.run(model, batch)
+            weights = sample_weights(losses)
+            if not bool((weights != 0).all()):
+                with torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite):
+                    losses = positions.run(model, batch)
+            factors = LossScale(batch["labels"]).factors(losses) if needs_scale(model) else torch.ones_like(losses)
+            common = factors.min() / 64
+            if losses.requires_grad:
+                torch.autograd.backward(losses, weights * (common if needs_scale(model) else 1))
+            found = {}
+            for name, parameter in parameters.items():
+                gradient = parameter.grad
+                if gradient is not None and needs_scale(model):
+                    gradient = gradient.float() / common
+                found[name] = gradient
+        return Truth(weights, found)
+    finally:
+        for name, parameter in parameters.items():
+            parameter.grad = grads[name]
+
+
+def watches(inputs: NarrowInputs) -> list[Any]:
+    """Hooks that compare each layer's input with the narrower tensor that a tap would keep."""
+
+    def watch(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
+        if args and isinstance(args[0], Tensor):
+            inputs.of(module, args[0])
+
+    return [module.register_forward_hook(watch) for module in inputs.name]
+
+
+def sample_weights(losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Powers of two with signs, different within each eight samples, in an order without a period."""
+    generator = torch.Generator().manual_seed(0)
+    count = len(losses)
+    orders = [torch.randperm(len(WEIGHTS), generator=generator) for _ in range(-(-count // len(WEIGHTS)))]
+    weights = torch.tensor(WEIGHTS, dtype=losses.dtype)[torch.cat(orders)[:count]].to(losses.device)
+    return torch.where(losses.detach().isfinite(), weights, 0)
+
+
+def holds_more_than_text(batch: Batch) -> bool:
+    shape = batch["labels"].shape
+    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in OWN_FIELDS}
+    return any(not is_text(name, value, shape) for name, value in tensors.items())
+
+
+def is_text(name: str, value: Any, shape: torch.Size) -> bool:
+    """Whether a field holds something for each token."""
+    if not isinstance(value, Tensor) or value.shape[:2] != shape:
+        return False
+    return not value.is_floating_point() or name in ("inputs_embeds", "attention_mask")
+
+
+def strangers(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter]) -> set[str]:
+    """Parameters of modules that get the same when the text is moved by a token, or its embeddings are made longer:
+    of towers, whose rows are images, and no sample's for sure."""
+    modules = dict(model.named_modules())
+    places: dict[nn.Module, set[str]] = {}
+    for name, owners in owners_of(model, parameters).items():
+        for module, place, _ in owners:
+            for each in (module, enclosing(modules, place)[1]):
+                places.setdefault(each, set()).add(name)
+    before = fingerprints(model, places, batch)
+    try:
+        after = fingerprints(model, places, moved(batch))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever a model says to a text whose last token is gone
+        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
+        if embeddings is None:
+            return set(parameters)
+        handle = embeddings.register_forward_hook(lambda _module, _args, output: output * 1.5)
+        try:
+            after = fingerprints(model, places, batch)
+        finally:
+            handle.remove()
+    still = [module for module in before if torch.allclose(before[module], after[module], rtol=1e-6, atol=0)]
+    return {name for module in still for name in places[module]}
+
+
+def moved(batch: Batch) -> Batch:
+    """The batch with its text one place further right: another token at the beginning, none at the end."""
+    shape, labels = batch["labels"].shape, batch["labels"]
+    found = dict(batch)
+    for name, value in batch.items():
+        if is_text(name, value, shape):
+            found[name] = torch.cat([value[:, :1], value[:, :-1]], dim=1)
+    if "input_ids" in found:
+        found["input_ids"][:, 0] = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX][0]
+    return found
+
+
+def fingerprints(model: nn.Module, places: Mapping[nn.Module, object], batch: Batch) -> dict[nn.Module, Tensor]:
+    """A number for what each module gets, in which the order of its numbers counts."""
+    found: dict[nn.Module, Tensor] = {}
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
+        if given is not None:
+            flat = given.detach().flatten().double().nan_to_num(0, 0, 0)
+            ramp = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
+            found[module] = found.get(module, torch.zeros((), dtype=torch.float64)) + (flat.abs() @ ramp).cpu()
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in places:
+            stack.callback(module.register_forward_pre_hook(watch, with_kwargs=True).remove)
+        SupervisedPositions(model, batch["labels"]).run(model, batch)
+    return found

@@ -1,0 +1,195 @@
+"""The self-test: does a sample's loss depend on nothing but the sample?
+
+Not on padding, not on the samples beside it; and where it depends on the very token that it is to predict, one is told.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
+from icons.gradients.knowledge import Knowledge
+from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.proof import is_text
+
+LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+class SeesItsTargetWarning(UserWarning):
+    """The model is not causal where tokens are supervised."""
+
+
+class WholeLogitsWarning(UserWarning):
+    """The output layer's results are changed afterwards: it runs on every position."""
+
+
+def refuse_unknown(model: nn.Module) -> None:
+    """Refuses what can be told without a pass.
+
+    Raises:
+        ValueError: an encoder-decoder, or weights that are not there.
+    """
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"per-sample gradients: {kind} is an encoder-decoder, whose labels are not its input's next tokens; "
+            "expected a causal or image-text model"
+        )
+    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"per-sample gradients: {kind} has no weights ({empty} is on the meta device); expected a model that is "
+            "loaded"
+        )
+
+
+def self_test(model: nn.Module, batch: Batch, known: Knowledge) -> None:
+    """Runs once per model, and once more when padding first stands on the left; costs three forward passes.
+
+    Raises:
+        ValueError: a loss depends on padding, or on the samples of its batch.
+
+    Warns:
+        WholeLogitsWarning: logits are mixed or scaled by position after the output layer: it cannot be narrowed.
+        SeesItsTargetWarning: a loss depends on the token that it is to predict.
+    """
+    mask = batch.get("attention_mask")
+    left = mask is not None and bool((mask[:, 0] == 0).any())
+    side = "left" if left else "right"
+    if side in known.tested:
+        return
+    kind = type(model).__name__
+    with torch.no_grad():
+        losses = SupervisedPositions(model, batch["labels"]).run(model, batch)
+        ended, padded = with_another_end(batch), with_more_padding(model, batch, left)
+        both = None if ended is None else with_more_padding(model, ended, left) or ended
+        found = losses_or_none(model, both)
+        causal = True
+        if found is None or differ(model, losses, found):
+            losses = whole_losses(model, batch, known, losses)
+            refuse(model, losses, losses_or_none(model, padded), "its padding")
+            found = losses_or_none(model, ended)
+            causal = found is None or not differ(model, losses, found)
+        alone, row = on_its_own(batch, by_row=not causal)
+        refuse(model, losses[row : row + 1], losses_or_none(model, alone), "its padding or the samples beside it")
+    if not causal:
+        warnings.warn(
+            f"{kind}: a sample's loss depends on the very token that it is to predict: nothing hides later tokens "
+            "from earlier ones (PaliGemma: token_type_ids 1 where the answer begins)",
+            SeesItsTargetWarning,
+            stacklevel=4,
+        )
+    known.tested.add(side)
+
+
+def refuse(model: nn.Module, losses: Tensor, changed: Tensor | None, cause: str) -> None:
+    if changed is not None and differ(model, losses, changed):
+        place = int((losses - changed).abs().argmax())
+        raise ValueError(
+            f"per-sample gradients: in {type(model).__name__} a sample's loss depends on {cause}: got "
+            f"{float(losses[place]):.6g} in its batch and {float(changed[place]):.6g} otherwise; expected the same: "
+            "pad on the right, give all that the model's processor gives (token_type_ids), or batches of one row"
+        )
+
+
+def whole_losses(model: nn.Module, batch: Batch, known: Knowledge, narrowed: Tensor) -> Float[Tensor, " batch"]:
+    """The losses from all logits. Where they are others, the model is not narrowed any more."""
+    whole = SupervisedPositions(model, batch["labels"], narrow=False).run(model, batch)
+    if differ(model, whole, narrowed):
+        known.narrows = False
+        warnings.warn(
+            f"{type(model).__name__}: logits change after the output layer by more than their own position; it runs on "
+            "all positions, not on the supervised ones alone",
+            WholeLogitsWarning,
+            stacklevel=5,
+        )
+    return whole
+
+
+def losses_or_none(model: nn.Module, batch: Batch | None) -> Float[Tensor, " batch"] | None:
+    """The losses; None where the batch could not be changed, or where the model does not take it so."""
+    if batch is None:
+        return None
+    try:
+        return SupervisedPositions(model, batch["labels"], narrow=False).run(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:
+        return None
+
+
+def differ(model: nn.Module, one: Float[Tensor, " batch"], two: Float[Tensor, " batch"]) -> bool:
+    """Whether losses differ by more than another order of the same sums, in the model's precision, explains."""
+    half = any(value.dtype in (torch.float16, torch.bfloat16) for value in model.parameters())
+    half = half or torch.is_autocast_enabled(one.device.type)
+    both = one.isfinite() & two.isfinite()
+    tolerance = 0.05 if half else 1e-4
+    return bool(((one - two).abs() > tolerance * one.abs().clamp(min=0.1))[both].any())
+
+
+def with_another_end(batch: Batch) -> Batch | None:
+    """The batch with another token at the end of each row: one that is only predicted, never read."""
+    ids, labels = batch.get("input_ids"), batch["labels"]
+    if ids is None or ids.shape != labels.shape:
+        return None
+    places = torch.arange(labels.shape[1], device=labels.device)
+    mask = batch.get("attention_mask", torch.ones_like(labels))
+    if mask.shape != labels.shape:
+        return None
+    last = (places * (mask != 0)).argmax(dim=1)
+    rows = torch.arange(len(labels), device=labels.device)
+    predicted = labels[rows, last] != IGNORE_INDEX
+    targets = labels[labels != IGNORE_INDEX]
+    other = targets[(targets[None] != ids[rows, last][:, None]).int().argmax(dim=1)]
+    changed = ids.clone()
+    changed[rows, last] = torch.where(predicted, other, ids[rows, last])
+    return dict(batch) | {"input_ids": changed}
+
+
+def with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | None:
+    """The batch with one column of padding more; None if there is no mask, or the model might have no such position."""
+    length = batch["labels"].shape[1]
+    if "attention_mask" not in batch or length >= longest(model):
+        return None
+    found = dict(batch)
+    for name, value in batch.items():
+        if (
+            isinstance(value, Tensor)
+            and value.shape[:2] == batch["labels"].shape
+            and is_text(name, value, batch["labels"].shape)
+        ):
+            edge = value[:, :1] if left else value[:, -1:]
+            fill = {"labels": IGNORE_INDEX, "attention_mask": 0}.get(name)
+            column = edge if fill is None else torch.full_like(edge, fill)
+            found[name] = torch.cat([column, value] if left else [value, column], dim=1)
+    return found
+
+
+def longest(model: nn.Module) -> int:
+    """Positions that the model has, by its configuration; 0 if it does not say."""
+    config: Any = getattr(model, "config", None)
+    texts = [config, getattr(config, "text_config", None), getattr(config, "llm_config", None)]
+    found = [getattr(text, name, None) for text in texts if text is not None for name in LENGTHS]
+    return max((value for value in found if isinstance(value, int)), default=0)
+
+
+def on_its_own(batch: Batch, by_row: bool = False) -> tuple[Batch | None, int]:
+    """The most padded row without its padding, and its number; None where the batch holds more than tokens.
+
+    With `by_row`, a field whose first dimension is the batch's is taken to hold something for each row.
+    """
+    shape, mask = batch["labels"].shape, batch.get("attention_mask")
+    fields = {name: value for name, value in batch.items() if name == "labels" or name not in OWN_FIELDS}
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+    others = [value for value in tensors.values() if value.shape != shape]
+    if mask is None or shape[0] < 2 or any(not by_row or value.shape[:1] != shape[:1] for value in others):
+        return None, 0
+    row = int(mask.sum(dim=1).argmin())
+    kept = mask[row] != 0
+    alone = {name: value[row : row + 1] for name, value in tensors.items()}
+    return fields | {
+        name: value[:, kept] if tensors[name].shape == shape else value for name, value in alone.items()
+    }, row

@@ -1,0 +1,284 @@
+"""One batched backward pass that hands out each parameter's per-sample gradients, block by block.
+
+Taps on the modules that hold trainable weights remember their inputs; when the backward pass brings the gradient of a
+module's output, `icons.gradients.layers` makes the per-sample gradients `[B, *shape]` of its parameters, which go to
+the receiver and are freed. The weights themselves are frozen meanwhile: no batch-summed weight gradient is computed,
+and no `.grad` is left.
+
+No tap is trusted unseen: `icons.gradients.proof` compares it with autograd in the first pass. What taps cannot serve
+(a weight that is read elsewhere, a layer that mixes samples) is differentiated by one backward pass per sample over the
+same graph: exact, slower, and announced once.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from icons.batch import Batch
+from icons.gradients.chance import without_chance
+from icons.gradients.knowledge import Knowledge, parts_of
+from icons.gradients.layers import FOREIGN, Call, Layout, Part, widen
+from icons.gradients.loss_scale import LossScale, needs_scale
+from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.tap import NarrowInputs, Tap
+
+Receiver = Callable[[str, Tensor], None]  # parameter name, its per-sample gradients [B, *shape] in float32
+
+
+class UnprovenError(Exception):
+    """These parameters are used in a way that no proof has covered yet."""
+
+    def __init__(self, names: set[str]) -> None:
+        super().__init__(f"{min(names)}: not proven")
+        self.names = names
+
+
+class OverflowedError(Exception):
+    """Samples whose loss is finite overflowed in float16; the pass starts again with a smaller scale for them."""
+
+
+class Sweep:
+    """One forward and backward pass over one batch.
+
+    Args:
+        model: with its weights as they are trained.
+        batch: B above 0.
+        parameters: the trainable ones.
+        known: of this model.
+        receive: gets the blocks.
+        scale: of float16 losses.
+        slow: these take one backward pass per sample; default: those known to.
+        proving: whether to accept what is not proven; parameters on the slow path are then left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        parameters: dict[str, nn.Parameter],
+        known: Knowledge,
+        receive: Receiver,
+        *,
+        scale: LossScale | None = None,
+        slow: set[str] | None = None,
+        proving: bool = False,
+    ) -> None:
+        self.model, self.batch, self.parameters, self.known, self.receive = model, batch, parameters, known, receive
+        self.shape = (batch["labels"].shape[0], batch["labels"].shape[1])
+        self.proving, self.scale = proving, scale if needs_scale(model) else None
+        self.slow = set() if proving else known.slow(parameters) | (slow or set())
+        self.parts = parts_of(model, parameters, known)
+        for parts in self.parts.values():
+            parts[:] = [part for part in parts if part.name not in self.slow]
+        self.uses = dict.fromkeys(parameters, 0)  # calls in the forward pass that still owe their gradient
+        self.met: dict[str, set[Layout]] = {name: set() for name in parameters}
+        self.size_of: dict[str, Tensor] = {}  # |x| |g|, summed over uses: what rounding is measured by
+        self.partial: dict[str, Tensor] = {}
+        self.sent: set[str] = set()
+        self.loud: dict[str, Tensor] = {}  # silent parameters that are not: a flag each
+        self.finite = torch.ones(self.shape[0], dtype=torch.bool, device=device_of(parameters))
+        self.factors: Tensor | None = None
+        self.forward_pass = self.listening = True
+        self.inside = False  # a module that runs once more is not tapped
+        self.inputs = NarrowInputs(model, self.parts, known.narrow)
+        # asked before the weights are frozen: an output layer that is trained sees every position
+        self.positions = SupervisedPositions(model, batch["labels"], known.narrows)
+        self.autocast = autocast_of(self.finite.device.type)
+
+    def run(self) -> Float[Tensor, " batch"]:
+        """The pass: blocks to the receiver; the losses.
+
+        Raises:
+            UnprovenError: before or after blocks were sent; what was received is void.
+            OverflowedError: the same.
+        """
+        with self.hooks(), self.frozen():
+            losses = self.forward()
+            if self.slow and not bool(losses.isfinite().all()):
+                # not even zero times such a sample's activations is zero: they are zeros for the others' sake
+                with torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite):
+                    losses = self.forward()
+            self.forward_pass = False
+            self.factors = None if self.scale is None else self.scale.factors(losses)
+            if self.slow:
+                self.slow_blocks(losses)
+            if losses.requires_grad:
+                torch.autograd.backward(losses, torch.ones_like(losses) if self.factors is None else self.factors)
+            self.find_unmet()
+        self.flush()
+        if self.loud:
+            flags = torch.stack(list(self.loud.values())).tolist()
+            loud = {name for name, flag in zip(self.loud, flags, strict=True) if flag}
+            if loud:
+                raise UnprovenError(loud)
+        if self.scale is not None and self.scale.lower(losses.detach().isfinite() & ~self.finite):
+            raise OverflowedError
+        return losses.detach()
+
+    def forward(self) -> Float[Tensor, " batch"]:
+        for name in self.uses:
+            self.uses[name] = 0
+        with torch.enable_grad(), without_chance(self.model):
+            return self.positions.run(self.model, self.batch)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Weights served by taps need no gradient of their own; `.grad` is as it was afterwards.
+
+        What no proof has met does need one: that it has none then is how one knows that it took no part.
+        """
+        grads = {name: parameter.grad for name, parameter in self.parameters.items()}
+        unmet = set() if self.proving else {name for name in self.parameters if not self.known.proven.get(name)}
+        try:
+            for name, parameter in self.parameters.items():
+                parameter.grad = None
+                parameter.requires_grad_(name in self.slow or name in unmet)
+            yield
+        finally:
+            for name, parameter in self.parameters.items():
+                parameter.requires_grad_(True)
+                parameter.grad = grads[name]
+
+    def find_unmet(self) -> None:
+        unmet = {n for n, p in self.parameters.items() if n not in self.slow and p.requires_grad and p.grad is not None}
+        if unmet:
+            raise UnprovenError(unmet)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for handle in self.inputs.hooks():
+                stack.callback(handle.remove)
+            for module in self.parts:
+                stack.callback(module.register_forward_hook(self.tap, with_kwargs=True).remove)
+            if any(
+                getattr(module, "gradient_checkpointing", False) and module.training for module in self.model.modules()
+            ):
+                # reentrant checkpointing differentiates nothing unless an input requires a gradient
+                embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+                stack.callback(
+                    embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_()).remove
+                )
+            stack.callback(self.inputs.forget)
+            yield
+
+    def tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self.inside:
+            return None
+        parts = self.parts[module]
+        call = Call(module, args, kwargs, output, self.shape)
+        if self.forward_pass:
+            self.meet(parts, call.layout)
+        if call.layout == FOREIGN or not torch.is_grad_enabled():
+            return None
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()  # the graph begins at the first trainable layer
+        kept = call.tensors
+        if all(part.linear for part in parts):
+            kept = [self.inputs.of(module, kept[0])]
+        call.forget()
+
+        def see(kept: tuple[Tensor, ...], gradient: Tensor) -> None:
+            self.arrive(parts, call, kept, gradient)
+
+        return Tap.apply(output, see, *kept)  # type: ignore[no-untyped-call]
+
+    def meet(self, parts: list[Part], layout: Layout) -> None:
+        size = self.shape[0]
+        unknown = {part.name for part in parts if not self.known.covers(part.name, layout, size)}
+        if unknown and not self.proving:
+            raise UnprovenError(unknown)
+        for part in parts:
+            self.met[part.name].add(layout)
+            self.uses[part.name] += layout != FOREIGN
+
+    def arrive(self, parts: list[Part], call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
+        if not self.listening:
+            return
+        blocks: dict[str, Tensor] = {}
+        odd = {part.kind: self.parameters[part.name] for part in parts if not part.linear}
+        if odd:
+            self.inside = True
+            try:
+                with self.autocast():
+                    blocks = call.again(odd, kept, gradient)
+            finally:
+                self.inside = False
+        with torch.autocast(gradient.device.type, enabled=False):  # sums are float32, whatever the precision
+            for part in parts:
+                block = call.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
+                if self.proving:
+                    self.measure(part.name, kept[0], gradient)
+                self.collect(part.name, block)
+
+    def measure(self, name: str, x: Tensor, gradient: Tensor) -> None:
+        length = x.float().norm() if x.is_floating_point() else torch.tensor(float(x.numel())).sqrt()
+        product = length.to(gradient.device) * gradient.float().norm()
+        self.size_of[name] = self.size_of.get(name, torch.zeros_like(product)) + product
+
+    def collect(self, name: str, block: Tensor) -> None:
+        """A weight used several times in one forward pass is complete when all its uses have arrived."""
+        block = self.partial.pop(name) + block if name in self.partial else block
+        self.uses[name] -= 1
+        if self.uses[name]:
+            self.partial[name] = block
+        else:
+            self.send(name, block)
+
+    def send(self, name: str, block: Tensor) -> None:
+        self.sent.add(name)
+        if self.factors is not None:
+            block = block / self.factors.to(block.device).view(-1, *[1] * (block.ndim - 1))
+            self.finite &= block[:, None].flatten(1).isfinite().all(dim=1)
+        if name in self.known.silent and name not in self.slow and not self.proving:
+            self.loud[name] = block.any()
+        with torch.autocast(block.device.type, enabled=False):
+            self.receive(name, block)
+
+    def slow_blocks(self, losses: Tensor) -> None:
+        """One backward pass per sample over the shared graph, for the parameters that taps cannot serve."""
+        self.listening = False
+        blocks: dict[str, list[Tensor]] = {name: [] for name in self.slow}
+        factors = torch.ones_like(losses) if self.factors is None else self.factors.to(losses.device)
+        for loss, factor in zip(losses, factors, strict=True):
+            if loss.requires_grad and bool(loss.isfinite()):
+                loss.backward(factor, retain_graph=True)
+            for name in self.slow:
+                parameter = self.parameters[name]
+                found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                blocks[name].append(widen(found) if bool(loss.isfinite()) else widen(torch.full_like(found, torch.nan)))
+            for parameter in self.parameters.values():
+                parameter.grad = None
+        for name, samples in blocks.items():
+            self.send(name, torch.stack(samples))
+        self.listening = True
+
+    def flush(self) -> None:
+        """What never arrived: sums whose last uses carry no gradient, and zeros for weights without influence."""
+        for name, parameter in self.parameters.items():
+            if name in self.partial:
+                self.send(name, self.partial.pop(name))
+            elif name not in self.sent and not (self.proving and self.known.slow([name])):
+                zeros = torch.zeros(self.shape[0], *parameter.shape, device=parameter.device, dtype=torch.float32)
+                self.send(name, zeros)
+
+
+def finite(value: Tensor) -> Tensor:
+    """A saved tensor without what a broken sample has left in it; an attention mask's minus infinities stay."""
+    return value.nan_to_num(0, 0, -torch.inf) if value.is_floating_point() else value
+
+
+def device_of(parameters: dict[str, nn.Parameter]) -> torch.device:
+    return next(iter(parameters.values())).device
+
+
+def autocast_of(kind: str) -> Callable[[], Any]:
+    """The autocast that is on now, to be entered again in the backward pass."""
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext
+    dtype = torch.get_autocast_dtype(kind)
+    return lambda: torch.autocast(kind, dtype)
