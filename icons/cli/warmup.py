@@ -152,7 +152,7 @@ def warmup(options: WarmupOptions) -> int:
         save_warmup(options.out, network, module.outcome, folder, manifest)
         if module.outcome.exp_avg:  # else they are in DeepSpeed's checkpoint alone
             remove(options.out / LAST)
-        show_losses(module)
+        show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
         say(f"{ended.global_step:,} steps; the adapter and Adam's moments are in {options.out}")
     return 0
 

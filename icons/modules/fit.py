@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,7 @@ from rich.table import Table
 from icons.models.warmup_folder import MANIFEST
 from icons.modules.fit_checkpoint import LAST, FitCheckpoint, Interrupted
 from icons.modules.interruption import interrupted_status
+from icons.modules.progress import FitProgress
 from icons.modules.warmup import WarmupModule, hardly_moved
 
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
@@ -80,9 +81,22 @@ def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype:
             raise ValueError(f"--trainer.{flag} {given[flag]}: expected {value}, or the option left out")
     flags = TRAINER | {"max_epochs": epochs, "accumulate_grad_batches": accumulate, "precision": PRECISION[dtype]}
     flags |= given
+    flags["callbacks"] = as_list(given.get("callbacks"))
+    if any(isinstance(callback, Checkpoint) for callback in flags["callbacks"]):
+        flags["enable_checkpointing"] = given.get("enable_checkpointing", True)
+    if flags["logger"]:
+        flags["log_every_n_steps"] = given.get("log_every_n_steps", 1)  # warm-ups are short: from the first step on
+    if "val_check_interval" in given and "check_val_every_n_epoch" not in given:
+        # a number of batches counts through all epochs, a share of an epoch within each
+        flags["check_val_every_n_epoch"] = None if isinstance(given["val_check_interval"], int) else 1
     if ranks_of(given) > 1 and flags.get("strategy", "auto") in ("auto", "ddp"):
         flags["strategy"] = "ddp_find_unused_parameters_true"
     return flags
+
+
+def as_list(given: Any) -> list[Any]:
+    """One callback or several, as the command line and YAML give them."""
+    return list(given) if isinstance(given, Sequence) else [] if given is None else [given]
 
 
 def already_done(out: Path, settings: Mapping[str, Any]) -> bool:
@@ -123,11 +137,17 @@ def run_fit(
         clear(out)
     if last.exists():
         say(f"going on with the interrupted fit in {escape(str(last))}")
-    callbacks = [FitCheckpoint(out, minutes, seed), *(flags.get("callbacks") or [])]
+    callbacks = [FitCheckpoint(out, minutes, seed), *as_list(flags.get("callbacks"))]
     if flags.get("enable_progress_bar", True):
-        callbacks.append(RichProgressBar())
+        in_terminal = console.is_terminal
+        callbacks.append(RichProgressBar() if in_terminal else FitProgress())
+        flags = {**flags, "enable_progress_bar": in_terminal}  # else Lightning adds a bar of its own
+    if flags.get("logger"):
+        callbacks.append(LearningRateMonitor("step"))
     with quiet():
         runner = Trainer(**{**flags, "default_root_dir": flags.get("default_root_dir", out), "callbacks": callbacks})
+        for logger in runner.loggers:
+            logger.log_hyperparams(module.settings)
         try:
             runner.fit(module, datamodule=datamodule, ckpt_path=last if last.exists() else None)
         except Interrupted as stop:
@@ -160,8 +180,8 @@ def losses_of(module: WarmupModule) -> dict[str, Any]:
     }
 
 
-def show_losses(module: WarmupModule) -> None:
-    """Prints the tasks' losses and exact matches; loudly, when the loss has hardly moved."""
+def show_losses(module: WarmupModule, is_warmup: bool) -> None:
+    """Prints the tasks' losses and exact matches; loudly, when the loss of a warm-up has hardly moved."""
     if module.after:
         table = Table("task", "rows", "loss before", "after", "exact before", "after")
         for task, after in module.after.items():
@@ -171,7 +191,7 @@ def show_losses(module: WarmupModule) -> None:
             table.add_row(task, f"{after['rows']:,.0f}", *numbers)
         console.print(table)
     warning = hardly_moved(*losses_of(module)["losses"].values())
-    if warning:
+    if warning and is_warmup:
         console.print(f"[bold red]warning:[/] {escape(warning)}")
 
 

@@ -108,8 +108,11 @@ class WarmupModule(LightningModule):
             measured[task] = {"loss": loss / rows, "accuracy": matches / rows, "rows": int(rows)}
         if self.trainer.sanity_checking:
             self.before = measured
+            if self.trainer.logger is not None:  # Lightning logs nothing of the sanity check
+                self.trainer.logger.log_metrics(logged(measured), step=0)
         else:
             self.after = measured
+            self.log_dict(logged(measured))
 
     def on_train_end(self) -> None:
         """Measures the tasks once more, wherever training ended (epochs, `max_steps`, `max_time`), and collects."""
@@ -172,6 +175,15 @@ class WarmupModule(LightningModule):
                     "a fit resumes with the settings it began with: give the same, or start again with --resume false"
                 )
         self.before = checkpoint["warmup"]["before"]
+
+
+def logged(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Measurements as loggers and `EarlyStopping(monitor=...)` know them.
+
+    >>> logged({"gqa": {"loss": 1.5, "accuracy": 0.25, "rows": 8}})
+    {'loss/gqa': 1.5, 'accuracy/gqa': 0.25}
+    """
+    return {f"{name}/{task}": float(found[name]) for task, found in measured.items() for name in ("loss", "accuracy")}
 
 
 def token_mean_loss(

@@ -1,5 +1,6 @@
 """`icons warmup` on a tiny LLaVA: what is drawn, trained, measured, written, resumed and refused."""
 
+import csv
 import json
 import os
 import signal
@@ -104,7 +105,8 @@ def test_without_tasks_rows_are_held_out(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_warmup_that_learns_nothing_says_so(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("warmup", **options(data, tmp_path, learning_rate=1e-9, projector_learning_rate=1e-9)) == 0
+    slow = {"learning_rate": 1e-9, "projector_learning_rate": 1e-9, "fraction": 0.5}
+    assert call("warmup", **options(data, tmp_path, **slow)) == 0
     assert "warning: the warm-up has hardly learned" in capsys.readouterr().out
 
 
@@ -218,3 +220,63 @@ def test_trainer_flags_are_passed_on() -> None:
     for strategy in ("fsdp", "deepspeed_stage_2"):
         assert trainer_flags({"devices": 2, "strategy": strategy}, 1, 1, "float32")["strategy"] == strategy
     assert "strategy" not in trainer_flags({"devices": 1}, 1, 1, "float32")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_logger_holds_every_step_with_rate_task_losses_and_settings(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ["--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'log'}", "--fraction=0.5"]
+    more += ["--epochs=2", "--task", f"a={LLAVA / 'data.json'}:{LLAVA}", "--trainer.val_check_interval=2"]
+    assert main(words(data, out, *more)) == 0
+    (metrics,) = (tmp_path / "log").rglob("metrics.csv")
+    with metrics.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    losses = {int(line["step"]): float(line["loss"]) for line in lines if line["loss"]}
+    assert sorted(losses) == list(range(6)), "from the first step on"
+    assert len([line for line in lines if any(name.startswith("lr-") and line[name] for name in line)]) == 6
+    measured = [float(line["loss/a"]) for line in lines if line["loss/a"]]
+    assert len(measured) == 1 + 3 + 1, "before, after every second step, and at the end"
+    manifest = open_warmup(out).manifest
+    assert measured[0] == pytest.approx(manifest["losses"]["before"]["a"])
+    assert measured[-1] == pytest.approx(manifest["losses"]["after"]["a"])
+    (settings,) = (tmp_path / "log").rglob("hparams.yaml")
+    assert "learning_rate: 0.01" in settings.read_text()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_callbacks_of_the_command_line_stop_a_fit_early(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    more = ["--fraction=0.5", "--epochs=9", "--task", f"a={LLAVA / 'data.json'}:{LLAVA}"]
+    more += [
+        "--trainer.val_check_interval=1",
+        "--trainer.callbacks=EarlyStopping",
+        "--trainer.callbacks.monitor=loss/a",
+    ]
+    more += ["--trainer.callbacks.stopping_threshold=100"]  # any loss is good enough
+    assert main(words(data, out, *more)) == 0
+    assert open_warmup(out).manifest["used"]["steps"] == 1
+
+
+def test_a_fit_without_a_terminal_reports_in_lines(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--fraction=0.5", "--held-out=0", "--trainer.enable_progress_bar=true"]
+    assert main(words(data, tmp_path / "out", *more)) == 0
+    assert "3/3 steps, " in capsys.readouterr().err
+
+
+def test_the_final_fine_tune_is_not_told_that_it_has_hardly_learned(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(data, tmp_path / "out", "--learning-rate=1e-9", "--held-out=0.2")) == 0
+    assert "hardly" not in capsys.readouterr().out
+
+
+def test_one_callback_or_several_and_a_checkpoint_of_the_users_own() -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    one = ModelCheckpoint()
+    assert trainer_flags({"callbacks": one}, 1, 1, "float32")["callbacks"] == [one]
+    assert trainer_flags({"callbacks": [one]}, 1, 1, "float32")["enable_checkpointing"] is True
+    assert trainer_flags({}, 1, 1, "float32")["callbacks"] == []
+    assert trainer_flags({"val_check_interval": 0.5}, 1, 1, "float32")["check_val_every_n_epoch"] == 1

@@ -8,7 +8,7 @@ import toy_predict as toy
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
-from icons.modules.progress import RowProgress
+from icons.modules.progress import ProgressLines, RowProgress
 from icons.modules.writer import GradientWriter
 
 pytestmark = [
@@ -58,10 +58,32 @@ def test_a_second_writer_shows_no_second_bar() -> None:
     bar = TQDMProgressBar()
     trainer = Trainer(callbacks=[bar], **FLAGS)
     first, second = RowProgress(trainer), RowProgress(trainer)
-    assert (first.bar.disable, second.bar.disable) == (False, True)
+    assert (first.as_lines, second.as_lines) == (True, False)
     second.advance(3)
     second.stop()
     assert bar.is_disabled
     first.stop()
     first.stop()
     assert bar.is_enabled
+
+
+def test_a_log_gets_a_line_a_minute_with_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    lines = ProgressLines("rows", 1200, clock=lambda: now[0])
+    for _ in range(12):
+        now[0] += 10
+        lines.advance(50, "loss 1")
+    assert capsys.readouterr().err.splitlines() == [
+        "300/1,200 rows, 5 a second, 0:01:00 so far, 0:03:00 left, loss 1",
+        "600/1,200 rows, 5 a second, 0:02:00 so far, 0:02:00 left, loss 1",
+    ]
+    unknown = ProgressLines("steps", 0, every_s=0.0, clock=lambda: now[0])
+    unknown.advance(3)
+    assert capsys.readouterr().err.startswith("3 steps, ")
+
+
+def test_without_a_terminal_a_prediction_ends_with_its_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predict(tmp_path / "s", [TQDMProgressBar()])
+    assert [line for line in capsys.readouterr().err.splitlines() if line.startswith("100/100 rows, ")]
