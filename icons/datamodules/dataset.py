@@ -97,7 +97,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         elif self.processor is None:
             self.template = OwnTemplate(self.tokenizer, f"template chat: {folder.model}", self.image_token())
         if folder.kind == "llava":
-            self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad)
+            self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad, trust_remote_code)
         self.text_limit = preprocessing.text_limit(self.tokenizer.model_max_length)
         self.dialect = self.detected() if dialect == "auto" else DIALECTS[dialect]
 

@@ -19,8 +19,17 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from icons.batch import Status
 from icons.datamodules.conversation import ImageRef
 from icons.datamodules.failed_row import FailedRowError as FailedRowError
+from icons.models.folder import own_code
 
 ARCHIVES = (".tar", ".zip")
+Image.init()
+# pillow opens more by itself, one of them with Ghostscript; AVIF only where its library was built in
+KNOWN = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+FORMATS: list[str] = [name for name in KNOWN if name in Image.OPEN]
+MAX_FILE_BYTES = 1 << 29
+"""Of an encoded image, in an archive as well as beside one: more than any of pillow's largest has uncompressed."""
+MAX_RATIO = 500
+"""Of an image's sides: processors resize by the shorter one, and a line of pixels becomes gigabytes."""
 
 
 class ImageSource:
@@ -59,7 +68,7 @@ class ImageSource:
 
         Raises:
             FailedRowError: IMAGE_MISSING, if there is none of this name inside the source; IMAGE_BROKEN, if it cannot
-                be read.
+                be read; TOO_LARGE, for more bytes than an image has.
         """
         if self.source is None:
             raise FailedRowError(Status.IMAGE_MISSING, f"image {name}: no image folder was given")
@@ -78,7 +87,10 @@ class ImageSource:
         assert self.source is not None
         path = self.source.joinpath(*parts)
         if path.is_file():
-            return path.read_bytes() if path.resolve().is_relative_to(self.root) else None
+            if not path.resolve().is_relative_to(self.root):
+                return None
+            check_bytes(path.stat().st_size, path.name)
+            return path.read_bytes()
         for depth in range(len(parts) - 1, 0, -1):
             for suffix in ARCHIVES:
                 archive = self.source.joinpath(*parts[:depth]).with_name(parts[depth - 1] + suffix)
@@ -132,6 +144,7 @@ class Archive:
         member = self.members.get(name)
         if member is None:
             return None
+        check_bytes(member.file_size if isinstance(member, zipfile.ZipInfo) else member[1], name)
         if isinstance(member, zipfile.ZipInfo):
             return read_zipped(self.path, member)
         offset, size = member
@@ -150,6 +163,11 @@ def read_zipped(path: Path, entry: zipfile.ZipInfo) -> bytes:
 EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
 
 
+def check_bytes(size: int, name: str) -> None:
+    if size > MAX_FILE_BYTES:
+        raise FailedRowError(Status.TOO_LARGE, f"image {name}: has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
+
+
 def plain(name: str) -> str:
     return name.removeprefix("./").lstrip("/")
 
@@ -160,8 +178,8 @@ def decode(content: bytes, name: str) -> Image.Image:
     Where the original clips 16-bit grey to white, the high byte is kept.
 
     Raises:
-        FailedRowError: TOO_LARGE, for more pixels than pillow's limit (89 million); IMAGE_BROKEN, if it cannot be
-            decoded to its end.
+        FailedRowError: TOO_LARGE, for more pixels than pillow's limit (89 million), or a side 500 times the other;
+            IMAGE_BROKEN, if it cannot be decoded to its end, or is none of `FORMATS`.
     """
     if not content:
         raise FailedRowError(Status.IMAGE_BROKEN, f"image {name} is an empty file")
@@ -169,11 +187,14 @@ def decode(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata and palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                check_sides(image, name)
                 if image.mode.startswith("I"):
                     grey = np.asarray(image).astype(np.int64)
                     return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
                 return image.convert("RGB")
+    except FailedRowError:
+        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise FailedRowError(Status.TOO_LARGE, f"image {name}: {error}") from None
     except UnidentifiedImageError:
@@ -182,17 +203,32 @@ def decode(content: bytes, name: str) -> Image.Image:
         raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: {error}") from None
 
 
+def check_sides(image: Image.Image, name: str) -> None:
+    short, long = sorted(image.size)
+    if long > MAX_RATIO * short:
+        raise FailedRowError(
+            Status.TOO_LARGE,
+            f"image {name}: is {image.width} x {image.height}; expected sides of at most 1 : {MAX_RATIO}",
+        )
+
+
 class PixelMaker:
     """CLIP's pixel values, equal to the original's bit for bit: by pillow, also where torchvision is installed.
 
     Args:
         folder: where the image processor's settings are; one of another kind than CLIP's is used as it is.
         pad: squares images first, with the processor's mean colour, so that its centre crop loses nothing.
+        trust_remote_code: whether a processor of another kind may be code of the folder's own.
+
+    Raises:
+        ValueError: it is, and may not.
     """
 
-    def __init__(self, folder: Path, pad: bool) -> None:
+    def __init__(self, folder: Path, pad: bool, trust_remote_code: bool = False) -> None:
         clip = processor_kind(folder).startswith(("CLIP", "Llava"))
-        self.processor = (CLIPImageProcessorPil if clip else AutoImageProcessor).from_pretrained(folder)
+        kind: Any = CLIPImageProcessorPil if clip else AutoImageProcessor
+        with own_code(folder):
+            self.processor = kind.from_pretrained(folder, trust_remote_code=trust_remote_code)
         self.pad = pad
         self.colour = tuple(int(value * 255) for value in self.processor.image_mean)
 
@@ -255,10 +291,19 @@ def processor_kind(folder: Path) -> str:
 
 
 def square(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
-    """The image in the middle of a square of this colour, as large as its longer side (LLaVA's `expand2square`)."""
+    """The image in the middle of a square of this colour, as large as its longer side (LLaVA's `expand2square`).
+
+    Raises:
+        FailedRowError: TOO_LARGE, for a square of more pixels than pillow's limit.
+    """
     if image.width == image.height:
         return image
-    side = max(image.size)
+    side, limit = max(image.size), Image.MAX_IMAGE_PIXELS
+    if limit is not None and side**2 > limit:
+        what = (
+            f"an image of {image.width} x {image.height}, squared, has {side**2:,} pixels; expected at most {limit:,}"
+        )
+        raise FailedRowError(Status.TOO_LARGE, what)
     padded = Image.new("RGB", (side, side), colour)
     padded.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return padded

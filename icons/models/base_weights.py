@@ -113,9 +113,9 @@ def projector_tensors(folder: ModelFolder, adapter: Path | None) -> dict[str, Te
     return {name.removeprefix(PROJECTOR): value for name, value in named.items() if name.startswith(PROJECTOR)}
 
 
-def pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+def pretrained(kind: Any, folder: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """`kind.from_pretrained`, but weights that transformers would make up are refused."""
-    model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options)
     made_up = sorted(info["missing_keys"])
     if made_up:
         raise ValueError(

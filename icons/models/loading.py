@@ -92,16 +92,17 @@ def empty_model(
     with torch.device("meta"):
         if folder.layout == "original":
             assert folder.vision_tower is not None
-            tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder.vision_tower))
+            tower = CLIPVisionModel(CLIPVisionConfig.from_pretrained(folder.vision_tower, trust_remote_code=False))
             model: Any = assemble(
                 LlamaForCausalLM(language_config(folder)), tower, folder.select_layer, folder.select_feature
             )
         else:
-            remote = {"trust_remote_code": trust_remote_code}
             with own_code(folder.model):
-                config = AutoConfig.from_pretrained(folder.model, **remote)
-            llava = folder.kind == "llava"
-            model = LlavaForConditionalGeneration(config) if llava else AUTO[folder.kind].from_config(config, **remote)
+                config = AutoConfig.from_pretrained(folder.model, trust_remote_code=trust_remote_code)
+            if folder.kind == "llava":
+                model = LlavaForConditionalGeneration(config)
+            else:
+                model = AUTO[folder.kind].from_config(config, trust_remote_code=trust_remote_code)
         return prepare(model, folder, None, lora, target, gradient_checkpointing=False)
 
 

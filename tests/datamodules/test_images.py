@@ -77,6 +77,46 @@ def test_a_decompression_bomb_is_too_large(limit: int, monkeypatch: pytest.Monke
     assert status_of(lambda: decode(encoded(RED), "x")) == Status.TOO_LARGE
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
+
+
+@pytest.mark.parametrize("content", [EPS, b"%PDF-1.4\n", b"<svg/>", b"\x00\x01\x00\x00FITS", b"BLP1" + bytes(60)])
+def test_only_formats_of_pictures_are_opened(content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*words: object, **options: object) -> None:
+        raise AssertionError(f"a program was started: {words}")
+
+    monkeypatch.setattr("subprocess.Popen", run)
+    assert status_of(lambda: decode(content, "photo.jpg")) == Status.IMAGE_BROKEN
+
+
+def test_a_line_of_pixels_that_would_become_gigabytes_is_too_large() -> None:
+    assert len(encoded(line := Image.new("RGB", (60_000, 1)))) < 1000
+    assert status_of(lambda: decode(encoded(line), "x")) == Status.TOO_LARGE
+    assert decode(encoded(Image.new("RGB", (500, 1))), "x").size == (500, 1)
+    assert status_of(lambda: square(Image.new("RGB", (10_000, 100)), (0, 0, 0))) == Status.TOO_LARGE
+    assert square(Image.new("RGB", (1_000, 100)), (0, 0, 0)).size == (1_000, 1_000)
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
+def test_a_member_of_gigabytes_is_too_large_and_is_not_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icons.datamodules.images.MAX_FILE_BYTES", 1 << 20)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(bytes((1 << 20) + 1))
+    source = tmp_path / "in"
+    if kind != "folder":
+        source = tmp_path / f"images.{kind}"
+        if kind == "zip":
+            with zipfile.ZipFile(source, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.write(tmp_path / "in" / "a.png", "a.png")
+            assert source.stat().st_size < 5_000
+        else:
+            with tarfile.open(source, "w") as archive:
+                archive.add(tmp_path / "in" / "a.png", "a.png")
+    assert status_of(lambda: ImageSource(source).read("a.png")) == Status.TOO_LARGE
+
+
 def test_16_bit_grey_keeps_its_high_byte() -> None:
     grey = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
     assert np.array_equal(np.asarray(decode(encoded(Image.fromarray(grey)), "x"))[..., 0], grey >> 8)

@@ -192,7 +192,8 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
 def images_only(folder: Path, trust_remote_code: bool) -> Any:
     """A processor without its part for videos, which transformers has for torchvision alone."""
     kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))]
-    processor = type(kind.__name__, (ImagesOnly, kind), {}).from_pretrained(folder)  # type: ignore[attr-defined]
+    made: Any = type(kind.__name__, (ImagesOnly, kind), {})
+    processor = made.from_pretrained(folder, trust_remote_code=trust_remote_code)
     warnings.warn(
         f"{folder}: {kind.__name__} works without its part for videos, and on images with pillow: torchvision is not "
         "installed; install it, or leave it out, for all stages alike: its pixel values differ a little",

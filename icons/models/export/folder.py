@@ -80,7 +80,7 @@ def export_model(
         if layout == "llava":
             write_llava(model, folder, partial, home=out)
         else:
-            write_huggingface(model, folder, partial)
+            write_huggingface(model, folder, partial, trust_remote_code)
         (partial / MERGED).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -88,7 +88,7 @@ def is_export(folder: Path) -> bool:
     return "layout" in read_object(folder / MERGED)
 
 
-def write_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
+def write_huggingface(model: Any, folder: ModelFolder, out: Path, trust_remote_code: bool) -> None:
     settings = model.generation_config
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         settings.do_sample = True  # Vicuna's own settings, which transformers refuses to write otherwise
@@ -99,7 +99,7 @@ def write_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
     if folder.kind == "llava":
         if folder.layout == "original":
-            add_image_token(model, folder, out)
+            add_image_token(model, folder, out, trust_remote_code)
         write_llava_huggingface(model, folder, out)
     else:
         with quiet():
@@ -144,10 +144,10 @@ OLD_PREFIXES = {
 }
 
 
-def add_image_token(model: Any, folder: ModelFolder, out: Path) -> None:
+def add_image_token(model: Any, folder: ModelFolder, out: Path, trust_remote_code: bool) -> None:
     """Extends tokenizer and vocabulary by `<image>` and `<pad>`, and writes the processor."""
     text = model.config.text_config
-    image, pad = write_processor(folder, model.config, out)
+    image, pad = write_processor(folder, model.config, out, trust_remote_code)
     size = -(-max(text.vocab_size, pad + 1) // MULTIPLE) * MULTIPLE
     table = model.get_input_embeddings()
     table.weight = nn.Parameter(with_mean_rows(table.weight.detach(), size))
@@ -192,7 +192,7 @@ def write_llava(model: Llava, folder: ModelFolder, out: Path, home: Path) -> Non
         core.vision_tower.save_pretrained(out / "vision_tower")
         processor = folder.image_processor
         assert processor is not None
-        CLIPImageProcessorPil.from_pretrained(processor).save_pretrained(out / "vision_tower")
+        CLIPImageProcessorPil.from_pretrained(processor, trust_remote_code=False).save_pretrained(out / "vision_tower")
     values = language_values(folder, text) | llava_values(folder, config, home) | {"vocab_size": size}
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if (values.get("pad_token_id") or 0) >= size:

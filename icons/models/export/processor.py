@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 from icons.models.base_weights import quiet
 from icons.models.export.tokenizer import fast_tokenizer
-from icons.models.folder import ModelFolder
+from icons.models.folder import ModelFolder, own_code
 
 IMAGE, PAD = "<image>", "<pad>"
 SYSTEM = (
@@ -34,7 +34,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_processor(folder: ModelFolder, config: Any, out: Path) -> tuple[int, int]:
+def write_processor(folder: ModelFolder, config: Any, out: Path, trust_remote_code: bool) -> tuple[int, int]:
     """Writes the files of tokenizer and processor.
 
     Token ids are those of training: LLaVA tokenises the text after an image on its own, which puts a word mark before
@@ -45,6 +45,7 @@ def write_processor(folder: ModelFolder, config: Any, out: Path) -> tuple[int, i
         folder: an original LLaVA.
         config: the exported model's.
         out: the folder.
+        trust_remote_code: whether the tokenizer may be code of the model's folder.
 
     Returns:
         The ids of `<image>` and `<pad>`.
@@ -56,8 +57,8 @@ def write_processor(folder: ModelFolder, config: Any, out: Path) -> tuple[int, i
     tokenizer = fast_tokenizer(folder.model, legacy)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (IMAGE, PAD)])
     tokenizer.save(str(out / "tokenizer.json"))
-    with quiet():
-        own: Any = AutoTokenizer.from_pretrained(folder.model)
+    with quiet(), own_code(folder.model):
+        own: Any = AutoTokenizer.from_pretrained(folder.model, trust_remote_code=trust_remote_code)
     template = own.chat_template
     if folder.template == "v1":
         template = CHAT_TEMPLATE.replace("MARK", "" if legacy or not sentencepiece else " ")
@@ -78,7 +79,7 @@ def write_processor(folder: ModelFolder, config: Any, out: Path) -> tuple[int, i
     if template:
         (out / "chat_template.jinja").write_text(template)
         write(out / "chat_template.json", {"chat_template": template})
-    CLIPImageProcessorPil.from_pretrained(folder.vision_tower).save_pretrained(out)
+    CLIPImageProcessorPil.from_pretrained(folder.vision_tower, trust_remote_code=False).save_pretrained(out)
     pixels = json.loads((out / "preprocessor_config.json").read_text())
     write(out / "preprocessor_config.json", pixels | {"processor_class": "LlavaProcessor"})
     processor = {
