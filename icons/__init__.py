@@ -17,6 +17,7 @@ Names are loaded when they are first used, so that `import icons` imports neithe
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ HOME = {
     "select": "icons.consensus",
 }
 __all__ = [*HOME]
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until somebody listens
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from icons.datamodules.easy_vqa import make_demo_data
 
 NUM_POOL, NUM_VALIDATION = 1000, 200
 LORA: dict[str, Any] = {"lora_rank": 16, "lora_alpha": 32.0}
-WARMUP: dict[str, Any] = {"fraction": 0.1, "epochs": 10, "batch_size": 16, "learning_rate": 5e-4}  # the demo's
+WARMUP: dict[str, Any] = {"fraction": 0.1, "epochs": 10, "batch_size": 16, "learning_rate": 5e-4}
 TRAININGS: dict[str, Any] = {"epochs": 4, "batch_size": 32, "learning_rate": 1e-3, "lora_dropout": 0.0}
 EXACT = {"exact, Adam": "adam", "exact, plain": "none", "exact, diagonal": "diagonal", "exact, sign": "sign"}
 DOT = {"dot product, Adam": "adam", "dot product, plain": "none"}

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
+from icons.cli.console import console
 from icons.cli.pairs import parse
 from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, retrain
@@ -18,13 +18,12 @@ from icons.datamodules.records import open_records
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
 from icons.modules.interruption import RESUME
-from icons.output import put
+from icons.output import mark, put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 from icons.validation.bakeoff import REFERENCES, Measure, tables
 from icons.validation.retraining import Retrainer, Retraining, side_by_side
 
-console = Console()
 SETTINGS, TABLE = "settings.json", "bakeoff.json"
 
 
@@ -107,6 +106,7 @@ def bakeoff(
     names = list(dict.fromkeys([*REFERENCES, *rules]))
     files = parse_tasks(task)
     planned = {pool: pool.trainings(names, fractions, seeds) for pool in pools}  # all refusals before any training
+    mark(out, "validate")
     retrainers = {}
     for pool in pools:
         folder = pool.folder(out)

@@ -52,23 +52,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"icons: no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
-    from icons.cli.parser import parse, trainer_help
+    from icons.cli.parser import LOUDNESS, parse, trainer_help
 
-    if "--help-trainer" in words:
-        defaults = importlib.import_module(f"icons.cli.{name}").TRAINER
-        print(trainer_help(name, defaults))
-        return 0
+    loudness = {option.removeprefix("--"): option in words for option in LOUDNESS}
+    words = [word for word in words if word not in LOUDNESS]
     try:
+        if "--help-trainer" in words:
+            print(trainer_help(name, importlib.import_module(f"icons.cli.{name}").TRAINER))
+            return 0
         options: Any = parse(name, options_of(name), words[1:])
+        from icons.cli.console import listen
+
+        listen(**loudness)
+        return command_of(name)(options) or 0
     except SystemExit as stop:  # argparse has printed the help, or the usage error
         return int(stop.code or 0)
-    try:
-        return command_of(name)(options) or 0
+    except ModuleNotFoundError as error:
+        from icons.cli.extras import missing
+
+        said = missing(error.name or "", name)
+        if said is None or os.environ.get("ICONS_TRACEBACK"):
+            raise
+        return user_error(name, said)
     except (ValueError, TypeError, OSError) as error:
         if os.environ.get("ICONS_TRACEBACK"):
             raise
-        print(f"icons {name}: error: {error}", file=sys.stderr)
-        return USER_ERROR
+        return user_error(name, error)
+
+
+def user_error(name: str, error: object) -> int:
+    print(f"icons {name}: error: {error}", file=sys.stderr)
+    return USER_ERROR
 
 
 def call(name: str, **options: Any) -> int:

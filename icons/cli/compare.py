@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from icons.cli.console import console
 from icons.cli.options.compare import CompareOptions
 from icons.consensus import matrix_of
 from icons.consensus.overlap import Overlap, overlap, task_overlap
@@ -18,7 +18,6 @@ from icons.output import check_output, put, read_object
 from icons.store import ScoreStore
 
 MADE_BY = "icons compare"
-console = Console()
 
 
 def compare(options: CompareOptions) -> int:

@@ -14,10 +14,11 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 
 from icons.cli.command_line import call
+from icons.cli.console import console
+from icons.cli.extras import require
 from icons.cli.options.demo import DemoOptions
 from icons.consensus.selection_file import open_selection
 from icons.datamodules.easy_vqa import POOL, DemoData, make_demo_data
@@ -26,7 +27,6 @@ from icons.models.pinned_settings import claim
 from icons.output import check_output, is_marked, mark, put
 from icons.store import ScoreStore
 
-console = Console()
 MIB = 2**20
 
 
@@ -68,6 +68,7 @@ def demo(options: DemoOptions) -> int:
     """Runs the method on easy-VQA: data, warm-up, gradients, influence, selection, fine-tunes, report."""
     if options.seeds < 1:
         raise ValueError(f"--seeds {options.seeds}: expected at least 1 random subset to compare with")
+    require("easy_vqa", "matplotlib", command="demo")
     check_output(
         options.out, kind="folder", inputs={}, ours=partial(is_marked, command="demo"), overwrite=options.overwrite
     )

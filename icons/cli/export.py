@@ -1,13 +1,10 @@
 """`icons export`: the fine-tuned model as one folder, for evaluation."""
 
-from rich.console import Console
-
+from icons.cli.console import console
 from icons.cli.options.export import ExportOptions
 from icons.models.export.folder import export_model
 from icons.models.folder import ModelFolder
 from icons.models.warmup_folder import open_warmup
-
-console = Console()
 
 
 def export(options: ExportOptions) -> int:

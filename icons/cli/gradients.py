@@ -5,9 +5,8 @@ from functools import partial
 from typing import Any
 
 from lightning import Trainer
-from rich.console import Console
-from rich.markup import escape
 
+from icons.cli.console import bars, console, warn
 from icons.cli.estimate import plan_gradients_run
 from icons.cli.model_source import ModelSource
 from icons.cli.options.gradients import GradientsOptions
@@ -23,7 +22,6 @@ from icons.projection import PROJECTORS, Several
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 from icons.store.former import holds_store
 
-console = Console()
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 
@@ -40,7 +38,7 @@ def gradients(options: GradientsOptions) -> int:
         preprocessing={"template": options.template, "max_length": options.max_length, "preset": options.preset},
     )
     if source.warning:
-        console.print(f"[yellow]warning:[/] {escape(source.warning)}", soft_wrap=True)
+        warn(source.warning)
     differentiates = options.collect in DIFFERENTIATED
     if not differentiates:
         console.print(f"{options.collect}: stored as it is; --projector, --dim and --preconditioner are for gradients")
@@ -182,7 +180,7 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
-    return TRAINER | (trainer or {}) | FIXED
+    return TRAINER | bars() | (trainer or {}) | FIXED
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:

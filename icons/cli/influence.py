@@ -4,19 +4,16 @@ from functools import partial
 
 import numpy as np
 from lightning.fabric import Fabric
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from icons.cli.console import console, warn
 from icons.cli.options.influence import InfluenceOptions
 from icons.cli.pairs import parse, places
 from icons.modules.scoring import Scoring, blocks_of
 from icons.output import check_output
 from icons.store import ScoreStore
 from icons.store.former import holds_store
-
-console = Console()
 
 
 def influence(options: InfluenceOptions) -> int:
@@ -85,4 +82,4 @@ def report(scores: ScoreStore) -> None:
         table.add_row(name, f"{scores.manifest['num_validation'][place]:,}", *cells)
     console.print(table)
     for text in scores.manifest.get("warnings", []):
-        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        warn(text)

@@ -21,6 +21,11 @@ from jsonargparse.typing import restricted_string_type
 from icons.cli.tables import PACKAGE, TABLES
 
 LOADER = "icons"
+LOUDNESS = {
+    "--quiet": "print warnings and results alone",
+    "--verbose": "print all that helps to find a fault, Lightning's log too",
+}
+"""Options of every command, taken off the line before the others are read."""
 
 
 def parse(name: str, options: type, words: Sequence[str]) -> Any:
@@ -42,7 +47,9 @@ def parse(name: str, options: type, words: Sequence[str]) -> Any:
 
 
 def own(config: Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(config).items() if name not in ("config", "trainer")}
+    return {
+        name: value for name, value in vars(config).items() if name not in ("config", "trainer", "quiet", "verbose")
+    }
 
 
 def parser_of(name: str, options: type) -> jsonargparse.ArgumentParser:
@@ -57,6 +64,8 @@ def parser_of(name: str, options: type) -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of these options, or a recipe's name")
+    for option, does in LOUDNESS.items():
+        parser.add_argument(option, action="store_true", help=does)
     hints, texts = get_type_hints(options), documented(options)
     for heading, placed in headed(options).items():
         group = parser.add_argument_group(heading)

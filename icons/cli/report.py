@@ -5,9 +5,9 @@ from functools import partial
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
 
 from icons.batch import Status
+from icons.cli.console import console
 from icons.cli.options.report import ReportOptions
 from icons.consensus.selection_file import manifest_path, open_selection
 from icons.datamodules.conversation import ImageRef
@@ -18,8 +18,6 @@ from icons.output import check_output, is_marked, mark, put
 from icons.report.build import Chosen, Pool, build
 from icons.report.page import is_page, render, write_pictures
 from icons.store import ScoreStore
-
-console = Console()
 
 
 def report(options: ReportOptions) -> int:

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Trainer
-from rich.console import Console
-from rich.markup import escape
 
 from icons.batch import Status
+from icons.cli.console import console, warn
 from icons.cli.gradients import TRAINER as TRAINER
 from icons.cli.gradients import predict_flags, replaces, summary
 from icons.cli.model_source import ModelSource
@@ -29,8 +28,6 @@ from icons.projection import PROJECTORS
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 from icons.store.former import holds_store
 from icons.store.manifest import check_compatible
-
-console = Console()
 
 
 def score(options: ScoreOptions) -> int:
@@ -85,7 +82,7 @@ def score(options: ScoreOptions) -> int:
             preprocessing={},
         )
         if source.warning:
-            console.print(f"[yellow]warning:[/] {escape(source.warning)}", soft_wrap=True)
+            warn(source.warning)
         model = source.load(
             target=options.target,
             dtype=options.model_dtype,

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from icons.batch import Status
+from icons.cli.console import console, warn
 from icons.cli.options.select import SelectOptions
 from icons.cli.pairs import parse, places
 from icons.consensus import Pairs, Selection
@@ -25,8 +24,6 @@ from icons.datamodules.training_formats import MADE_BY, facts_of, write_training
 from icons.output import check_output, is_marked
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
-
-console = Console()
 
 
 def select(options: SelectOptions) -> int:
@@ -146,8 +143,8 @@ def check_data(store: ScoreStore, index: RecordSource, data: Path) -> None:
     missing = store.counts()["missing"]
     if missing:
         raise ValueError(
-            f"scores {store.path}: {missing:,} of {store.num_rows:,} rows are not scored yet; run the same `icons "
-            "influence` line again to finish them"
+            f"scores {store.path}: {missing:,} of {store.num_rows:,} rows are not scored yet; run the line "
+            "that made this store again to finish them"
         )
     if len(index) != store.num_rows:
         raise ValueError(
@@ -260,4 +257,4 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
             soft_wrap=True,
         )
     for text in store.manifest.get("warnings", []):
-        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        warn(text)

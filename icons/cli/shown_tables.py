@@ -3,10 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-console = Console()
+from icons.cli.console import console
 
 
 def show(content: Mapping[str, Any]) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from rich.console import Console
 
 from icons.cli.bakeoff import bakeoff, pools_of
+from icons.cli.console import console
 from icons.cli.options.validate import ValidateOptions
 from icons.cli.pairs import parse, places
 from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, retrain
+from icons.datamodules.record_lists import readable, value_at
 from icons.datamodules.records import RecordSource, open_records
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
@@ -33,7 +34,6 @@ from icons.validation.datamodel import (
 )
 from icons.validation.retraining import Retrainer, Retraining, side_by_side
 
-console = Console()
 Scores = dict[str, Float[np.ndarray, "rows tasks"]]
 Losses = dict[str, Float[np.ndarray, "seeds tasks"]]
 PARTS = ("without-top", "without-bottom", "without-random")
@@ -70,7 +70,6 @@ def validate(options: ValidateOptions) -> int:
         ours=partial(is_marked, command="validate"),
         overwrite=options.overwrite,
     )  # fmt: skip
-    mark(options.out, "validate")
     if options.rule:
         return bakeoff(
             pools_of(options.data, options.scores, options.images, options.pool or []),
@@ -104,6 +103,7 @@ def validate(options: ValidateOptions) -> int:
         for again in range(options.counterfactual_seeds):
             parts = without(methods[first], options.counterfactual, options.seed + again)
             trainings += [Retraining(numbered(name, again), rows, options.seed + again) for name, rows in parts.items()]
+    mark(options.out, "validate")
     claim(
         options.out / SETTINGS,
         settings
@@ -192,14 +192,7 @@ def without(scores: Float[np.ndarray, "rows tasks"], share: float, seed: int) ->
 
 def provenance(index: RecordSource, field: str) -> np.ndarray:
     """Each record's field, as text; empty where it has none."""
-    found = []
-    for row in range(len(index)):
-        try:
-            record = index.light(row)
-        except ValueError:
-            record = None
-        found.append(str(record.get(field, "")) if isinstance(record, dict) else "")
-    return np.array(found)
+    return np.array([str(value_at(record, field, "")) for record in readable(index)])
 
 
 def table(

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from rich.table import Table
 
+from icons.cli.console import bars, console, warn
 from icons.cli.cost import ModelSize, Workload
 from icons.cli.estimate import evenly, plan_warmup
 from icons.cli.options.warmup import WarmupOptions
@@ -20,18 +22,16 @@ from icons.models.warmup_folder import is_warmup, save_warmup
 from icons.modules.fit import TRAINER as TRAINER
 from icons.modules.fit import (
     already_done,
-    console,
     losses_of,
     ranks_of,
     remove,
     resolved_dtype,
     run_fit,
     say,
-    show_losses,
     trainer_flags,
 )
 from icons.modules.fit_checkpoint import LAST
-from icons.modules.warmup import WarmupModule
+from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark
 from icons.store.manifest import versions
 
@@ -57,7 +57,7 @@ def warmup(options: WarmupOptions) -> int:
         ours=is_warmup,
         overwrite=options.overwrite,
     )  # fmt: skip
-    flags = trainer_flags(options.trainer or {}, options.epochs, options.accumulate, computed_in)
+    flags = trainer_flags(bars() | options.trainer, options.epochs, options.accumulate, computed_in)
     datamodule = ConversationDataModule(
         options.data,
         options.images,
@@ -89,7 +89,7 @@ def warmup(options: WarmupOptions) -> int:
     share = f"{len(rows):,} of {num_rows:,} rows ({len(rows) / num_rows:.1%})"
     if len(rows) > math.ceil(options.fraction * num_rows):
         asked = f"{options.fraction:.1%} of {num_rows:,} rows"
-        say(f"[yellow]{asked} is little to learn from: taking {share}[/] (--min-rows)")
+        say(f"{asked} is little to learn from: taking {share} (--min-rows)")
     if options.dry_run:
         empty = empty_model(folder, lora=lora, target=target, trust_remote_code=options.trust_remote_code)
         size = ModelSize.of(empty, folder.image_tokens)
@@ -155,6 +155,21 @@ def warmup(options: WarmupOptions) -> int:
         show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
         say(f"{ended.global_step:,} steps; the adapter and Adam's moments are in {options.out}")
     return 0
+
+
+def show_losses(module: WarmupModule, is_warmup: bool) -> None:
+    """Prints the tasks' losses and exact matches; loudly, when the loss of a warm-up has hardly moved."""
+    if module.after:
+        table = Table("task", "rows", "loss before", "after", "exact before", "after")
+        for task, after in module.after.items():
+            before = module.before.get(task, {})
+            loss, exact = before.get("loss", float("nan")), before.get("accuracy", float("nan"))
+            numbers = [f"{loss:.4f}", f"{after['loss']:.4f}", f"{exact:.1%}", f"{after['accuracy']:.1%}"]
+            table.add_row(task, f"{after['rows']:,.0f}", *numbers)
+        console.print(table)
+    warning = hardly_moved(*losses_of(module)["losses"].values())
+    if warning and is_warmup:
+        warn(warning)
 
 
 def retrain(**options: Any) -> int:

@@ -1,6 +1,6 @@
 """Lists of records: files of rows or ids, the records' ids, and their sources."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +75,34 @@ def ids_of(index: RecordSource, rows: Sequence[int]) -> list[str]:
     return [index.id(row) for row in rows]
 
 
-def sources_of(index: RecordSource, field: str | None) -> Sources:
-    """The source of every record: a field of it (dotted for one inside another), or the first folder of its image."""
-    names: dict[str, int] = {}
-    codes = np.empty(len(index), np.int32)
+def readable(index: RecordSource) -> Iterator[Mapping[str, Any] | None]:
+    """The records in order; None for one that cannot be read or is no object."""
     for row in range(len(index)):
         try:
             record = index.light(row)
         except RecordError:
             record = None
-        source = source_of(record, field) if isinstance(record, Mapping) else "(unreadable)"
+        yield record if isinstance(record, Mapping) else None
+
+
+def value_at(record: Mapping[str, Any] | None, field: str, default: Any = None) -> Any:
+    """A field of a record; dots reach inside.
+
+    >>> value_at({"provenance": {"kind": "wrong"}}, "provenance.kind"), value_at({"provenance": 1}, "provenance.kind")
+    ('wrong', None)
+    """
+    value: Any = record
+    for key in field.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return default if value is None else value
+
+
+def sources_of(index: RecordSource, field: str | None) -> Sources:
+    """The source of every record: a field of it (dotted for one inside another), or the first folder of its image."""
+    names: dict[str, int] = {}
+    codes = np.empty(len(index), np.int32)
+    for row, record in enumerate(readable(index)):
+        source = "(unreadable)" if record is None else source_of(record, field)
         codes[row] = names.setdefault(source, len(names))
     return Sources(codes, list(names))
 
@@ -98,10 +116,7 @@ def source_of(record: Mapping[str, Any], field: str | None) -> str:
     ('coco', 'text only')
     """
     if field is not None:
-        value: Any = record
-        for key in field.split("."):
-            value = value.get(key) if isinstance(value, Mapping) else None
-        return "(none)" if value is None else str(value)
+        return str(value_at(record, field, "(none)"))
     try:
         images = images_of(record)
     except FailedRowError:

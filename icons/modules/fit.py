@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,15 +14,12 @@ import torch
 from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from icons.models.warmup_folder import MANIFEST
 from icons.modules.fit_checkpoint import LAST, FitCheckpoint, Interrupted
 from icons.modules.interruption import interrupted_status
 from icons.modules.progress import FitProgress
-from icons.modules.warmup import WarmupModule, hardly_moved
+from icons.modules.warmup import WarmupModule
 
 PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 TRAINER: dict[str, Any] = {
@@ -34,13 +32,13 @@ TRAINER: dict[str, Any] = {
     "enable_model_summary": False,
 }
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-console = Console()
+log = logging.getLogger(__name__)
 
 
 @rank_zero_only
-def say(text: Any) -> None:
-    """Prints on one rank of many."""
-    console.print(text)
+def say(text: str) -> None:
+    """Logs on one rank of many."""
+    log.info(text)
 
 
 def resolved_dtype(dtype: Dtype) -> Literal["float32", "bfloat16", "float16"]:
@@ -136,10 +134,10 @@ def run_fit(
     if not resume:
         clear(out)
     if last.exists():
-        say(f"going on with the interrupted fit in {escape(str(last))}")
+        say(f"going on with the interrupted fit in {last}")
     callbacks = [FitCheckpoint(out, minutes, seed), *as_list(flags.get("callbacks"))]
     if flags.get("enable_progress_bar", True):
-        in_terminal = console.is_terminal
+        in_terminal = sys.stdout.isatty()
         callbacks.append(RichProgressBar() if in_terminal else FitProgress())
         flags = {**flags, "enable_progress_bar": in_terminal}  # else Lightning adds a bar of its own
     if flags.get("logger"):
@@ -151,7 +149,7 @@ def run_fit(
         try:
             runner.fit(module, datamodule=datamodule, ckpt_path=last if last.exists() else None)
         except Interrupted as stop:
-            say(f"[yellow]{escape(str(stop))}; run the same line again to go on[/]")
+            say(f"{stop}; run the same line again to go on")
             return interrupted_status(runner)
     return runner
 
@@ -180,24 +178,13 @@ def losses_of(module: WarmupModule) -> dict[str, Any]:
     }
 
 
-def show_losses(module: WarmupModule, is_warmup: bool) -> None:
-    """Prints the tasks' losses and exact matches; loudly, when the loss of a warm-up has hardly moved."""
-    if module.after:
-        table = Table("task", "rows", "loss before", "after", "exact before", "after")
-        for task, after in module.after.items():
-            before = module.before.get(task, {})
-            loss, exact = before.get("loss", float("nan")), before.get("accuracy", float("nan"))
-            numbers = [f"{loss:.4f}", f"{after['loss']:.4f}", f"{exact:.1%}", f"{after['accuracy']:.1%}"]
-            table.add_row(task, f"{after['rows']:,.0f}", *numbers)
-        console.print(table)
-    warning = hardly_moved(*losses_of(module)["losses"].values())
-    if warning and is_warmup:
-        console.print(f"[bold red]warning:[/] {escape(warning)}")
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's advertising, and without the warnings that nobody can act on."""
+    """Without Lightning's advertising, and without the warnings that nobody can act on; all of them where this
+    package's own log is asked for every detail."""
+    if logging.getLogger("icons").isEnabledFor(logging.DEBUG):
+        yield
+        return
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)

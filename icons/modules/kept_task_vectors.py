@@ -1,12 +1,11 @@
 """The task vectors of `icons score`: kept ones from their folder, the others computed."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning import Trainer
-from rich.console import Console
-from rich.markup import escape
 from torch import nn
 
 from icons.datamodules.datamodule import ConversationDataModule
@@ -16,7 +15,7 @@ from icons.modules.task_vectorizer import MADE_FROM, TaskVector, TaskVectorizer
 from icons.partition import Partition, UnitPlan, assign
 from icons.store.manifest import check_compatible
 
-console = Console()
+log = logging.getLogger(__name__)
 
 
 def describe_vectors(
@@ -68,7 +67,6 @@ def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
     try:
         check_compatible(TaskVector.load(file).manifest, manifest, MADE_FROM, str(file), "this run")
     except ValueError as difference:
-        said = escape(str(difference))
-        console.print(f"[yellow]computing the task vector anew:[/] {said}", soft_wrap=True)
+        log.info("computing the task vector anew: %s", difference)
         return False
     return True

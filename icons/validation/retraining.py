@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import signal
 import time
@@ -24,7 +25,7 @@ from icons.store.lease import Leases
 from icons.store.storage import Storage
 
 LOSSES, ROWS, FIT = "losses.json", "rows.npy", "fit"
-console = Console()
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Retrainer:
             return False
         try:
             if self.losses(one) is None:  # its last owner may have finished it meanwhile
-                console.print(f"[bold]{one.name}[/]{said}: {len(one.rows):,} rows")
+                log.info("%s%s: %s rows", one.name, said, f"{len(one.rows):,}")
                 if status := self.train(one):
                     raise Unfinished(status)
         finally:
@@ -169,7 +170,7 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
     retrainer.out.mkdir(parents=True, exist_ok=True)
     for process in processes:
         process.start()
-    with forwarded(processes), console.status("") as shown:
+    with forwarded(processes), Console(stderr=True).status("") as shown:
         while any(process.is_alive() for process in processes):
             done = sum((retrainer.out / one.name / LOSSES).is_file() for one in retrainings)
             shown.update(f"{done:,} of {len(retrainings):,} models trained, {workers} at a time")
@@ -177,9 +178,9 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
     statuses = [process.exitcode or 0 for process in processes]
     for place, status in enumerate(statuses):
         if status not in (0, RESUME, -signal.SIGTERM):
-            log = retrainer.out / f"worker-{place}.log"
-            last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-            raise ValueError(f"worker {place}: ended with exit status {status}; its log {log} ends with: {last}")
+            file = retrainer.out / f"worker-{place}.log"
+            last = (file.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+            raise ValueError(f"worker {place}: ended with exit status {status}; its log {file} ends with: {last}")
     return RESUME if any(statuses) else 0
 
 
@@ -200,10 +201,13 @@ def work(retrainer: Retrainer, retrainings: list[Retraining], place: int, thread
     flags = own_device(retrainer.settings.get("trainer") or {}, place, torch.cuda.device_count())
     settings = {**retrainer.settings, "trainer": {"enable_progress_bar": False, **flags}}
     with (
-        (retrainer.out / f"worker-{place}.log").open("w", buffering=1) as log,
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
+        (retrainer.out / f"worker-{place}.log").open("w", buffering=1) as output,
+        contextlib.redirect_stdout(output),
+        contextlib.redirect_stderr(output),
     ):
+        logger = logging.getLogger("icons")
+        logger.setLevel(logging.INFO)
+        logger.addHandler(logging.StreamHandler(output))
         try:
             status = replace(retrainer, settings=settings).run(retrainings, f" (worker {place})")
         except (ValueError, TypeError, OSError) as error:

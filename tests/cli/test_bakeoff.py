@@ -93,7 +93,7 @@ def test_pairs_are_pools_where_there_are_several(tmp_path: Path) -> None:
     ]
     assert run(pool, out, "--rule", "max", "--rule", "rank", "--seeds", 2, "--pool", more[0], "--pool", more[1]) == 0
     assert len(list(out.glob("*/*/rows.npy"))) == 3 * 4 * 2
-    assert {path.name for path in out.iterdir()} == {"ours", "b", "c", "bakeoff.json"}
+    assert {path.name for path in out.iterdir()} == {".icons.json", "ours", "b", "c", "bakeoff.json"}
     content = json.loads((out / "bakeoff.json").read_text())
     assert [row[0] for row in content["rows"]] == ["vote", "max", "rank"]
     assert "3 pools, 2 seeds each" in content["text"]

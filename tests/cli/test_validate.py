@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from icons.cli import command_line as cli
+from icons.cli.validate import provenance
+from icons.datamodules.records import open_records
 from icons.report.comparison import validation
 from icons.store import ScoreStore
 
@@ -138,3 +140,10 @@ def test_refuses_scores_of_something_else(
     assert run(pool, store, tmp_path / "out") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_records_are_told_by_a_field_inside_another(tmp_path: Path) -> None:
+    records = [{"meta": {"kind": "wrong"}}, {"meta": {"kind": "right"}}, {"meta": "wrong"}, "no object", {}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(records))
+    assert provenance(open_records(file), "meta.kind").tolist() == ["wrong", "right", "", "", ""]

@@ -1,0 +1,38 @@
+"""Where commands speak: one console, which also shows what the library says through `logging`."""
+
+import logging
+
+from rich.console import Console
+from rich.markup import escape
+
+console = Console()
+_never_quiet = Console()
+
+
+def warn(text: str) -> None:
+    """Prints a warning, with `--quiet` too."""
+    _never_quiet.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+
+def bars() -> dict[str, bool]:
+    """The Trainer's flag that takes its progress bar away, where only warnings and results are asked for."""
+    return {"enable_progress_bar": False} if console.quiet else {}
+
+
+class ConsoleHandler(logging.Handler):
+    """The library's log on the console: warnings as such, the rest as it is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            warn(record.getMessage())
+        else:
+            console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+
+
+def listen(quiet: bool = False, verbose: bool = False) -> None:
+    """Shows the library's log from now on: warnings alone, or also what it does, or also what helps to find a fault."""
+    console.quiet = quiet
+    logger = logging.getLogger("icons")
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    if not any(isinstance(handler, ConsoleHandler) for handler in logger.handlers):
+        logger.addHandler(ConsoleHandler())
