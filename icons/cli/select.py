@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
+from rich.table import Column, Table
 
 from icons.batch import Status
 from icons.cli.console import console, warn
+from icons.cli.health import measure, show
 from icons.cli.options.select import SelectOptions
 from icons.cli.pairs import parse, places
 from icons.consensus import Pairs, Selection
@@ -67,6 +68,7 @@ def select(options: SelectOptions) -> int:
             before = chosen
             chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
             num_near = len(np.setdiff1d(before.rows, chosen.rows))
+        health = measure(chosen, loaded, index, options.source_field, options.seed) if options.health else None
     found = border(chosen, loaded.influence, loaded.stderr, store.manifest.get("dim"))
     if options.table is not None:
         write_table(options.table, columns(chosen, loaded, index))
@@ -82,6 +84,8 @@ def select(options: SelectOptions) -> int:
         "exclude": str(options.exclude) if options.exclude else None,
     }
     made_from = manifest(chosen, store, index, found, given)
+    if health is not None:
+        made_from["health"] = health.plain()
     if options.format is None:
         index.write_selection(chosen.rows.tolist(), options.out)
     else:
@@ -89,6 +93,8 @@ def select(options: SelectOptions) -> int:
         write_training_data(index, chosen.rows.tolist(), options.out, options.format, image_root=root, card=card)
     save_manifest(options.out, chosen.rows, made_from, options.table)
     summary(chosen, store, options.out, found, num_near)
+    if health is not None:
+        show(health, console)
     return 0
 
 
@@ -240,9 +246,9 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
     """Prints the votes, and what is certain."""
     pool = np.bincount(chosen.votes[np.isfinite(chosen.score)], minlength=len(chosen.tasks) + 1)
     taken = np.bincount(chosen.votes[chosen.rows], minlength=len(chosen.tasks) + 1)
-    table = Table("votes", *(f"{votes}" for votes in range(len(pool))))
-    table.add_row("pool", *(f"{rows:,}" for rows in pool))
-    table.add_row("selected", *(f"{rows:,}" for rows in taken))
+    table = Table(*(Column(name, justify="right") for name in ("votes", "pool", "selected")))
+    for votes, (rows, chosen_rows) in enumerate(zip(pool.tolist(), taken.tolist(), strict=True)):
+        table.add_row(f"{votes}", f"{rows:,}", f"{chosen_rows:,}")
     console.print(table)
     failed = store.counts()["failed"]
     said = f"{out}: {len(chosen.rows):,} of {len(chosen.votes):,} rows selected by {chosen.method}"

@@ -58,9 +58,8 @@ def opened(
     lacking = [name for name in wanted if name not in paths]
     if not trains or lacking:
         raise ValueError(
-            f"scores {store.path}: this rule needs the gradients of training and validation rows, and the score store "
-            "names none (it was made without them); expected --train STORE and --task NAME=STORE for "
-            f"{', '.join(lacking or wanted)}"
+            f"scores {store.path}: names no gradients of training and validation rows (it was made without them); "
+            f"expected --train STORE and --task NAME=STORE for {', '.join(lacking or wanted)}"
         )
     found = [GradientStore.open(path) for path in trains]
     for source, entry in zip(found, entries, strict=False):

@@ -102,7 +102,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     exact = ScoreStore.create(tmp_path / "exact.zarr", num_rows=4, tasks=["a"], manifest={"tasks": {"a": {}}})
     exact.write_unit(0, np.ones((4, 1), np.float32), np.zeros((4, 1), np.float32), np.ones(4, np.uint8))
     with pytest.raises(
-        ValueError, match=r"balanced: .*this rule needs the gradients.*--train STORE and --task NAME=STORE for a"
+        ValueError,
+        match=r"balanced: .*names no gradients of .*--train STORE and --task NAME=STORE for a",
     ):
         select(exact, method="balanced")
     with pytest.raises(ValueError, match="coverage: got scores without gradients; expected a score store"):

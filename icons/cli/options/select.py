@@ -69,5 +69,8 @@ class SelectOptions:
     task: list[str] | None = field(default=None, metadata=PAIRS)
     """NAME=STORE, gradient store of a task's validation rows, for rules that read single ones; several checkpoints:
     NAME=STORE1,STORE2; default: those the scores were made from"""
+    health: bool = True
+    """say what the scores themselves tell of the selection: validation rows it hurts, redundancy, composition, each
+    against random rows; one pass over the gradients"""
     overwrite: bool = False
     """write --out and --table even where something lies that is no former selection, unchanged"""

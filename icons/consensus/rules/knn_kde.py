@@ -7,7 +7,7 @@ from torch import Tensor
 
 from icons.consensus.nearest import nearest_with_products
 from icons.consensus.rules.evidence import Evidence
-from icons.consensus.rules.herding import UnitRows
+from icons.consensus.unit_rows import UnitRows
 
 SKETCH_DIM = 256
 REFERENCE_ROWS = 1 << 16

@@ -1,0 +1,133 @@
+"""The health of a selection as `icons select` and `icons report` say it: measured from stores and records."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from icons.consensus import Pairs, Selection
+from icons.consensus.composition import Kind, composition
+from icons.consensus.health import WHAT_TO_DO, Health
+from icons.consensus.random_sets import Compared
+from icons.datamodules.records import RecordSource, open_records
+from icons.datamodules.traits import read_traits
+from icons.scores import Scorer
+
+MOST_RECORDS, MOST_OF_TASK = 50_000, 2_000
+"""Records read for the composition: of the pool, and of each task."""
+MOST_KINDS = 5
+
+
+@runtime_checkable
+class Known(Protocol):
+    """What is measured from: a score store, and its gradients on demand."""
+
+    kept: Pairs | None
+    manifest: Mapping[str, Any]
+    tasks: list[str]
+
+    def scorer(self, pairwise: bool) -> Scorer: ...
+
+
+def measure(chosen: Selection, known: Known, records: RecordSource, source_field: str | None, seed: int) -> Health:
+    """The measures of a selection; what cannot be measured is a note."""
+    scored, notes = np.isfinite(chosen.percentile_rank), list[str]()
+    kinds = found_kinds(chosen, known, records, source_field, seed, notes)
+    gradients: Scorer | None = None
+    try:
+        gradients = known.scorer(True)
+    except (ValueError, OSError) as error:
+        notes.append(f"hurt validation rows and redundancy are not measured: {error}")
+    groups = known.manifest.get("groups") or {}
+    return Health.of(chosen.rows, scored, gradients, groups, known.kept, kinds, notes, seed)
+
+
+def found_kinds(
+    chosen: Selection, known: Known, records: RecordSource, source_field: str | None, seed: int, notes: list[str]
+) -> list[Kind]:
+    """What selection, pool and tasks are made of, by a seeded sample of the pool where it is large."""
+    num_rows, generator = len(chosen.votes), np.random.default_rng(seed)
+    rows = np.sort(generator.permutation(num_rows)[:MOST_RECORDS])
+    selected = np.zeros(num_rows, bool)
+    selected[chosen.rows] = True
+    asked = {}
+    for task in known.tasks:
+        files = task_files(known.manifest, task)
+        try:
+            parts = [task_traits(file, source_field, generator) for file in files]
+        except (OSError, ValueError) as error:
+            notes.append(f"what {task} asks is not known: {error}")
+            continue
+        if parts:
+            asked[task] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        else:
+            notes.append(f"what {task} asks is not known: the score store does not name its data file")
+    return composition(read_traits(records, rows.tolist(), source_field), selected[rows], asked)
+
+
+def task_files(manifest: Mapping[str, Any], task: str) -> list[Path]:
+    """The data files of a task's validation rows, as the manifest names them."""
+    members: Sequence[str] = (manifest.get("groups") or {}).get(task, [task])
+    tasks, found = manifest.get("tasks"), list[Path]()
+    if not isinstance(tasks, Mapping):
+        return found
+    for member in members:
+        entry = tasks.get(member)
+        entry = entry[0] if isinstance(entry, list) and entry else entry
+        data = entry.get("data") if isinstance(entry, Mapping) else None
+        path = data.get("path") if isinstance(data, Mapping) else None
+        found += [Path(path)] if path else []
+    return found
+
+
+def task_traits(file: Path, source_field: str | None, generator: np.random.Generator) -> Mapping[str, np.ndarray]:
+    records = open_records(file)
+    rows = np.sort(generator.permutation(len(records))[:MOST_OF_TASK])
+    return read_traits(records, rows.tolist(), source_field)
+
+
+def show(health: Health, console: Console) -> None:
+    """Prints the measures, then the warnings with what to do."""
+    if health.hurt:
+        table = Table("validation rows hurt by", "this selection", "random sets of its size")
+        for task, part in health.hurt.items():
+            table.add_row(escape(task), f"{100 * part.value:.0f} %", said(part))
+        console.print(table)
+    if health.effective is not None:
+        shown = f"{health.effective.low:.0f} to {health.effective.high:.0f}"
+        worth = f"redundancy: 1,000 of its rows are worth {health.effective.value:.0f} different ones"
+        console.print(f"{worth} (random sets: {shown})", soft_wrap=True)
+    for line in differing(health.kinds):
+        console.print(line, markup=False, soft_wrap=True)
+    for note in health.notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    warnings = health.warnings()
+    for text in warnings:
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    if warnings:
+        console.print(escape(WHAT_TO_DO), soft_wrap=True)
+
+
+def said(part: Compared) -> str:
+    """
+    >>> said(Compared(0.5, 0.25, 0.2, 0.3))
+    '25 % (20 to 30 %)'
+    """
+    return f"{100 * part.mean:.0f} % ({100 * part.low:.0f} to {100 * part.high:.0f} %)"
+
+
+def differing(kinds: Sequence[Kind]) -> list[str]:
+    """The kinds that differ most from the pool, a line each; only those that a random draw would hardly give."""
+    found = []
+    for kind in [kind for kind in kinds if abs(kind.deviation) > 4][:MOST_KINDS]:
+        asked = "" if kind.tasks is None else f", {100 * kind.tasks:.1f} % of the tasks' rows"
+        change = "more" if kind.selected > kind.pool else "less"
+        found.append(
+            f"{change} of {kind.trait} “{kind.value}”: {100 * kind.selected:.1f} % of the selection, "
+            f"{100 * kind.pool:.1f} % of the pool{asked}"
+        )
+    return found
