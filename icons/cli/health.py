@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from icons.cli.console import console, warn
 from icons.consensus import Pairs, Selection
 from icons.consensus.composition import Kind, composition
 from icons.consensus.health import WHAT_TO_DO, Health
@@ -90,7 +90,7 @@ def task_traits(file: Path, source_field: str | None, generator: np.random.Gener
     return read_traits(records, rows.tolist(), source_field)
 
 
-def show(health: Health, console: Console) -> None:
+def show(health: Health) -> None:
     """Prints the measures, then the warnings with what to do."""
     if health.hurt:
         table = Table("validation rows hurt by", "this selection", "random sets of its size")
@@ -107,7 +107,7 @@ def show(health: Health, console: Console) -> None:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
     warnings = health.warnings()
     for text in warnings:
-        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+        warn(text)
     if warnings:
         console.print(escape(WHAT_TO_DO), soft_wrap=True)
 

@@ -94,7 +94,7 @@ def select(options: SelectOptions) -> int:
     save_manifest(options.out, chosen.rows, made_from, options.table)
     summary(chosen, store, options.out, found, num_near)
     if health is not None:
-        show(health, console)
+        show(health)
     return 0
 
 
