@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from icons.gradients import projected_gradients as projected_gradients
     from icons.models.adam_state import load_adam_state as load_adam_state
     from icons.modules.extractor import GradientExtractor as GradientExtractor
+    from icons.modules.metrics import ConsensusVotes as ConsensusVotes
+    from icons.modules.metrics import RelativePerformance as RelativePerformance
+    from icons.modules.metrics import TaskOverlap as TaskOverlap
     from icons.modules.warmup import WarmupModule as WarmupModule
     from icons.modules.writer import GradientWriter as GradientWriter
     from icons.preconditioner import AdamPreconditioner as AdamPreconditioner
@@ -42,6 +45,7 @@ if TYPE_CHECKING:
 
 HOME = {
     "AdamPreconditioner": "icons.preconditioner",
+    "ConsensusVotes": "icons.modules.metrics",
     "ConversationDataModule": "icons.datamodules.datamodule",
     "CountSketch": "icons.projection",
     "Gaussian": "icons.projection",
@@ -50,8 +54,10 @@ HOME = {
     "GradientWriter": "icons.modules.writer",
     "Identity": "icons.projection",
     "Rademacher": "icons.projection",
+    "RelativePerformance": "icons.modules.metrics",
     "ScoreStore": "icons.store",
     "Selection": "icons.consensus",
+    "TaskOverlap": "icons.modules.metrics",
     "WarmupModule": "icons.modules.warmup",
     "exact_influence": "icons.gradients",
     "influence": "icons.scores",

@@ -85,9 +85,10 @@ def test_every_function_is_typed() -> None:
 
 def test_public_names() -> None:
     assert set(icons.__all__) == {
-        "AdamPreconditioner", "ConversationDataModule", "CountSketch", "Gaussian", "GradientExtractor",
-        "GradientStore", "GradientWriter", "Identity", "Rademacher", "ScoreStore", "Selection", "WarmupModule",
-        "exact_influence", "influence", "load_adam_state", "per_sample_gradients", "projected_gradients", "select",
+        "AdamPreconditioner", "ConsensusVotes", "ConversationDataModule", "CountSketch", "Gaussian",
+        "GradientExtractor", "GradientStore", "GradientWriter", "Identity", "Rademacher", "RelativePerformance",
+        "ScoreStore", "Selection", "TaskOverlap", "WarmupModule", "exact_influence", "influence", "load_adam_state",
+        "per_sample_gradients", "projected_gradients", "select",
     }  # fmt: skip
     assert all(hasattr(icons, name) for name in icons.__all__)
 

@@ -27,6 +27,10 @@ COMMANDS = {
     "doctor": "versions, accelerator, attention kernel, disk, and a seconds-long self-test",
 }
 USER_ERROR, USAGE_ERROR = 1, 2
+TAIL = (
+    "icons COMMAND --help shows a command's options. icons --version. icons --print-completion bash (zsh, tcsh) prints",
+    "what lets the shell complete them.",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"icons {version('icons-lightning')}")
         return 0
+    if words[0] == "--print-completion":
+        return completed(words[1:])
     name = words[0]
     if name not in COMMANDS:
         print(f"icons: no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
@@ -103,8 +109,23 @@ def command_of(name: str) -> Callable[[Any], int | None]:
     return getattr(importlib.import_module(f"icons.cli.{name}"), name)
 
 
+def completed(words: Sequence[str]) -> int:
+    """Prints the completion script for a shell."""
+    from icons.cli.completion import completion
+    from icons.cli.extras import missing
+
+    try:
+        print(completion("".join(words)))
+    except ModuleNotFoundError as error:
+        return user_error("--print-completion", missing(error.name or "") or error)
+    except ValueError as error:
+        print(f"icons: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
 def overview() -> str:
     """The text of `icons --help`: the commands in the order of the method."""
     lines = [f"  {name:<10} {does}" for name, does in COMMANDS.items()]
     head = "usage: icons COMMAND [options]\n\nPick the training data a vision-language model really needs.\n\ncommands:"
-    return "\n".join([head, *lines, "", "icons COMMAND --help shows a command's options."])
+    return "\n".join([head, *lines, "", *TAIL])

@@ -10,6 +10,7 @@ EXTRAS = {
     "bitsandbytes": "quantize",
     "flash_attn": "flash",
     "deepspeed": "deepspeed",
+    "shtab": "completion",
 }
 """Module -> the extra of icons-lightning that brings it."""
 

@@ -128,11 +128,16 @@ def typed(field: Field[Any], hint: Any) -> Any:
 
 def shown_as(hint: Any) -> str:
     """What stands behind an option in the help: its choices, or a word for its kind; nothing behind a flag."""
-    for part in (hint, *get_args(hint)):
-        if get_origin(part) is Literal:
-            return "{" + ",".join(map(str, get_args(part))) + "}"
+    if choices := choices_of(hint):
+        return "{" + ",".join(map(str, choices)) + "}"
     kinds = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
     return next((shown for kind, shown in kinds.items() if accepts(hint, kind)), "VALUE")
+
+
+def choices_of(hint: Any) -> tuple[Any, ...] | None:
+    """The values that a Literal, alone or as a part of a union, names."""
+    named = (get_args(part) for part in (hint, *get_args(hint)) if get_origin(part) is Literal)
+    return next(named, None)
 
 
 def accepts(hint: Any, kind: type) -> bool:

@@ -42,20 +42,6 @@ def predicted_gain(
     return np.stack([filled[subset].sum(axis=0) for subset in subsets])
 
 
-def ranks(values: Float[np.ndarray, "count tasks"]) -> Float[np.ndarray, "count tasks"]:
-    """Ranks from 0 within each column; equal values share the mean of their ranks.
-
-    >>> ranks(np.array([[3.0], [1.0], [3.0]])).ravel().tolist()
-    [1.5, 0.0, 1.5]
-    """
-    found = np.empty(values.shape)
-    for column in range(values.shape[1]):
-        _, inverse, counts = np.unique(values[:, column], return_inverse=True, return_counts=True)
-        last = np.cumsum(counts)
-        found[:, column] = (last - (counts + 1) / 2)[inverse]
-    return found
-
-
 def spearman(
     left: Float[np.ndarray, "count tasks"], right: Float[np.ndarray, "count tasks"]
 ) -> Float[np.ndarray, " tasks"]:
@@ -64,7 +50,7 @@ def spearman(
     >>> spearman(np.array([[1.0], [2.0], [3.0]]), np.array([[10.0], [30.0], [20.0]])).tolist()
     [0.5]
     """
-    a, b = (ranks(values) - (len(values) - 1) / 2 for values in (left, right))
+    a, b = (stats.rankdata(values, axis=0) - (len(values) + 1) / 2 for values in (left, right))
     norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
     return np.divide((a * b).sum(axis=0), norm, out=np.zeros(a.shape[1]), where=norm > 0)
 
@@ -111,10 +97,8 @@ def separation(score: Float[np.ndarray, " rows"], bad: Bool[np.ndarray, " rows"]
     score, bad = score[known], bad[known]
     if bad.all() or not bad.any():
         return float("nan")
-    rank = ranks(score[:, None])[:, 0]
-    num_bad, num_good = bad.sum(), (~bad).sum()
-    below = rank[bad].sum() - num_bad * (num_bad - 1) / 2
-    return float(1 - below / (num_bad * num_good))
+    pairs_lost = stats.mannwhitneyu(score[bad], score[~bad]).statistic
+    return float(1 - pairs_lost / (bad.sum() * (~bad).sum()))
 
 
 def separation_interval(area: float, num_bad: int, num_good: int) -> tuple[float, float]:
