@@ -132,7 +132,7 @@ def token_figures() -> dict[str, tuple[str, str]]:
     turns = [[Turn(turn["from"] == "human", turn["value"]) for turn in entry["conversations"]] for entry in records]
 
     def ours() -> list[Any]:
-        return [TEMPLATES["v1"](tokenizer, said, True, 2048) for said in turns]
+        return [TEMPLATES["v1"](tokenizer, said, True, 2048, None) for said in turns]
 
     def theirs() -> list[Any]:
         return [reference_v1(tokenizer, entry["conversations"]) for entry in records]

@@ -173,8 +173,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             if spoken[0].images:
                 raise bad_record("has an image in an answer before the first question")
             spoken = spoken[1:]
-        if conversation.system is not None:
-            raise bad_record(f"has a system text, for which the template {self.preprocessing.template} has no place")
         images = len(conversation.images)
         if images and self.preprocessing.reorder:
             return [Turn(turn.human, put_image_first(turn.text, several=images > 1)) for turn in spoken]
@@ -183,7 +181,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def tokens(self, conversation: Conversation) -> tuple[list[int], list[int]]:
         """Ids and labels, images expanded to one position per feature, cut as LLaVA cuts: before and after."""
         image, limit = bool(conversation.images), self.preprocessing.max_length
-        ids, labels = self.template(self.tokenizer, self.turns(conversation), image, self.text_limit)
+        ids, labels = self.template(
+            self.tokenizer, self.turns(conversation), image, self.text_limit, conversation.system
+        )
         if self.preprocessing.template == "llama_3":  # xtuner leaves room for one image, also where there is none
             before = max(1, limit - self.folder.image_tokens)
             return self.expand(ids[:before], labels[:before])
@@ -233,7 +233,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         assert self.processor is not None
         turns = self.turns(conversation)
         images = [self.images.open(image) for image in conversation.images]
-        return self.processor(turns, images, self.preprocessing.max_length)
+        return self.processor(turns, images, self.preprocessing.max_length, conversation.system)
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `icons.batch` describes it; `pixel_values [images, 3, H, W]` in the order of rows and marks."""

@@ -30,7 +30,9 @@ class OwnTemplate:
         marks = dict.fromkeys([image_token, IMAGE]) if image_token else ()
         self.template = ChatTemplate(tokenizer, what, [mark for mark in marks if mark])
 
-    def __call__(self, tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
+    def __call__(
+        self, tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int, system: str | None = None
+    ) -> Tokens:
         """Ids hold IMAGE_PLACE once for each image.
 
         Raises:
@@ -39,7 +41,7 @@ class OwnTemplate:
         """
         if image and not self.template.mark:
             raise TemplateError("the record has an image and the model takes none")
-        rendered = self.template(messages_of(alternating(turns), image))
+        rendered = self.template(messages_of(alternating(turns), image, system))
         ids: list[int] = []
         labels: list[int] = []
         for begin, end in pieces(rendered, tokenizer.is_fast):
@@ -61,9 +63,10 @@ class OwnTemplate:
         return Tokens(ids, labels)
 
 
-def messages_of(turns: Sequence[Turn], image: bool) -> list[Message]:
-    """Turns as messages; if `image`, each mark is an image's place, and otherwise text."""
-    return [Message("user" if turn.human else "assistant", parts_of(turn.text, image)) for turn in turns]
+def messages_of(turns: Sequence[Turn], image: bool, system: str | None = None) -> list[Message]:
+    """Turns as messages, a system text before them; if `image`, each mark is an image's place, and otherwise text."""
+    first = [] if system is None else [Message("system", (system,))]
+    return [*first, *(Message("user" if turn.human else "assistant", parts_of(turn.text, image)) for turn in turns)]
 
 
 def parts_of(text: str, image: bool) -> tuple[Part, ...]:

@@ -44,7 +44,9 @@ class ProcessorSamples:
         self.image_token_id = image_token_id
         self.template = ChatTemplate(self.processor, f"template chat: {folder}", self.image_marks())
 
-    def __call__(self, turns: Sequence[Turn], images: Sequence[Image.Image], max_length: int) -> dict[str, Tensor]:
+    def __call__(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image], max_length: int, system: str | None = None
+    ) -> dict[str, Tensor]:
         """`input_ids [L]` and `labels [L]`, per-token inputs `[L]`, and inputs per image with the images first.
 
         Raises:
@@ -52,7 +54,7 @@ class ProcessorSamples:
             FailedRowError: BAD_RECORD, for another number of image marks than images; TOO_LARGE, if the maximal length
                 would cut an image, which these models cannot take.
         """
-        messages = messages_of(alternating(turns), image=bool(images))
+        messages = messages_of(alternating(turns), bool(images), system)
         marks = sum(not isinstance(part, str) for message in messages for part in message.parts)
         if marks > len(images):
             raise FailedRowError(Status.BAD_RECORD, f"{marks} image marks for {len(images)} images")

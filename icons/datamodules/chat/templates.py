@@ -61,7 +61,7 @@ class Rounds:
     """A template whose mask is found by counting the tokens of each round on its own, as LLaVA does.
 
     Attributes:
-        prompt: turns -> the whole text.
+        prompt: turns, and a system text in place of the template's own -> the whole text.
         rounds: the text -> its rounds.
         answer: what separates question and answer in a round.
         begin: tokens before the first round.
@@ -70,7 +70,7 @@ class Rounds:
         close: what ends a round and is not in its text, supervised with the answer.
     """
 
-    prompt: Callable[[Sequence[Turn]], str]
+    prompt: Callable[[Sequence[Turn], str | None], str]
     rounds: Callable[[str], list[str]]
     answer: str
     begin: int
@@ -78,8 +78,10 @@ class Rounds:
     correction: Callable[[bool | None], int]
     close: str = ""
 
-    def __call__(self, tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
-        text = self.prompt(alternating(turns))
+    def __call__(
+        self, tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int, system: str | None = None
+    ) -> Tokens:
+        text = self.prompt(alternating(turns), system)
         ids = token_ids(tokenizer, text, image)
         ids = ids if image else ids[:max_length]
         labels, total = list(ids), len(ids) - ids.count(tokenizer.pad_token_id)
@@ -118,33 +120,34 @@ LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
 )
 LLAMA_2 += "provides, and assist the user with a variety of tasks using natural language."
-MPT = "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
+MPT = "A conversation between a user and an LLM-based AI assistant. "
 MPT += "The assistant gives helpful and honest answers."
 
 
-def v1_prompt(turns: Sequence[Turn]) -> str:
-    parts = [CHAT + " "]
+def v1_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
+    parts = [f"{CHAT if system is None else system} "]
     for turn in turns:
         role, end = ("USER", " ") if turn.human else ("ASSISTANT", "</s>")
         parts.append(f"{role}: {turn.text}{end}" if turn.text else f"{role}:")
     return "".join(parts)
 
 
-def llama_2_prompt(turns: Sequence[Turn]) -> str:
+def llama_2_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
     parts = []
+    first = LLAMA_2 if system is None else system
     for number, (human, text) in enumerate(turns):
         if not text and number:
             continue
         if human:
-            text = f"<<SYS>>\n{LLAMA_2}\n<</SYS>>\n\n{text}" if number == 0 else text
+            text = f"<<SYS>>\n{first}\n<</SYS>>\n\n{text}" if number == 0 else text
             parts.append(f"<s>[INST] {text} [/INST]")
         else:
             parts.append(f" {text} </s>")
     return "".join(parts).lstrip("<s>")
 
 
-def mpt_prompt(turns: Sequence[Turn]) -> str:
-    parts = [MPT + "<|im_end|>"]
+def mpt_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
+    parts = [f"<|im_start|>system\n{MPT if system is None else system}<|im_end|>"]
     for turn in turns:
         role = "<|im_start|>user\n" if turn.human else "<|im_start|>assistant\n"
         parts.append(f"{role}{turn.text}<|im_end|>" if turn.text else role)
@@ -161,8 +164,10 @@ def by_eos(text: str) -> list[str]:
     return text.split("</s>")
 
 
-def plain(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
+def plain(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int, system: str | None = None) -> Tokens:
     """Pre-training on captions: the image, then the caption; the question is dropped."""
+    if system is not None:
+        raise TemplateError("the plain template has no place for a system text")
     if len(turns) != 2 or IMAGE not in turns[0].text:
         raise TemplateError("the plain template needs two turns, the first with <image>")
     ids = token_ids(tokenizer, f"{IMAGE}{turns[1].text}\n", True)
@@ -170,9 +175,13 @@ def plain(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -
     return Tokens(ids, [IGNORE_INDEX] * asked + ids[asked:])
 
 
-def llama_3(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int) -> Tokens:
-    """xtuner's convention: no system prompt, one BOS, the answer and `<|eot_id|>` supervised."""
-    ids, labels = [tokenizer.bos_token_id], [IGNORE_INDEX]
+def llama_3(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int, system: str | None = None) -> Tokens:
+    """xtuner's convention: no system prompt of its own, one BOS, the answer and `<|eot_id|>` supervised."""
+    ids = [tokenizer.bos_token_id]
+    if system is not None:
+        ids += encode(tokenizer, f"<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>")
+    begin = len(ids)
+    labels = [IGNORE_INDEX] * begin
     asked = ""
     for number, turn in enumerate(turns):
         if turn.human:
@@ -188,7 +197,7 @@ def llama_3(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int)
             labels += [IGNORE_INDEX] * (len(ids) - len(labels)) + answer
             ids += answer
             asked = ""
-        elif len(ids) > 1:
+        elif len(ids) > begin:
             raise TemplateError(f"turn {number + 1} is a second answer in a row")
     return Tokens(ids, labels)
 
@@ -197,7 +206,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False).input_ids)
 
 
-Template = Callable[[Any, Sequence[Turn], bool, int], Tokens]
+Template = Callable[[Any, Sequence[Turn], bool, int, str | None], Tokens]
 TEMPLATES: dict[str, Template] = {
     "v1": Rounds(v1_prompt, by_eos, " ASSISTANT: ", 1, 2, lambda legacy: -1 if legacy is False else 0),
     "llama_2": Rounds(llama_2_prompt, by_eos, "[/INST] ", 1, 2, lambda legacy: 0),

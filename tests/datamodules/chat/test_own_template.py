@@ -65,6 +65,16 @@ def test_a_tokenizer_without_offsets_supervises_the_same() -> None:
     assert ids.count(IMAGE_PLACE) == 1
 
 
+def test_a_system_text_goes_where_the_template_has_a_place(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = [Turn(True, "a"), Turn(False, "b")]
+    ids, labels = OwnTemplate(tokenizer, "M")(tokenizer, turns, False, 2048, "Be short.")
+    assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe short.<|im_end|>\n<|im_start|>user\na")
+    assert supervised(tokenizer, ids, labels) == "b<|im_end|>"
+    tokenizer.chat_template = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    with pytest.raises(TemplateError, match=r"leaves out the text of message 1 \(system\)"):
+        OwnTemplate(tokenizer, "M")(tokenizer, turns, False, 2048, "Be short.")
+
+
 def test_turns_that_do_not_alternate_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [Turn(True, "a"), Turn(False, "b"), Turn(False, "c")]
     with pytest.raises(TemplateError, match="turn 3 is a second answer in a row"):

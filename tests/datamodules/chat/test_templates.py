@@ -50,9 +50,9 @@ def test_golden_row(run: str, case: str, originals: dict[bool, SentencePieceToke
     template = TEMPLATES[NAMES[made["version"]]]
     if "error" in row:  # the original stops there; here the row fails
         with pytest.raises(TemplateError):
-            template(originals[made["legacy"]], turns, row["has_image"], made["model_max_length"])
+            template(originals[made["legacy"]], turns, row["has_image"], made["model_max_length"], None)
         return
-    ids, labels = template(originals[made["legacy"]], turns, row["has_image"], made["model_max_length"])
+    ids, labels = template(originals[made["legacy"]], turns, row["has_image"], made["model_max_length"], None)
     assert ids == row["input_ids"]
     assert labels == row["labels"]
 
@@ -67,7 +67,7 @@ DIALOGUE = [Turn(True, "<image>\nWhat?"), Turn(False, "A dog."), Turn(True, "Sur
 
 
 def test_mpt_supervises_answer_and_end(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids, labels = TEMPLATES["mpt"](tokenizer, DIALOGUE, True, 2048)
+    ids, labels = TEMPLATES["mpt"](tokenizer, DIALOGUE, True, 2048, None)
     system = "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
     system += "The assistant gives helpful and honest answers.<|im_end|>"
     assert supervised(tokenizer, ids, labels) == "A dog.<|im_end|>Yes<|im_end|>"
@@ -83,7 +83,7 @@ def test_golden_row_of_mpt(case: str, tokenizer: PreTrainedTokenizerFast) -> Non
     """
     row = GOLDEN["tinysp|v1|reorder=True|max2048"]["cases"][case]
     turns = turns_of(row["conversations"], reorder=row["has_image"])
-    ids, labels = TEMPLATES["mpt"](tokenizer, turns, row["has_image"], 2048)
+    ids, labels = TEMPLATES["mpt"](tokenizer, turns, row["has_image"], 2048, None)
     assert len(ids) == MPT[case]["num_ids"]
     assert [place for place, token in enumerate(ids) if token == IMAGE_PLACE] == (
         [MPT[case]["image_place"]] if row["has_image"] else []
@@ -97,11 +97,11 @@ def test_golden_row_of_mpt(case: str, tokenizer: PreTrainedTokenizerFast) -> Non
 def test_a_count_that_does_not_add_up_supervises_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
     """LLaVA's "tokenization mismatch": here an <|im_end|> inside an answer."""
     turns = [Turn(True, "a"), Turn(False, "b<|im_end|>c")]
-    assert set(TEMPLATES["mpt"](tokenizer, turns, False, 2048).labels) == {IGNORE_INDEX}
+    assert set(TEMPLATES["mpt"](tokenizer, turns, False, 2048, None).labels) == {IGNORE_INDEX}
 
 
 def test_llama_3_supervises_answer_and_eot(tokenizer: PreTrainedTokenizerFast) -> None:
-    ids, labels = TEMPLATES["llama_3"](tokenizer, DIALOGUE, True, 2048)
+    ids, labels = TEMPLATES["llama_3"](tokenizer, DIALOGUE, True, 2048, None)
     assert supervised(tokenizer, ids, labels) == "A dog.<|eot_id|>Yes<|eot_id|>"
     assert ids.count(IMAGE_PLACE) == 1
     assert ids.count(tokenizer.bos_token_id) == 1
@@ -111,7 +111,7 @@ def test_llama_3_supervises_answer_and_eot(tokenizer: PreTrainedTokenizerFast) -
 
 def test_llama_3_joins_questions_and_drops_what_has_no_partner(tokenizer: PreTrainedTokenizerFast) -> None:
     turns = [Turn(False, "hello"), Turn(True, "a"), Turn(True, "b"), Turn(False, "c"), Turn(True, "d")]
-    ids, labels = TEMPLATES["llama_3"](tokenizer, turns, False, 2048)
+    ids, labels = TEMPLATES["llama_3"](tokenizer, turns, False, 2048, None)
     assert supervised(tokenizer, ids, labels) == "c<|eot_id|>"
     assert "ab<|eot_id|>" in tokenizer.decode(ids)
     assert not tokenizer.decode(ids).endswith("d")
@@ -131,7 +131,7 @@ def test_turns_without_a_form_are_refused(
     template: str, turns: list[Turn], message: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(TemplateError, match=message):
-        TEMPLATES[template](tokenizer, turns, True, 2048)
+        TEMPLATES[template](tokenizer, turns, True, 2048, None)
 
 
 @pytest.mark.parametrize(("name", "token"), [("v1", "</s>"), ("llama_2", "<s>"), ("llama_3", None)])
@@ -146,6 +146,44 @@ def test_a_template_whose_special_tokens_the_tokenizer_lacks_is_refused(
         return
     with pytest.raises(ValueError, match=rf"template {name}: writes {token}, which M has no token for .* name another"):
         check_fits(name, tokenizer, "M")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("v1", "Be short. USER: What? ASSISTANT: A dog.</s>USER: Sure? ASSISTANT: Yes</s>"),
+        (
+            "llama_2",
+            "[INST] <<SYS>>\nBe short.\n<</SYS>>\n\nWhat? [/INST] A dog. </s><s>[INST] Sure? [/INST] Yes </s>",
+        ),
+        (
+            "mpt",
+            "<|im_start|>system\nBe short.<|im_end|><|im_start|>user\nWhat?<|im_end|><|im_start|>assistant\nA dog."
+            "<|im_end|><|im_start|>user\nSure?<|im_end|><|im_start|>assistant\nYes<|im_end|>",
+        ),
+        (
+            "llama_3",
+            "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe short.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nA dog.<|eot_id|>"
+            "<|start_header_id|>user<|end_header_id|>\n\nSure?<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\nYes<|eot_id|>",
+        ),
+    ],
+)
+def test_a_system_text_stands_in_place_of_the_templates_own(
+    name: str, text: str, tokenizer: PreTrainedTokenizerFast, originals: dict[bool, SentencePieceTokenizer]
+) -> None:
+    own: Any = tokenizer if name in ("mpt", "llama_3") else originals[True]
+    turns = [Turn(True, "What?"), Turn(False, "A dog."), Turn(True, "Sure?"), Turn(False, "Yes")]
+    ids, labels = TEMPLATES[name](own, turns, False, 2048, "Be short.")
+    assert ids == own(text).input_ids
+    assert supervised(own, ids, labels) == supervised(own, *TEMPLATES[name](own, turns, False, 2048, None))
+
+
+def test_plain_has_no_place_for_a_system_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TemplateError, match="the plain template has no place for a system text"):
+        TEMPLATES["plain"](tokenizer, DIALOGUE[:2], True, 2048, "Be short.")
 
 
 def test_a_template_fits_the_tokenizer_it_was_made_for(
