@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
 from icons.models.base_weights import quiet
+from icons.models.export.old_settings import old_rope, with_old_settings
 from icons.models.export.processor import write_processor
 from icons.models.folder import ModelFolder, read_config
 from icons.models.llava import Llava
@@ -104,6 +105,8 @@ def write_huggingface(model: Any, folder: ModelFolder, out: Path, trust_remote_c
     else:
         with quiet():
             model.save_pretrained(out)
+        values = with_old_settings(json.loads((out / "config.json").read_text()))
+        (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def write_llava_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
@@ -215,11 +218,8 @@ def language_values(folder: ModelFolder, text: Any) -> dict[str, Any]:
 
 def old_values(text: Any) -> dict[str, Any]:
     """Settings of a language model that transformers 4 has under other names."""
-    rope = dict(getattr(text, "rope_parameters", None) or {})
-    theta, kind = rope.pop("rope_theta", 10000.0), rope.get("rope_type", "default")
-    scaling = None if kind == "default" else rope | {"type": kind}
     dtype = str(text.dtype or "float32").removeprefix("torch.")
-    return {"rope_theta": theta, "rope_scaling": scaling, "torch_dtype": dtype}
+    return old_rope(getattr(text, "rope_parameters", None) or {}) | {"torch_dtype": dtype}
 
 
 def llava_values(folder: ModelFolder, config: Any, home: Path) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+"""Settings as transformers 4 and vLLM read them, beside those that transformers 5 writes.
+
+transformers 5 keeps the rotary embedding in `rope_parameters`, which version 4 does not read: it would take theta for
+10,000, and compute other logits without a word.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+DEFAULT_THETA = 10000.0
+
+
+def with_old_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config, and every config inside it, with both forms of its rotary embedding and of its dtype.
+
+    >>> with_old_settings({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})["rope_theta"]
+    1000000.0
+    """
+    found = {name: with_old_settings(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    rope = values.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope:
+        found |= old_rope(rope)
+    if isinstance(values.get("dtype"), str):
+        found["torch_dtype"] = values["dtype"]
+    return found
+
+
+def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` from `rope_parameters`; of layers of two kinds (Gemma 3) those with full
+    attention, and the others' theta as `rope_local_base_freq`."""
+    if isinstance(full := rope.get("full_attention"), Mapping):
+        found = old_rope(full)
+        if isinstance(local := rope.get("sliding_attention"), Mapping):
+            found["rope_local_base_freq"] = local.get("rope_theta", DEFAULT_THETA)
+        return found
+    rest = dict(rope)
+    found = {"rope_theta": rest.pop("rope_theta", DEFAULT_THETA)}
+    if "partial_rotary_factor" in rest:
+        found["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
+    kind = rest.pop("rope_type", "default")
+    plain = kind == "default" and not rest
+    return found | {"rope_scaling": None if plain else rest | {"rope_type": kind, "type": kind}}
