@@ -22,8 +22,8 @@ from icons.models.loading import load_model
 
 READ = """
 import sys, torch, transformers
-kind = {"text": "AutoModelForCausalLM", "image-text": "AutoModelForImageTextToText", "llava": "AutoModelForImageTextToText"}
-model = getattr(transformers, kind[sys.argv[2]]).from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+kind = "AutoModelForCausalLM" if sys.argv[2] == "text" else "AutoModelForImageTextToText"
+model = getattr(transformers, kind).from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 with torch.no_grad():
     torch.save(model(input_ids=torch.arange(3, 63)[None]).logits, sys.argv[3])
 print(transformers.__version__)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionModel,
@@ -19,8 +20,9 @@ from transformers.utils import logging
 
 from icons.models.folder import ModelFolder, own_code, read_config
 from icons.models.llava import assemble
-from icons.models.lora import merge_into, non_lora_tensors
+from icons.models.lora import non_lora_tensors
 from icons.models.parameter_names import current_name
+from icons.models.saved_adapter import merge_into
 from icons.models.tensor_files import find_tensors, read_tensors
 
 PROJECTOR = "model.multi_modal_projector."
@@ -114,8 +116,13 @@ def projector_tensors(folder: ModelFolder, adapter: Path | None) -> dict[str, Te
 
 
 def pretrained(kind: Any, folder: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
-    """`kind.from_pretrained`, but weights that transformers would make up are refused."""
-    model, info = kind.from_pretrained(folder, output_loading_info=True, trust_remote_code=trust_remote_code, **options)
+    """`kind.from_pretrained`, but weights that transformers would make up are refused, and the attention kernel is the
+    one that was asked for, whatever the folder's config.json names."""
+    config = options.pop("config", None) or config_of(kind, folder, trust_remote_code)
+    set_kernel(config, options["attn_implementation"])
+    model, info = kind.from_pretrained(
+        folder, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+    )
     made_up = sorted(info["missing_keys"])
     if made_up:
         raise ValueError(
@@ -123,6 +130,22 @@ def pretrained(kind: Any, folder: Path, *, trust_remote_code: bool = False, **op
             "folder is incomplete or of another kind of model: download it again"
         )
     return model
+
+
+def config_of(kind: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """The config that `kind.from_pretrained` would read by itself."""
+    own = getattr(kind, "config_class", None)
+    if own is None:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return own.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def set_kernel(config: Any, kernel: str) -> None:
+    """Sets the attention kernel of a config and of all inside it: transformers lets a saved one win."""
+    config._attn_implementation = kernel
+    for name in getattr(config, "sub_configs", {}):
+        if (inner := getattr(config, name, None)) is not None:
+            set_kernel(inner, kernel)
 
 
 @contextmanager

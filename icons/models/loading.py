@@ -22,8 +22,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from icons.models.base_weights import AUTO, PROJECTOR, language_config, load_huggingface, load_original
 from icons.models.folder import ModelFolder, own_code
 from icons.models.llava import Llava, assemble
-from icons.models.lora import NON_LORA, LoraSettings, adapter_file, add_lora, load_adapter, non_lora_tensors
+from icons.models.lora import NON_LORA, LoraSettings, adapter_file, add_lora, non_lora_tensors
 from icons.models.parameter_names import current_name
+from icons.models.saved_adapter import load_adapter
 
 MERGED = "icons_export.json"
 NEVER_QUANTIZED = ["lm_head", "vision_tower", "multi_modal_projector"]

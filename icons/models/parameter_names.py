@@ -31,6 +31,38 @@ def current_name(name: str) -> str:
     return prefix + name
 
 
+# how the same module was called by older versions, LLaVA's and others'; tried one after the other, and together
+FORMER = (
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head", "lm_head"),
+    (r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1"),
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"\bvision_tower\.vision_model\.", "vision_tower."),
+    (r"\bvision_tower\.vision_tower\.", "vision_tower."),
+    (r"\bmm_projector\.0\b", "multi_modal_projector.linear_1"),
+    (r"\bmm_projector\.2\b", "multi_modal_projector.linear_2"),
+    (r"^model\.(visual|vision_tower|multi_modal_projector)\b", r"\1"),
+    (r"^(visual|vision_tower|vision_model|multi_modal_projector|language_model|connector)\b", r"model.\1"),
+    (r"^(layers|embed_tokens|norm)\b", r"model.\1"),
+)
+MOST_RENAMES = 3
+
+
+def known_name(name: str, known: Collection[str]) -> str:
+    """What a module that was saved as `name` is called among the `known` modules; as it is if it is not among them.
+
+    >>> known_name("vision_tower.vision_model.encoder.layers.0", {"model.vision_tower.encoder.layers.0"})
+    'model.vision_tower.encoder.layers.0'
+    """
+    tried = [name]
+    for _ in range(MOST_RENAMES):
+        found = [each for each in tried if each in known]
+        if found:
+            return found[0]
+        tried += [new for each in tried for old, by in FORMER if (new := re.sub(old, by, each, count=1)) not in tried]
+    return next((each for each in tried if each in known), current_name(name))
+
+
 def canonical_name(name: str) -> str:
     """One spelling for a parameter, whoever saved it: without wrappers, adapter names and LLaVA's old module names.
 

@@ -126,3 +126,21 @@ def test_refuses_other_towers_and_language_models(models: Path) -> None:
         (models / part / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=text):
             load_model(opened(models))
+
+
+@pytest.mark.parametrize("saved", ["eager", "flash_attention_2"])
+@pytest.mark.parametrize("layout", ["original", "huggingface"])
+def test_the_kernel_asked_for_wins_over_the_one_that_a_config_names(
+    saved: str, layout: str, models: Path, huggingface_llava: Path
+) -> None:
+    """As fine-tuning scripts leave it in config.json; flash attention is not even installed here."""
+    folder = opened(models) if layout == "original" else ModelFolder.open(huggingface_llava)
+    for place in (folder.model, *([models / "clip"] if layout == "original" else [])):
+        config = json.loads((place / "config.json").read_text()) | {"_attn_implementation": saved}
+        for name in ("text_config", "vision_config"):
+            if name in config:
+                config[name]["_attn_implementation"] = saved
+        (place / "config.json").write_text(json.dumps(config))
+    model: Any = load_model(folder, attention="sdpa")
+    parts = (model.model.language_model, model.model.vision_tower)
+    assert [part.config._attn_implementation for part in parts] == ["sdpa", "sdpa"]

@@ -16,7 +16,8 @@ from transformers import CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 from icons.batch import model_inputs
 from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
-from icons.models.lora import LLAVA_TARGETS, LoraSettings, add_lora, default_targets, load_adapter, merge_into
+from icons.models.lora import LLAVA_TARGETS, LoraSettings, add_lora, default_targets
+from icons.models.saved_adapter import load_adapter, merge_into
 
 
 @pytest.fixture
@@ -108,13 +109,16 @@ def test_refuses_other_kinds_of_adapter(llava: ModelFolder, copied: Path, tmp_pa
     configure(copied, use_dora=True)
     with pytest.raises(ValueError, match="is DoRA"):
         load_model(llava, adapter=copied)
+    configure(copied, use_dora=False, target_parameters=["experts.gate_up_proj"])
+    with pytest.raises(ValueError, match=r"adapts single parameters \(target_parameters \['experts.gate_up_proj'\]\)"):
+        load_model(llava, adapter=copied)
     configure(copied, peft_type="IA3")
     with pytest.raises(ValueError, match="peft_type is 'IA3'; expected 'LORA'"):
         load_model(llava, adapter=copied)
     with pytest.raises(FileNotFoundError, match="no adapter here"):
         load_adapter(nn.Linear(1, 1), tmp_path)
     (copied / "adapter_model.safetensors").unlink()
-    configure(copied, peft_type="LORA", use_dora=False)
+    configure(copied, peft_type="LORA", use_dora=False, target_parameters=None)
     with pytest.raises(FileNotFoundError, match=r"has adapter_config.json and no weights"):
         load_adapter(nn.Linear(1, 1), copied)
 

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from icons.models.parameter_names import match_names
 from icons.preconditioner import AdamPreconditioner
 
 WARMUP_FILE = "adam.safetensors"
+FILES = ("optimizer.pt", "optimizer.bin", "last.ckpt")  # the Trainer's, accelerate's and FSDP's, Lightning's
 PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
 # transformers 5, Trainer.get_decay_parameter_names
 NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -42,7 +44,8 @@ def load_adam_state(
 
     Args:
         path: a warm-up folder; a Lightning checkpoint (file, or folder of its DeepSpeed strategy); the Hugging Face
-            Trainer's `optimizer.pt` or `checkpoint-N`; a DeepSpeed checkpoint (ZeRO-1, 2 or 3).
+            Trainer's `optimizer.pt` or `checkpoint-N`; accelerate's `optimizer.bin`, FSDP's by name among them; a
+            DeepSpeed checkpoint (ZeRO-1, 2 or 3).
         model: its parameters with `requires_grad` get moments; those saved for others are left out.
         form: see `AdamPreconditioner`.
 
@@ -89,16 +92,24 @@ def read_moments(path: Path, model: nn.Module) -> Moments:
         if is_deepspeed(path):
             state = read_deepspeed(path)
             return Moments(state.exp_avg, state.exp_avg_sq, state.step, state.betas, state.eps)
-        for name in ("optimizer.pt", "last.ckpt"):
+        if any(path.glob("*.distcp")) or any(path.glob("*/*.distcp")):
+            raise ValueError(
+                f"{path}: is a sharded checkpoint (*.distcp); expected one file: make it with python -m "
+                "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER optimizer.bin"
+            )
+        for name in FILES:
             if (path / name).exists():
                 return read_moments(path / name, model)
         raise FileNotFoundError(
-            f"{path}: no optimizer state here; expected {WARMUP_FILE} (warm-up), optimizer.pt (Hugging Face Trainer) "
-            "or *_optim_states.pt (DeepSpeed): an adapter alone has none"
+            f"{path}: no optimizer state here; expected {WARMUP_FILE} (warm-up), {', '.join(FILES)} or "
+            "*_optim_states.pt (DeepSpeed): an adapter alone has none"
         )
     if path.suffix == ".safetensors":
         return read_warmup(path)
     content = load(path)
+    for name in ("optimizer", "optimizer_state_dict"):  # with a model's weights beside it
+        if isinstance(inner := content.get(name), Mapping) and "state" in inner:
+            content = inner
     if "optimizer_states" in content:
         states = content["optimizer_states"]
         if len(states) != 1:
@@ -137,7 +148,7 @@ def load(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = ", ".join(foreign_objects(path)[:SHOWN]) or str(error).partition("\n")[0]
         raise ValueError(
             f"{path}: cannot be read as data alone ({reason}); expected an optimizer state without Python objects: "
             "save the checkpoint without them, or give the optimizer's file"
@@ -147,14 +158,32 @@ def load(path: Path) -> Mapping[str, Any]:
     return content
 
 
+def foreign_objects(path: Path) -> list[str]:
+    """The kinds of Python objects in a file for which it is not read."""
+    with suppress(Exception):  # whatever is wrong with the file: it cannot be read, which is said already
+        return [f"it holds a {name}" for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
+    return []
+
+
 def read_torch(state: Mapping[str, Any], path: Path, model: nn.Module, known: Sequence[str]) -> Moments:
-    """The form of `torch.optim.Optimizer.state_dict()`: numbered parameters, named where the optimizer had names."""
+    """The form of `torch.optim.Optimizer.state_dict()`: numbered parameters, named where the optimizer had names.
+
+    Or parameters by name, as FSDP saves them.
+    """
     groups, entries = state["param_groups"], state["state"]
     settings = {(tuple(group["betas"]), group["eps"]) for group in groups if "betas" in group}
     if len(settings) != 1:
         raise ValueError(f"{path}: betas and eps are {sorted(settings) or 'missing'}; expected Adam with one of each")
     betas, eps = settings.pop()
-    if all("param_names" in group for group in groups if group["params"]):
+    indices = [index for group in groups for index in group["params"]]
+    if any(isinstance(index, str) for index in [*entries, *indices]):
+        if not all(isinstance(index, str) for index in [*entries, *indices]) or not set(entries) <= set(indices):
+            raise ValueError(
+                f"{path}: names some parameters and numbers others; expected names throughout, or numbers: it is not "
+                "known which moments are whose"
+            )
+        names: dict[Any, str] = {index: index for index in indices}
+    elif all("param_names" in group for group in groups if group["params"]):
         names = {
             index: name
             for group in groups

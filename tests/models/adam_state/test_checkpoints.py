@@ -134,6 +134,50 @@ def warmup_file(folder: Path, model: Toy, state: dict[int, dict[str, Tensor]], *
     return folder / "adam.safetensors"
 
 
+def by_name(model: Toy, optimizer: torch.optim.Optimizer, rename: Any = str) -> dict[str, Any]:
+    """As FSDP gathers a state: by name, in the order of the names."""
+    names = {id(value): rename(name) for name, value in model.trained().items()}
+    group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+    state = {names[id(parameter)]: entry for parameter, entry in optimizer.state.items()}
+    return {"state": dict(sorted(state.items())), "param_groups": [group | {"params": sorted(state)}]}
+
+
+@pytest.mark.parametrize("inside", ["", "optimizer", "optimizer_state_dict"])
+def test_moments_by_name_are_never_taken_by_order(tmp_path: Path, inside: str) -> None:
+    """Layers of one shape: any order would fit."""
+    model = Toy((4, 4, 4))
+    optimizer = adamw(list(model.trained().values()))
+    state = train(optimizer)
+    saved = by_name(model, optimizer, lambda name: f"_fsdp_wrapped_module.{name}")
+    torch.save({inside: saved} if inside else saved, tmp_path / "optimizer.bin")
+    check(tmp_path / "optimizer.bin", model, state)
+    check(tmp_path, model, state)
+
+
+def test_names_beside_numbers_are_refused(tmp_path: Path) -> None:
+    model = Toy()
+    optimizer = adamw(list(model.trained().values()))
+    train(optimizer)
+    saved = by_name(model, optimizer)
+    saved["param_groups"][0]["params"] = list(range(len(saved["state"])))
+    torch.save(saved, tmp_path / "optimizer.bin")
+    with pytest.raises(ValueError, match="names some parameters and numbers others"):
+        load_adam_state(tmp_path / "optimizer.bin", model)
+
+
+def test_a_sharded_checkpoint_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    (tmp_path / "optimizer_0").mkdir()
+    (tmp_path / "optimizer_0" / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"is a sharded checkpoint .* dcp_to_torch FOLDER optimizer.bin"):
+        load_adam_state(tmp_path, Toy())
+
+
+def test_what_is_not_data_is_named(tmp_path: Path) -> None:
+    torch.save({"state": {}, "param_groups": [], "who": Path("x")}, tmp_path / "optimizer.pt")
+    with pytest.raises(ValueError, match=r"cannot be read as data alone \(it holds a pathlib"):
+        load_adam_state(tmp_path, Toy())
+
+
 def test_warmup_folder(tmp_path: Path) -> None:
     model = Toy()
     state = train(adamw(list(model.trained().values())))
