@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from lightning import Trainer
 
 from icons.cli.console import bars, console, warn
@@ -20,6 +21,7 @@ from icons.partition import assign, parse_shard
 from icons.preconditioner import AdamPreconditioner
 from icons.projection import PROJECTORS, Several
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
+from icons.store.failures import check_some_done, failures_of, told
 from icons.store.former import holds_store
 
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
@@ -187,11 +189,14 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     """Prints how many rows are done, failed (with their reasons) and missing; the exit status that follows from it.
 
     With a shard, what other shards have still to do is not missing.
+
+    Raises:
+        ValueError: every row (of the shard) failed; with the first one's reason.
     """
-    failed = {status.name.lower(): len(rows) for status, rows in store.failed().items()}
     console.print(repr(store), markup=False, highlight=False, soft_wrap=True)
-    for reason, count in failed.items():
-        console.print(f"[yellow]failed[/] {count:,} rows: {reason}")
+    for line in told(failures_of(store)):
+        console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
     index, count = (0, 1) if shard is None else parse_shard(shard)
-    missing = set(assign(range(store.partition.num_units), count, index)) & set(store.missing())
-    return int(bool(missing) or (strict and bool(failed)))
+    units = assign(range(store.partition.num_units), count, index)
+    check_some_done(store, np.concatenate([store.partition.unit_rows(unit) for unit in units or [0]]))
+    return int(bool(set(units) & set(store.missing())) or (strict and store.counts()["failed"] > 0))

@@ -13,6 +13,7 @@ from icons.cli.pairs import parse, places
 from icons.modules.scoring import Scoring, blocks_of
 from icons.output import check_output
 from icons.store import ScoreStore
+from icons.store.failures import failures_of, told
 from icons.store.former import holds_store
 
 
@@ -68,6 +69,8 @@ def report(scores: ScoreStore) -> None:
     counts = scores.counts()
     failed = f", {counts['failed']:,} failed (no score)" if counts["failed"] else ""
     console.print(f"{scores.path}: {counts['done']:,} rows scored on {len(scores.tasks)} tasks{failed}", soft_wrap=True)
+    for line in told(failures_of(scores)):
+        console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
     total = np.zeros((3, len(scores.tasks)))
     for influence, stderr in zip(blocks_of(scores, "influence"), blocks_of(scores, "stderr"), strict=True):
         values = np.stack([influence, influence**2, stderr**2]).astype(np.float64)

@@ -9,6 +9,7 @@ from rich.table import Table
 from icons.cli.options.status import StatusOptions
 from icons.partition import shard_of, slurm_array
 from icons.store import open_store
+from icons.store.failures import failures_of, kinds, told
 from icons.store.row_store import RowStore
 
 
@@ -44,6 +45,10 @@ def summary(store: RowStore, units: list[int]) -> dict[str, Any]:
         "rows": store.counts(),
         "units": {"total": store.partition.num_units, "missing": units},
         "failed": reasons,
+        "failures": [
+            {"status": kind.status.name.lower(), "rows": kind.count, "examples": [str(one) for one in kind.examples]}
+            for kind in kinds(failures_of(store))
+        ],
         "manifest": store.manifest,
     }
 
@@ -52,10 +57,8 @@ def show(console: Console, store: RowStore, units: list[int], indices: list[int]
     console.print(repr(store), markup=False)
     total = store.partition.num_units
     console.print(f"  units      {total - len(units):,} of {total:,} done, {store.partition.chunk_rows:,} rows each")
-    for reason, rows in store.failed().items():
-        first = ", ".join(str(row) for row in rows[:5].tolist())
-        more = ", ..." if len(rows) > 5 else ""
-        console.print(f"  failed     {len(rows):,} {reason.name.lower()} (rows {first}{more})")
+    for line in told(failures_of(store)):
+        console.print(f"  {line}", markup=False)
     if units:
         console.print(f"  missing    units {slurm_array(units)}", markup=False)
         console.print(f"  to run     --array={slurm_array(indices)} with --shard $SLURM_ARRAY_TASK_ID/{shards}")

@@ -13,6 +13,7 @@ from icons.partition import assign
 from icons.scores import Reduce, Scorer
 from icons.scores.task_means import Normalize
 from icons.store import GradientStore, ScoreStore, check_compatible
+from icons.store.failures import check_some_done
 from icons.store.manifest import versions
 
 UNIT_ROWS = 1 << 14
@@ -73,10 +74,12 @@ class Scoring:
             advance: called with the number of rows after every block of this rank.
 
         Raises:
-            ValueError: see `Scorer.of`; or the store at `out` was made from something else.
+            ValueError: see `Scorer.of`; every row of a store failed; or the store at `out` was made from something else.
         """
         stores = [GradientStore.open(path) for path in self.train]
         tasks = {name: [GradientStore.open(path) for path in paths] for name, paths in self.tasks.items()}
+        for made_from in (*stores, *(store for found in tasks.values() for store in found)):
+            check_some_done(made_from)
         scorer = Scorer.of(
             stores,
             tasks,

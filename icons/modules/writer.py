@@ -17,6 +17,7 @@ from icons.modules.interruption import RESUME, Interruption, child_processes, in
 from icons.modules.progress import RowProgress
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
+from icons.store.failures import FailureLog, failures_in
 from icons.store.manifest import versions
 from icons.store.unit_writer import UnitWriter
 
@@ -83,6 +84,7 @@ class GradientWriter(BasePredictionWriter):
         self.store: GradientStore | ScoreStore | None = None
         self.units: list[int] = []
         self.writer: UnitWriter | None = None
+        self.failures: FailureLog | None = None
         self.progress: RowProgress | None = None
         self.stop_asked = False
         self.interruption: Interruption | None = None
@@ -108,6 +110,7 @@ class GradientWriter(BasePredictionWriter):
         self.writer = UnitWriter(
             self.store, again=again, queue_units=self.queue_units, lease_timeout_s=self.lease_timeout_s
         )
+        self.failures = FailureLog(self.store, again)
         if trainer.is_global_zero:
             self.writer.sweep()
         datamodule = getattr(trainer, "datamodule", None)
@@ -218,6 +221,8 @@ class GradientWriter(BasePredictionWriter):
         assert self.writer is not None and self.progress is not None
         outputs = self.own(outputs, pl_module)
         row = outputs["row"].cpu().numpy()
+        assert self.failures is not None
+        self.failures.add(row, failures_in(batch))
         self.writer.collect(row, {name: as_numpy(outputs[name]) for name in self.STORE.FIELDS})
         self.progress.advance(len(row))
         self.stop_between_units(trainer)

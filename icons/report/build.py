@@ -21,6 +21,9 @@ from icons.report.numbers import ScoreNumbers, count
 from icons.report.page import Ends, Fact, Page, Section, ShownRow
 from icons.report.rows import composition, thumbnail, turns
 from icons.store import ScoreStore
+from icons.store.failures import failures_of, kinds
+
+MOST_KINDS = 6
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def build(
         title=title,
         subtitle=f"{pool.name} · {scores.num_rows:,} rows · {tasks} · {chosen.method} at {100 * chosen.fraction:.4g} %",
         facts=[*head(scores, numbers, chosen), *facts],
-        notices=notices(numbers, scores.manifest, chosen.manifest),
+        notices=[*notices(numbers, scores.manifest, chosen.manifest), *reasons(scores)],
         sections=shown,
         footer=f"Made by icons {importlib.metadata.version('icons-lightning')}. One file; it loads nothing.",
     )
@@ -164,6 +167,12 @@ def notices(numbers: ScoreNumbers, *manifests: Mapping[str, Any]) -> list[str]:
     for manifest in manifests:
         said += warnings_in(manifest)
     return list(dict.fromkeys(said))
+
+
+def reasons(scores: ScoreStore) -> Iterator[str]:
+    """Why rows failed, by kind, the most frequent first, with the first row of each kind."""
+    for kind in kinds(failures_of(scores))[:MOST_KINDS]:
+        yield f"{kind.count:,} × {kind.status.name.lower().replace('_', ' ')}, as {kind.examples[0]}"
 
 
 def warnings_in(manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -65,6 +65,32 @@ def test_failed_rows_change_the_exit_status_only_with_strict(mixed: Path, tmp_pa
     assert run(mixed, tmp_path / "a.zarr", "--strict") == 1
 
 
+def test_the_summary_and_the_store_say_why_rows_failed(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(mixed, tmp_path / "a.zarr") == 0
+    summary = capsys.readouterr().out
+    assert cli.main(["status", str(tmp_path / "a.zarr")]) == 0
+    for said in (summary, capsys.readouterr().out):
+        assert f"row 1 (id {good()[0]['id']}): image nowhere.png is not in {DATA}" in said
+        assert "row 2 (id none): the record has id; expected llava: `conversations` of `from` and `value`" in said
+        assert "row 7: the record cannot be read: not valid JSON" in said
+
+
+def test_a_run_of_which_every_row_fails_ends_with_1_and_the_first_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{**one, "image": "img1.png"} for one in good()]))
+    assert run(data, tmp_path / "a.zarr", "--images", tmp_path / "images") == 1
+    said = capsys.readouterr().err
+    assert "every one of its 3 rows failed; the first, row 0" in said and "image img1.png is not in" in said
+    words = ["--train", tmp_path / "a.zarr", "--task", f"a={tmp_path / 'a.zarr'}", "--out", tmp_path / "scores.zarr"]
+    assert cli.main(["influence", *map(str, words)]) == 1
+    assert "every one of its 3 rows failed" in capsys.readouterr().err
+
+
 def test_failed_rows_are_retried_on_demand(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     shutil.copytree(DATA, folder)

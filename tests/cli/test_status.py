@@ -52,8 +52,9 @@ def test_all_of_it_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for part in (
         "done       6   failed 6   missing 28",
         "3 of 10 done, 4 rows each",
-        "3 image_missing (rows 6, 18, 22)",
-        "3 image_broken (rows 7, 19, 23)",
+        "failed 3 rows: image_missing",
+        "row 18: its image is missing",
+        "failed 3 rows: image_broken",
         "units 0,2-3,6-9",
         "--array=0,2-3,6-9 with --shard $SLURM_ARRAY_TASK_ID/10",
         '{"fingerprint": "m1"}',
