@@ -74,7 +74,7 @@ class Scoring:
             advance: called with the number of rows after every block of this rank.
 
         Raises:
-            ValueError: see `Scorer.of`; a store has no row but failed ones; or the one at `out` was made from other things.
+            ValueError: see `Scorer.of`; a store has failed rows alone; or that at `out` was made from something else.
         """
         stores = [GradientStore.open(path) for path in self.train]
         tasks = {name: [GradientStore.open(path) for path in paths] for name, paths in self.tasks.items()}
