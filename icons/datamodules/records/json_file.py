@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import mmap
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from icons.datamodules.records.cache import cache_folder
 from icons.datamodules.records.scan import Layout, scan
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
 from icons.output import put, whole_file
 
-CACHE = "ICONS_CACHE"
 KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
 SAMPLES, SAMPLE_BYTES = 64, 4096
+OTHER_FORMS = (".parquet", ".arrow", ".tar")
 
 
 class Identified(msgspec.Struct):
@@ -50,7 +50,7 @@ class RecordIndex:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            raise FileNotFoundError(f"{path}: no such data file; expected LLaVA JSON or JSONL")
+            raise FileNotFoundError(f"{path}: no such data file; expected JSON or JSONL")
         kept = cache_file(self.path)
         found = read_cache(kept, stamp(self.path))
         if found is None:
@@ -109,8 +109,16 @@ class RecordIndex:
         begin, end = self.layout.ranges[row].tolist()
         return self.content[begin:end].strip()
 
+    def check_out(self, out: Path) -> None:
+        if out.suffix in OTHER_FORMS:
+            raise ValueError(
+                f"selection {out}: a selection has the form of its data, and {self.path} is JSON; expected a .json or "
+                ".jsonl file"
+            )
+
     def write_selection(self, rows: Iterable[int], out: Path) -> None:
         """Writes the records of `rows` byte for byte, in the file's own form and the order given; atomically."""
+        self.check_out(out)
         begin, between, end = {"list": (b"[\n", b",\n", b"\n]\n"), "object": (b"{\n", b",\n", b"\n}\n")}.get(
             self.layout.form, (b"", b"\n", b"\n")
         )
@@ -127,8 +135,7 @@ class RecordIndex:
 
 
 def cache_file(path: Path) -> Path:
-    folder = Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "icons")
-    return folder / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.records"
+    return cache_folder() / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.records"
 
 
 def stamp(path: Path) -> str:

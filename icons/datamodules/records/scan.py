@@ -11,6 +11,8 @@ import msgspec
 import numpy as np
 from jaxtyping import Int, UInt8
 
+EXPECTED = "expected JSON or JSONL, Parquet, a Hugging Face data set or a WebDataset tar"
+LOOKED_AT = 1 << 16  # bytes in which one line of a JSONL file at least begins as an object
 BLOCK = 1 << 20  # fits the processor's cache: half again as fast as 8 MB
 QUOTE, BACKSLASH, COMMA, NEWLINE = b'"\\,\n'
 WHITE = b" \t\r\n"
@@ -36,7 +38,7 @@ def scan(path: Path) -> Layout:
         ValueError: the file is empty, is not JSON of one of the three forms, or breaks off.
     """
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: the file is empty; expected LLaVA JSON or JSONL")
+        raise ValueError(f"{path}: the file is empty; {EXPECTED}")
     with (
         path.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
@@ -59,11 +61,17 @@ def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"
     if content[begin : begin + 1] == b"[":
         return "list"
     if content[begin : begin + 1] == b"<":
-        raise ValueError(f"{path}: is a web page or XML; expected LLaVA JSON or JSONL: download it again")
+        raise ValueError(f"{path}: is a web page or XML: download it again; {EXPECTED}")
+    lines = content[begin : begin + LOOKED_AT].splitlines()
+    if not any(line.lstrip(WHITE)[:1] == b"{" for line in lines) and not is_value(lines[0] if lines else b""):
+        first = lines[0][:60].decode(errors="replace") if lines else ""
+        raise ValueError(
+            f"{path}: begins with {first!r}, and no line near its beginning with a JSON object; {EXPECTED}"
+        )
     end = content.find(b"\n", begin)
     try:
         first = msgspec.json.decode(content[begin : end if end >= 0 else len(content)])
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply: its row's affair
         return "object" if content[begin : begin + 1] == b"{" and looks_nested(content, begin) else "lines"
     if not isinstance(first, dict):
         raise ValueError(
@@ -71,6 +79,14 @@ def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"
         )
     alone = end < 0 or not content[end : end + 4096].strip(WHITE)
     return "object" if alone and first and all(isinstance(value, dict) for value in first.values()) else "lines"
+
+
+def is_value(line: bytes) -> bool:
+    try:
+        msgspec.json.decode(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def first_of(content: mmap.mmap) -> int:

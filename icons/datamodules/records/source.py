@@ -51,11 +51,19 @@ class RecordSource(Protocol):
         """The record's id; empty for one that has none or cannot be read."""
         ...
 
+    def check_out(self, out: Path) -> None:
+        """Refuses a name for a selection that says another form than the file has.
+
+        Raises:
+            ValueError: `out` is called as another form's files are.
+        """
+        ...
+
     def write_selection(self, rows: Sequence[int], out: Path) -> None:
         """Writes the records of `rows` in the file's own form and the order given; atomically.
 
         Raises:
-            ValueError: `out` is called as another form's files are.
+            ValueError: see `check_out`.
         """
         ...
 

@@ -117,7 +117,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_data_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such data file; expected LLaVA JSON or JSONL"):
+    with pytest.raises(FileNotFoundError, match="no such data file; expected JSON or JSONL"):
         RecordIndex.open(tmp_path / "nothing.json")
     data = tmp_path / "data.json"
     for content, message in {

@@ -1,0 +1,239 @@
+"""DataSetRecords: a Hugging Face data set as records: a saved folder, Parquet or Arrow files, a hub name, an object."""
+
+import hashlib
+import importlib
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from icons.datamodules.records.cache import cache_folder
+from icons.datamodules.records.source import RecordError, checked_row, id_of
+
+PARQUET, ARROW = ".parquet", ".arrow"
+WHOLE, BLOCKS, BLOCK_BYTES = 64 << 20, 1024, 4096
+STATE, SPLITS = "state.json", "dataset_dict.json"
+
+
+class DataSetRecords:
+    """Rows of a `datasets.Dataset`, as they are stored: images stay bytes or names and are not decoded.
+
+    The table is memory-mapped: memory does not grow with it. Parquet files, which cannot be read row by row, become an
+    Arrow table in the cache folder once.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        path: where it lies, or what it is called.
+        files: what its content is known by; none: the data set's own fingerprint stands for it.
+    """
+
+    def __init__(self, dataset: Any, path: Path, files: Sequence[Path] = ()) -> None:
+        self.dataset, self.path, self.files = dataset, path, list(files)
+        self.table = dataset.with_format("arrow")
+        self.known: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the files' sizes and contents (of a file above 64 MB, 1,024 blocks of 4 KB); of an object, its own."""
+        if self.known is None:
+            whole = hashlib.sha256(f"{len(self)} {self.dataset.features}".encode())
+            for file in self.files:
+                whole.update(content_digest(file))
+            if not self.files:
+                whole.update(str(self.dataset._fingerprint).encode())
+            self.known = whole.hexdigest()[:16]
+        return self.known
+
+    def __len__(self) -> int:
+        return int(self.dataset.num_rows)
+
+    def __getitem__(self, row: int) -> Any:
+        return self.read(row, light=False)
+
+    def light(self, row: int) -> Any:
+        return self.read(row, light=True)
+
+    def read(self, row: int, light: bool) -> dict[str, Any]:
+        one = self.table[checked_row(row, self)]
+        try:
+            return {name: plain(one.column(name)[0], light) for name in one.column_names}
+        except ValueError as error:  # a text that is no UTF-8
+            raise RecordError(f"not valid text: {error}") from None
+
+    def id(self, row: int) -> str:
+        if "id" not in self.dataset.column_names:
+            return ""
+        return id_of({"id": self.table[checked_row(row, self)].column("id")[0].as_py()})
+
+    def write_selection(self, rows: Sequence[int], out: Path) -> None:
+        """Parquet for `OUT.parquet`, an Arrow file for `OUT.arrow`, a saved data set for a name without these."""
+        self.check_out(out)
+        chosen = self.dataset.select(list(rows))
+        partial = out.with_name(f".{uuid.uuid4().hex}.partial{out.suffix}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with quiet():
+                if out.suffix == PARQUET:
+                    chosen.to_parquet(partial)
+                elif out.suffix == ARROW:
+                    write_arrow(chosen, partial)
+                else:
+                    chosen.save_to_disk(partial)
+            if partial.is_dir() and out.is_dir():
+                shutil.rmtree(out)
+            partial.replace(out)
+        finally:
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            partial.unlink(missing_ok=True)
+
+    def check_out(self, out: Path) -> None:
+        kept = self.path.suffix if self.path.suffix in (PARQUET, ARROW) else ""
+        if out.suffix not in (PARQUET, ARROW) and (kept or out.suffix in (".json", ".jsonl", ".tar")):
+            expected = f"a {kept} file" if kept else "a folder, or a .parquet or .arrow file"
+            raise ValueError(
+                f"selection {out}: a selection has the form of its data, and {self.path} is a Hugging Face data set; "
+                f"expected {expected}"
+            )
+
+
+def plain(scalar: Any, light: bool) -> Any:
+    """An Arrow value as JSON's types; if `light`, bytes come empty and are not read."""
+    kinds = importlib.import_module("pyarrow")
+    if not scalar.is_valid:
+        return None
+    if isinstance(scalar, kinds.StructScalar):
+        return {name: plain(value, light) for name, value in scalar.items()}
+    if isinstance(scalar, kinds.ListScalar | kinds.LargeListScalar | kinds.FixedSizeListScalar):
+        return [plain(value, light) for value in scalar.values]
+    if isinstance(scalar, kinds.BinaryScalar | kinds.LargeBinaryScalar) and not isinstance(
+        scalar, kinds.StringScalar | kinds.LargeStringScalar
+    ):
+        return b"" if light else scalar.as_py()
+    return scalar.as_py()
+
+
+def write_arrow(dataset: Any, path: Path) -> None:
+    pyarrow = importlib.import_module("pyarrow")
+    table = dataset.with_format("arrow")
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, dataset.features.arrow_schema) as writer:
+        for batch in table.iter(batch_size=100):
+            writer.write_table(batch)
+
+
+def content_digest(file: Path) -> bytes:
+    """SHA-256 of a file, or of its size and evenly spaced blocks where it is above 64 MB."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        if size <= WHOLE:
+            return hashlib.file_digest(opened, "sha256").digest()
+        digest = hashlib.sha256(str(size).encode())
+        for place in np.linspace(0, size - BLOCK_BYTES, BLOCKS).astype(np.int64).tolist():
+            opened.seek(place)
+            digest.update(opened.read(BLOCK_BYTES))
+        return digest.digest()
+
+
+def library() -> Any:
+    """The package `datasets`.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        return importlib.import_module("datasets")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "Parquet and Hugging Face data sets need the package datasets, which is not installed; "
+            "pip install 'icons-lightning[hf]'"
+        ) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the library's progress bars."""
+    bars = importlib.import_module("datasets.utils")
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bars()
+
+
+def open_files(files: Sequence[Path], path: Path, form: str) -> DataSetRecords:
+    """Parquet or Arrow files, one after the other, as records.
+
+    Raises:
+        ValueError: they are damaged, or of different columns.
+    """
+    datasets = library()
+    names = [str(file) for file in files]
+    try:
+        with quiet():
+            if form == ARROW:
+                found = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
+            else:
+                kept = str(cache_folder() / "datasets")
+                found = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=kept)
+    except Exception as error:  # the library's, pyarrow's, and whatever a damaged file leads them to
+        raise ValueError(f"{path}: cannot be read as a Hugging Face data set: {reason(error)}") from None
+    return DataSetRecords(found, path, files)
+
+
+def open_folder(folder: Path) -> DataSetRecords:
+    """A folder that `save_to_disk` has written, or one of Parquet files, as the hub has them.
+
+    Raises:
+        ValueError: it holds several splits, or no data.
+    """
+    if (folder / SPLITS).is_file():
+        splits = ", ".join(sorted(part.name for part in folder.iterdir() if (part / STATE).is_file()))
+        raise ValueError(f"{folder}: holds the splits {splits}; expected one: give its folder")
+    if (folder / STATE).is_file():
+        datasets = library()
+        try:
+            found = datasets.load_from_disk(str(folder))
+        except Exception as error:
+            raise ValueError(f"{folder}: cannot be read as a Hugging Face data set: {reason(error)}") from None
+        return DataSetRecords(found, folder, sorted(Path(file["filename"]) for file in found.cache_files))
+    files = sorted(folder.rglob(f"*{PARQUET}"))
+    if not files:
+        raise ValueError(
+            f"{folder}: is a folder without a data set; expected a file, what `save_to_disk` writes, or Parquet files"
+        )
+    splits = {file.name.partition("-")[0] for file in files}
+    if len(splits) > 1 and splits & {"train", "test", "validation", "dev", "val"}:
+        raise ValueError(
+            f"{folder}: holds {', '.join(sorted(splits))}; expected one split: give '{folder}/**/train-*{PARQUET}'"
+        )
+    return open_files(files, folder, PARQUET)
+
+
+def open_hub(name: str) -> DataSetRecords:
+    """A data set of the hub: `owner/name`, `owner/name:config`, either with `@split` behind; the split is train.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    datasets = library()
+    where, _, split = name.partition("@")
+    repository, _, config = where.partition(":")
+    try:
+        with quiet():
+            found = datasets.load_dataset(repository, config or None, split=split or "train")
+    except Exception as error:
+        raise ValueError(f"{name}: neither a file nor a data set that the hub gives: {reason(error)}") from None
+    return DataSetRecords(found, Path(name))
+
+
+def reason(error: Exception) -> str:
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    return " ".join(f"{type(root).__name__}: {root}".split())[:300]
