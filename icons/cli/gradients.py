@@ -71,7 +71,9 @@ def gradients(options: GradientsOptions) -> int:
         max_tokens=options.max_tokens,
         num_workers=options.num_workers,
         trust_remote_code=options.trust_remote_code,
+        dialect=options.dialect,
     )
+    console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
     if options.dry_run:
         plan = plan_gradients_run(
             source.folder,

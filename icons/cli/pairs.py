@@ -1,6 +1,7 @@
 """NAME=VALUE options, such as `--task gqa=gqa.zarr`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def places(words: Sequence[str]) -> list[str]:
@@ -30,3 +31,30 @@ def parse(pairs: Sequence[str], option: str) -> dict[str, str]:
             raise ValueError(f"{option} {pair}: {name} is given twice; expected different names")
         found[name] = value
     return found
+
+
+def file_and_images(place: str, option: str) -> tuple[Path, Path | None]:
+    """FILE or FILE:IMAGES -> the data (a file, a folder, or a pattern of files) and the image folder.
+
+    The data end at the last colon before which something lies, so that colons in names (`C:\\gqa.json`) do no harm.
+
+    Raises:
+        FileNotFoundError: no such data.
+
+    >>> file_and_images(f"{__file__}:images", "--task a")[1]
+    PosixPath('images')
+    """
+    ends = [len(place), *(at for at in range(len(place) - 1, 0, -1) if place[at] == ":")]
+    for end in ends:
+        if Path(place[:end]).exists() or has_match(place[:end]):
+            images = place[end + 1 :]
+            return Path(place[:end]), Path(images) if images else None
+    raise FileNotFoundError(f"{option}: no file {place}; expected NAME=FILE or NAME=FILE:IMAGES")
+
+
+def has_match(pattern: str) -> bool:
+    """Whether a pattern of names matches a file."""
+    path = Path(pattern)
+    return any(sign in pattern for sign in "*?[") and any(
+        True for _ in Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+    )

@@ -15,8 +15,9 @@ from icons.cli.gradients import TRAINER as TRAINER
 from icons.cli.gradients import predict_flags, replaces, summary
 from icons.cli.model_source import ModelSource
 from icons.cli.options.score import ScoreOptions
-from icons.cli.pairs import parse
+from icons.cli.pairs import file_and_images, parse
 from icons.datamodules.datamodule import ConversationDataModule
+from icons.datamodules.records import open_records
 from icons.modules.exact_scorer import InfluenceScorer, ScoredTasks, columns_of
 from icons.modules.fit import quiet
 from icons.modules.former_scores import FormerScores
@@ -47,8 +48,10 @@ def score(options: ScoreOptions) -> int:
             f"--keep-gradients {options.keep_gradients}: got {len(options.checkpoint)} checkpoints; expected one: run "
             "it for each alone"
         )
-    files = {name: task_file(value) for name, value in parse(options.task, "--task").items()}
+    files = {name: file_and_images(value, "--task") for name, value in parse(options.task, "--task").items()}
     groups = {name: members.split(",") for name, members in parse(options.group or [], "--group").items()}
+    for file in (options.data, *(file for file, _ in files.values())):
+        open_records(file)  # what is no data is said before a model is loaded
     single = len(options.checkpoint) == 1
     inputs: dict[str, Any] = {
         "--data": options.data, "--checkpoint": options.checkpoint, "--optimizer-state": options.optimizer_state,
@@ -131,7 +134,8 @@ def score(options: ScoreOptions) -> int:
             if options.keep_gradients is None
             else PROJECTORS[options.projector](options.dim, seed=options.seed),
         )
-        datamodule = ConversationDataModule(options.data, options.images, **loading)
+        datamodule = ConversationDataModule(options.data, options.images, dialect=options.dialect, **loading)
+        console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
         writing: dict[str, Any] = {
             "chunk_rows": options.chunk_rows,
             "shard": options.shard,
@@ -172,21 +176,6 @@ def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:
             "another run is computing them; run the same line again"
         )
     return status
-
-
-def task_file(value: str) -> tuple[Path, Path | None]:
-    """FILE or FILE:IMAGES.
-
-    Raises:
-        FileNotFoundError: no such file.
-
-    >>> task_file(__file__)[1] is None
-    True
-    """
-    name, _, images = value.partition(":")
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"--task: no file {name}; expected NAME=FILE or NAME=FILE:IMAGES")
-    return Path(name), Path(images) if images else None
 
 
 def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path, overwrite: bool) -> ScoreStore:

@@ -1,6 +1,7 @@
 """`icons select`: a score store -> the selected rows, and the selected part of the data file."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,19 @@ from icons.consensus.border import Border, border
 from icons.consensus.duplicates import NearDuplicates
 from icons.consensus.origin import scorer_of
 from icons.consensus.ranking import ordered
-from icons.consensus.selection_file import is_manifest, is_written_by, manifest_path, save_manifest, write_table
+from icons.consensus.selection_file import (
+    is_manifest,
+    is_written_by,
+    list_paths,
+    manifest_path,
+    save_lists,
+    save_manifest,
+    write_table,
+)
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
 from icons.datamodules.training_formats import MADE_BY, facts_of, write_training_data
-from icons.output import check_output, is_marked
+from icons.output import check_output, is_marked, mark
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
 
@@ -31,9 +40,9 @@ def select(options: SelectOptions) -> int:
     """Selects the rows that help most tasks at once, and writes them in the data file's own form and order."""
     inputs: dict[str, Any] = {"--scores": options.scores, "--data": options.data, "--train": options.train}
     inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": places(options.task or [])}
-    check_outputs(options, inputs)
-    store = ScoreStore.open(options.scores)
     index = open_records(options.data)
+    check_outputs(options, inputs, index)
+    store = ScoreStore.open(options.scores)
     check_data(store, index, options.data)
     loaded = Loaded(
         store, options.train, {name: paths.split(",") for name, paths in parse(options.task or [], "--task").items()}
@@ -88,9 +97,12 @@ def select(options: SelectOptions) -> int:
         made_from["health"] = health.plain()
     if options.format is None:
         index.write_selection(chosen.rows.tolist(), options.out)
+        if options.out.is_dir():
+            mark(options.out, MADE_BY)
     else:
         root, card = options.images.absolute() if options.images else None, facts_of(made_from)
         write_training_data(index, chosen.rows.tolist(), options.out, options.format, image_root=root, card=card)
+    save_lists(options.out, chosen.rows, ids_of(index, chosen.rows.tolist()))
     save_manifest(options.out, chosen.rows, made_from, options.table)
     summary(chosen, store, options.out, found, num_near)
     if health is not None:
@@ -98,16 +110,18 @@ def select(options: SelectOptions) -> int:
     return 0
 
 
-def check_outputs(options: SelectOptions, inputs: Mapping[str, Any]) -> None:
+def check_outputs(options: SelectOptions, inputs: Mapping[str, Any], index: RecordSource) -> None:
     """Refuses to write over anything but a former selection; one that was edited since is the user's."""
     out, table = options.out, options.table
     common: dict[str, Any] = {"kind": "file", "overwrite": options.overwrite}
-    if options.format is None:
+    if options.format is None and index.check_out(out) == "file":
         check_output(out, inputs=inputs, ours=lambda path: is_written_by(out, "data", path), **common)
     else:
         folder = {**common, "kind": "folder", "searched": {"--images": options.images}}
         check_output(out, inputs=inputs, ours=lambda path: is_marked(path, MADE_BY), **folder)
     check_output(manifest_path(out), "the manifest of --out", inputs=inputs, ours=is_manifest, **common)
+    for name, path in list_paths(out).items():
+        check_output(path, f"{name} of --out", inputs=inputs, ours=partial(is_written_by, out, name), **common)
     if table is not None:
         named = {**inputs, "--out": [out, manifest_path(out)]}
         check_output(table, "--table", inputs=named, ours=lambda path: is_written_by(out, "table", path), **common)

@@ -39,7 +39,19 @@ def training_formats() -> dict[str, str]:
     return {name: ast.literal_eval(value.args[0]) for name, value in table}
 
 
-TABLES = {"projectors": projectors, "rules": rules, "rule options": rule_options, "training formats": training_formats}
+def dialects() -> dict[str, str]:
+    """Each of `icons.datamodules.dialects.DIALECTS`, with its fields; and auto."""
+    table = entries("datamodules/dialects.py", "DIALECTS")
+    return {"auto": "as most records are"} | {name: ast.literal_eval(value.args[1]) for name, value in table}
+
+
+TABLES = {
+    "projectors": projectors,
+    "rules": rules,
+    "rule options": rule_options,
+    "training formats": training_formats,
+    "dialects": dialects,
+}
 
 
 def entries(file: str, table: str) -> Iterator[tuple[str, ast.Call]]:

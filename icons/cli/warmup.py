@@ -13,6 +13,7 @@ from icons.cli.console import bars, console, warn
 from icons.cli.cost import ModelSize, Workload
 from icons.cli.estimate import evenly, plan_warmup
 from icons.cli.options.warmup import WarmupOptions
+from icons.cli.pairs import file_and_images
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
 from icons.models.folder import ModelFolder
@@ -72,7 +73,9 @@ def warmup(options: WarmupOptions) -> int:
         tasks=tasks,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
+        dialect=options.dialect,
     )
+    say(datamodule.dataset.summary())
     num_rows = len(datamodule.dataset)
     rows, held = draw(num_rows, options.fraction, options.min_rows, 0.0 if tasks else options.held_out, options.seed)
     datamodule.rows, datamodule.held_out = rows, held or None
@@ -220,10 +223,7 @@ def parse_tasks(words: Sequence[str]) -> dict[str, tuple[Path, Path | None]]:
             raise ValueError(f"--task {word}: expected NAME=FILE or NAME=FILE:IMAGES")
         if name in tasks:
             raise ValueError(f"--task {word}: the name {name} is given twice; give each task a name of its own")
-        file, _, images = place.partition(":")
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"--task {word}: no file {file}; expected LLaVA JSON or JSONL")
-        tasks[name] = Path(file), Path(images) if images else None
+        tasks[name] = file_and_images(place, f"--task {name}")
     return tasks
 
 

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,25 @@ def save_manifest(
 ) -> Path:
     """Writes the manifest of a selection beside its data, which is there, and its table; where it is."""
     path = manifest_path(selection)
-    written = {name: digest(file) for name, file in (("data", selection), ("table", table)) if file and file.is_file()}
+    files = {"data": selection, "table": table, **list_paths(selection)}
+    written = {name: digest(file) for name, file in files.items() if file and file.is_file()}
     made_by = {"versions": versions("icons-lightning", "numpy"), "written": written}
     whole = {"format": FORMAT, "kind": "selection", **manifest, **made_by, "rows": rows.tolist()}
     put(path, json.dumps(whole, default=str) + "\n")
     return path
+
+
+def list_paths(selection: Path) -> dict[str, Path]:
+    """Where the lists of a selection lie: `selected.json.rows.npy` and `selected.json.ids.txt`."""
+    return {name: selection.with_name(f"{selection.name}.{name}") for name in ("rows.npy", "ids.txt")}
+
+
+def save_lists(selection: Path, rows: Int[np.ndarray, " selected"], ids: Sequence[str]) -> None:
+    """Writes the selected rows (int64) and the records' ids, one a line (empty for one without), in the same order."""
+    paths = list_paths(selection)
+    with whole_file(paths["rows.npy"]) as partial:
+        np.save(partial, np.asarray(rows, dtype=np.int64))
+    put(paths["ids.txt"], "".join(" ".join(name.splitlines()) + "\n" for name in ids))
 
 
 def is_manifest(path: Path) -> bool:
@@ -56,7 +70,8 @@ def is_manifest(path: Path) -> bool:
 
 
 def is_written_by(selection: Path, name: str, file: Path) -> bool:
-    """Whether `file` is what the selection's manifest calls its `data` or `table`, with not a byte changed since."""
+    """Whether `file` is what the selection's manifest calls its `data`, `table`, `rows.npy` or `ids.txt`, with not a
+    byte changed since."""
     manifest = read_object(manifest_path(selection))
     written = manifest.get("written")
     if manifest.get("kind") != "selection" or not isinstance(written, dict) or not file.is_file():

@@ -111,6 +111,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.records)
 
+    def summary(self) -> str:
+        """One line: what the data are, and in which dialect."""
+        return f"{self.records.path}: {len(self):,} rows, dialect {self.dialect.name} ({self.dialect.expects})"
+
     def detected(self) -> Dialect:
         """The dialect of the records."""
         rows = range(0, len(self), max(1, len(self) // DETECTED_BY))

@@ -170,40 +170,37 @@ def prompt_and_completion(record: Record) -> list[Message]:
     return found
 
 
-DIALECTS = {
-    dialect.name: dialect
-    for dialect in (
-        Dialect(
-            "llava",
-            "`conversations` of `from` and `value`",
-            lambda record: has_turns(record, "conversations", "from"),
-            conversation_messages,
-        ),
-        Dialect(
-            "messages",
-            "`messages` of `role` and `content`",
-            lambda record: chat_field(record) is not None,
-            chat_messages,
-        ),
-        Dialect(
-            "texts",
-            "`texts` of `user` and `assistant`",
-            lambda record: has_turns(record, "texts", "user", "assistant"),
-            pairs,
-        ),
-        Dialect(
-            "alpaca",
-            "`instruction` and `output`",
-            lambda record: all(isinstance(record.get(name), str) for name in ("instruction", "output")),
-            alpaca,
-        ),
-        Dialect(
-            "prompt",
-            "`prompt` and `completion`",
-            lambda record: all(isinstance(record.get(name), str | list) for name in ("prompt", "completion")),
-            prompt_and_completion,
-        ),
-    )
+DIALECTS: dict[str, Dialect] = {
+    "llava": Dialect(
+        "llava",
+        "`conversations` of `from` and `value`",
+        lambda record: has_turns(record, "conversations", "from"),
+        conversation_messages,
+    ),
+    "messages": Dialect(
+        "messages",
+        "`messages` of `role` and `content`",
+        lambda record: chat_field(record) is not None,
+        chat_messages,
+    ),
+    "texts": Dialect(
+        "texts",
+        "`texts` of `user` and `assistant`",
+        lambda record: has_turns(record, "texts", "user", "assistant"),
+        pairs,
+    ),
+    "alpaca": Dialect(
+        "alpaca",
+        "`instruction` and `output`",
+        lambda record: all(isinstance(record.get(name), str) for name in ("instruction", "output")),
+        alpaca,
+    ),
+    "prompt": Dialect(
+        "prompt",
+        "`prompt` and `completion`",
+        lambda record: all(isinstance(record.get(name), str | list) for name in ("prompt", "completion")),
+        prompt_and_completion,
+    ),
 }
 
 

@@ -61,7 +61,10 @@ class DataOptions:
     """data"""
 
     data: Path
-    """LLaVA JSON or JSONL; row i is record i of this file"""
+    """JSON or JSONL, Parquet or Arrow (a pattern for several files), a data-set folder, a name on the Hugging Face hub,
+    or WebDataset tars; row i is record i of it"""
+    dialect: str = field(default="auto", metadata={"choices": "dialects"})
+    """how the records are written. {dialects}"""
     images: Path | None = None
     """folder (or tar or zip archive) that the records' image paths start from"""
 

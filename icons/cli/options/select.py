@@ -19,9 +19,10 @@ class SelectOptions:
     scores: str
     """score store made by `icons influence` or `icons score`"""
     data: Path
-    """the data file that the scores belong to (LLaVA JSON or JSONL)"""
+    """the data that the scores belong to, in any form that --data takes"""
     out: Path
-    """the selected records, byte for byte as they were"""
+    """the selected records in the data's own form (of JSON byte for byte), with their rows (OUT.rows.npy) and ids
+    (OUT.ids.txt) beside them"""
     fraction: float = 0.2
     """share of the rows to select"""
     method: str = field(default="vote", metadata={"choices": "rules", "or": r"[\w.]+:\w+"})

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class DataSetRecords:
                 shutil.rmtree(partial)
             partial.unlink(missing_ok=True)
 
-    def check_out(self, out: Path) -> None:
+    def check_out(self, out: Path) -> Literal["file", "folder"]:
         kept = self.path.suffix if self.path.suffix in (PARQUET, ARROW) else ""
         if out.suffix not in (PARQUET, ARROW) and (kept or out.suffix in (".json", ".jsonl", ".tar")):
             expected = f"a {kept} file" if kept else "a folder, or a .parquet or .arrow file"
@@ -99,6 +99,7 @@ class DataSetRecords:
                 f"selection {out}: a selection has the form of its data, and {self.path} is a Hugging Face data set; "
                 f"expected {expected}"
             )
+        return "file" if out.suffix in (PARQUET, ARROW) else "folder"
 
 
 def plain(scalar: Any, light: bool) -> Any:
@@ -207,10 +208,10 @@ def open_folder(folder: Path) -> DataSetRecords:
         raise ValueError(
             f"{folder}: is a folder without a data set; expected a file, what `save_to_disk` writes, or Parquet files"
         )
-    splits = {file.name.partition("-")[0] for file in files}
-    if len(splits) > 1 and splits & {"train", "test", "validation", "dev", "val"}:
+    named = {file.name.partition("-")[0] for file in files}
+    if len(named) > 1 and named & {"train", "test", "validation", "dev", "val"}:
         raise ValueError(
-            f"{folder}: holds {', '.join(sorted(splits))}; expected one split: give '{folder}/**/train-*{PARQUET}'"
+            f"{folder}: holds {', '.join(sorted(named))}; expected one split: give '{folder}/**/train-*{PARQUET}'"
         )
     return open_files(files, folder, PARQUET)
 

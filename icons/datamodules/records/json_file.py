@@ -6,7 +6,7 @@ import mmap
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import numpy as np
@@ -109,12 +109,13 @@ class RecordIndex:
         begin, end = self.layout.ranges[row].tolist()
         return self.content[begin:end].strip()
 
-    def check_out(self, out: Path) -> None:
+    def check_out(self, out: Path) -> Literal["file"]:
         if out.suffix in OTHER_FORMS:
             raise ValueError(
                 f"selection {out}: a selection has the form of its data, and {self.path} is JSON; expected a .json or "
                 ".jsonl file"
             )
+        return "file"
 
     def write_selection(self, rows: Iterable[int], out: Path) -> None:
         """Writes the records of `rows` byte for byte, in the file's own form and the order given; atomically."""

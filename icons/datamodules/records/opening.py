@@ -1,6 +1,5 @@
 """`open_records`: a data file, of whatever form, as its records. What is no data is refused in one line."""
 
-import glob
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +42,8 @@ def open_records(data: Any) -> RecordSource:
     if path.exists():
         return open_several([path], path)
     if any(sign in str(data) for sign in "*?["):
-        files = [Path(name) for name in sorted(glob.glob(str(data), recursive=True)) if Path(name).is_file()]
+        root = Path(path.anchor)
+        files = sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file())
         if not files:
             raise FileNotFoundError(f"{data}: no file has such a name; {EXPECTED}")
         return open_several(files, path)

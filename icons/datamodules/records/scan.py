@@ -63,8 +63,8 @@ def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"
     if content[begin : begin + 1] == b"<":
         raise ValueError(f"{path}: is a web page or XML: download it again; {EXPECTED}")
     lines = content[begin : begin + LOOKED_AT].splitlines()
-    if not any(line.lstrip(WHITE)[:1] == b"{" for line in lines) and not is_value(lines[0] if lines else b""):
-        first = lines[0][:60].decode(errors="replace") if lines else ""
+    if lines and not any(line.lstrip(WHITE)[:1] == b"{" for line in lines) and not is_value(lines[0]):
+        first = lines[0][:60].decode(errors="replace")
         raise ValueError(
             f"{path}: begins with {first!r}, and no line near its beginning with a JSON object; {EXPECTED}"
         )

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import msgspec
 
@@ -51,8 +51,8 @@ class RecordSource(Protocol):
         """The record's id; empty for one that has none or cannot be read."""
         ...
 
-    def check_out(self, out: Path) -> None:
-        """Refuses a name for a selection that says another form than the file has.
+    def check_out(self, out: Path) -> Literal["file", "folder"]:
+        """What a selection of this name is; refuses a name that says another form than the data have.
 
         Raises:
             ValueError: `out` is called as another form's files are.

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from icons.datamodules.records.data_set import content_digest
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
@@ -123,12 +123,13 @@ class TarRecords:
         except RecordError:
             return self.samples[row].key
 
-    def check_out(self, out: Path) -> None:
+    def check_out(self, out: Path) -> Literal["file"]:
         if out.suffix != ".tar":
             raise ValueError(
                 f"selection {out}: a selection has the form of its data, and {self.path} is a WebDataset tar; expected "
                 "a .tar file"
             )
+        return "file"
 
     def write_selection(self, rows: Sequence[int], out: Path) -> None:
         """One tar of the samples' files, as they are."""
