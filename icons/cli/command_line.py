@@ -87,7 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def user_error(name: str, error: object) -> int:
-    print(f"icons {name}: error: {error}", file=sys.stderr)
+    from icons.terminal import legible  # rich, which `icons --help` does without
+
+    print(legible(f"icons {name}: error: {error}"), file=sys.stderr)
     return USER_ERROR
 
 

@@ -2,8 +2,9 @@
 
 import logging
 
-from rich.console import Console
 from rich.markup import escape
+
+from icons.terminal import Console
 
 console = Console()
 _never_quiet = Console()

@@ -6,6 +6,7 @@ stands for every flag of Lightning's Trainer (`--trainer.devices 8`).
 
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -21,6 +22,7 @@ from jsonargparse.typing import restricted_string_type
 from icons.cli.tables import PACKAGE, TABLES
 
 LOADER = "icons"
+LARGEST_YAML = 100_000
 LOUDNESS = {
     "--quiet": "print warnings and results alone",
     "--verbose": "print all that helps to find a fault, Lightning's log too",
@@ -218,12 +220,29 @@ def listed(value: str) -> list[Any]:
 
 def load(text: str) -> Any:
     """YAML whose keys may be spelled as the options are: `chunk-rows: 4`."""
-    content = jsonargparse.get_loader("yaml")(text)
+    try:
+        if size_of(yaml.compose(text, Loader=yaml.SafeLoader)) > LARGEST_YAML:
+            raise yaml.YAMLError(f"has more than {LARGEST_YAML:,} entries once its aliases are written out")
+        content = jsonargparse.get_loader("yaml")(text)
+    except RecursionError:
+        raise yaml.YAMLError("is nested too deep") from None
     return (
         {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in content.items()}
         if isinstance(content, dict)
         else content
     )
+
+
+def size_of(node: yaml.Node | None, known: dict[int, float] | None = None) -> float:
+    """Entries of a YAML document with every alias written out; infinite where one holds itself."""
+    known = {} if known is None else known
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1.0
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is counted: whoever meets it meanwhile is inside of it
+        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else [entry])]
+        known[id(node)] = 1.0 + sum(size_of(part, known) for part in parts)
+    return known[id(node)]
 
 
 class Help(jsonargparse.DefaultHelpFormatter):

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from icons.cli.options.status import StatusOptions
@@ -11,6 +11,7 @@ from icons.partition import shard_of, slurm_array
 from icons.store import open_store
 from icons.store.failures import failures_of, kinds, told
 from icons.store.row_store import RowStore
+from icons.terminal import Console
 
 
 def status(options: StatusOptions) -> int:
@@ -64,5 +65,5 @@ def show(console: Console, store: RowStore, units: list[int], indices: list[int]
         console.print(f"  to run     --array={slurm_array(indices)} with --shard $SLURM_ARRAY_TASK_ID/{shards}")
     table = Table("made from", "", box=None, show_header=False, padding=(0, 2))
     for name, value in store.manifest.items():
-        table.add_row(name, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+        table.add_row(escape(name), escape(json.dumps(value) if isinstance(value, (dict, list)) else str(value)))
     console.print(table)

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from icons.cli.options.tasks import TasksOptions
 from icons.datamodules.benchmarks import BENCHMARKS, build
+from icons.terminal import Console
 
 
 def tasks(options: TasksOptions) -> int:

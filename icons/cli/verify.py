@@ -1,6 +1,5 @@
 """`icons verify`: is every chunk of a store there and whole, and does it agree with its status and the manifest?"""
 
-from rich.console import Console
 from rich.progress import Progress
 
 from icons.cli.options.verify import VerifyOptions
@@ -9,6 +8,7 @@ from icons.store import open_store
 from icons.store.verify import Finding
 from icons.store.verify import repair as repair_units
 from icons.store.verify import verify as find
+from icons.terminal import Console
 
 
 def verify(options: VerifyOptions) -> int:

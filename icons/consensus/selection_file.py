@@ -110,6 +110,15 @@ def open_selection(selection: Path) -> SavedSelection:
     return SavedSelection(rows, manifest)
 
 
+def cell(value: object) -> object:
+    """A cell of a CSV file that no spreadsheet takes for a formula: a text that begins like one is quoted.
+
+    >>> cell("=1+1"), cell("r7"), cell(-0.5)
+    ("'=1+1", 'r7', -0.5)
+    """
+    return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value
+
+
 def write_table(path: Path, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) -> None:
     """Writes columns of equal length as CSV or Parquet, by the file's suffix.
 
@@ -119,8 +128,9 @@ def write_table(path: Path, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) 
     if path.suffix == ".csv":
         with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+            writer.writerow([cell(name) for name in columns])
+            rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+            writer.writerows([cell(value) for value in row] for row in rows)
     elif path.suffix == ".parquet":
         try:
             pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")

@@ -23,7 +23,7 @@ from icons.models.llava import assemble
 from icons.models.lora import non_lora_tensors
 from icons.models.parameter_names import current_name
 from icons.models.saved_adapter import merge_into
-from icons.models.tensor_files import find_tensors, read_tensors
+from icons.models.tensor_files import find_tensors, read_tensors, readable
 
 PROJECTOR = "model.multi_modal_projector."
 AUTO: dict[str, Any] = {
@@ -118,11 +118,12 @@ def projector_tensors(folder: ModelFolder, adapter: Path | None) -> dict[str, Te
 def pretrained(kind: Any, folder: Path, *, trust_remote_code: bool = False, **options: Any) -> Any:
     """`kind.from_pretrained`, but weights that transformers would make up are refused, and the attention kernel is the
     one that was asked for, whatever the folder's config.json names."""
-    config = options.pop("config", None) or config_of(kind, folder, trust_remote_code)
-    set_kernel(config, options["attn_implementation"])
-    model, info = kind.from_pretrained(
-        folder, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
-    )
+    with own_code(folder), readable(folder, "a model, or its weights do not fit its config.json"):
+        config = options.pop("config", None) or config_of(kind, folder, trust_remote_code)
+        set_kernel(config, options["attn_implementation"])
+        model, info = kind.from_pretrained(
+            folder, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
+        )
     made_up = sorted(info["missing_keys"])
     if made_up:
         raise ValueError(

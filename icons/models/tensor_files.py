@@ -1,12 +1,28 @@
 """Tensor files: weights read by name from safetensors and PyTorch files, whole or only what is asked for."""
 
-import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
+
+
+@contextmanager
+def readable(what: Path, expected: str) -> Iterator[None]:
+    """Around what reads a file or folder: whatever a library makes of a broken one is a single line.
+
+    Raises:
+        ValueError: in place of any error that is not about this machine (files that are not there, memory, packages).
+    """
+    try:
+        yield
+    except (OSError, MemoryError, ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # pickle, safetensors, tokenizers and SentencePiece each have their own
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise ValueError(f"{what}: cannot be read as {expected} ({reason}); copy or download it again") from error
 
 
 def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
@@ -20,7 +36,7 @@ def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) 
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected weights")
-    try:
+    with readable(file, "weights"):
         if file.suffix == ".safetensors":
             with safe_open(str(file), framework="pt") as stored:
                 return {name: stored.get_tensor(name) for name in stored.keys() if wanted(name)}  # noqa: SIM118
@@ -28,9 +44,6 @@ def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) 
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:  # written by torch < 1.6: not mappable
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{file}: cannot be read as weights ({reason}); copy or download it again") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {name: value for name, value in content.items() if isinstance(value, Tensor) and wanted(name)}
 

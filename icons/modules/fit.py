@@ -134,6 +134,7 @@ def run_fit(
     if not resume:
         clear(out)
     if last.exists():
+        check_resumable(last)
         say(f"going on with the interrupted fit in {last}")
     callbacks = [FitCheckpoint(out, minutes, seed), *as_list(flags.get("callbacks"))]
     if flags.get("enable_progress_bar", True):
@@ -152,6 +153,25 @@ def run_fit(
             say(f"{stop}; run the same line again to go on")
             return interrupted_status(runner)
     return runner
+
+
+def check_resumable(last: Path) -> None:
+    """Refuses a checkpoint that cannot be read as data alone, before Lightning reads it.
+
+    Raises:
+        ValueError: it is broken, or holds more than data.
+    """
+    try:
+        if last.is_file():  # a folder is DeepSpeed's or FSDP's, which reads it
+            torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # pickle raises whatever a broken file leads it to
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"{last}: cannot be read as the checkpoint of a fit ({reason}); restore it, or start again with "
+            "--resume false"
+        ) from error
 
 
 @rank_zero_only

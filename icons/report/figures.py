@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -256,7 +257,8 @@ def svg(figure: Figure) -> str:
     buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
-    text = buffer.getvalue().replace(b"'DejaVu Sans'", PAGE_FONT.replace("'", "&apos;").encode())
+    text = re.sub(rb"[\x00-\x08\x0b\x0c\x0e-\x1f]", b"", buffer.getvalue())  # XML has none of them
+    text = text.replace(b"'DejaVu Sans'", PAGE_FONT.replace("'", "&apos;").encode())
     text = text.replace(b"</defs>", f"</defs>\n <style>{dark_style()}</style>".encode(), 1)
     return "data:image/svg+xml;base64," + base64.b64encode(text).decode()
 

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from icons.models.folder import own_code
+from icons.models.tensor_files import readable
 
 WORD = "▁"
 
@@ -76,18 +77,25 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{folder}: no tokenizer there; expected tokenizer.model or tokenizer.json")
     if not (folder / "tokenizer.model").is_file() or is_other(folder):
-        with own_code(folder):
+        with own_code(folder), readable(folder, "a tokenizer"):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     settings = read_settings(folder)
     tokens = {name: content(settings.get(name, default)) for name, default in SPECIAL.items()}
     make: Any = SentencePieceTokenizer
-    tokenizer: Any = make(
-        vocab_file=str(folder / "tokenizer.model"),
-        legacy=settings.get("legacy", True),
-        model_max_length=settings.get("model_max_length", 2048),
-        sp_model_kwargs=settings.get("sp_model_kwargs", {}),
-        **{name: token for name, token in tokens.items() if token is not None},
-    )
+    sampling = settings.get("sp_model_kwargs") or {}
+    if strange := sorted(set(sampling) - SAMPLING):  # SentencePiece would read another file of that name
+        raise ValueError(
+            f"{folder}: tokenizer_config.json sets {strange[0]} of SentencePiece; expected no more than "
+            f"{', '.join(sorted(SAMPLING))}: take it out of sp_model_kwargs"
+        )
+    with readable(folder / "tokenizer.model", "a SentencePiece model"):
+        tokenizer: Any = make(
+            vocab_file=str(folder / "tokenizer.model"),
+            legacy=settings.get("legacy", True),
+            model_max_length=settings.get("model_max_length", 2048),
+            sp_model_kwargs=sampling,
+            **{name: token for name, token in tokens.items() if token is not None},
+        )
     # unk, as LLaVA pads; a pad token that was added for Hugging Face is no piece, and would get another token's id here
     pad = content(settings.get("pad_token"))
     known = pad is not None and tokenizer.sp_model.piece_to_id(pad) != tokenizer.sp_model.unk_id()
@@ -95,6 +103,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+SAMPLING = {"alpha", "enable_sampling", "nbest_size"}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
 

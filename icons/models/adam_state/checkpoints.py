@@ -1,7 +1,6 @@
 """Where Adam's moments come from: warm-up folder, Lightning, Hugging Face Trainer or DeepSpeed checkpoint."""
 
 import json
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -147,8 +146,11 @@ def read_warmup(file: Path) -> Moments:
 def load(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = ", ".join(foreign_objects(path)[:SHOWN]) or str(error).partition("\n")[0]
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # pickle raises whatever a broken file leads it to
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = ", ".join(foreign_objects(path)[:SHOWN]) or said
         raise ValueError(
             f"{path}: cannot be read as data alone ({reason}); expected an optimizer state without Python objects: "
             "save the checkpoint without them, or give the optimizer's file"

@@ -10,6 +10,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from icons.models.tensor_files import readable
+
 WORD = "▁"
 
 
@@ -27,13 +29,15 @@ def fast_tokenizer(folder: Path, legacy: bool) -> Tokenizer:
     if (folder / "tokenizer.model").is_file():
         return from_sentencepiece(folder / "tokenizer.model", legacy)
     if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        with readable(folder / "tokenizer.json", "a tokenizer"):
+            return Tokenizer.from_file(str(folder / "tokenizer.json"))
     raise FileNotFoundError(f"{folder}: no tokenizer there; expected tokenizer.model or tokenizer.json")
 
 
 def from_sentencepiece(file: Path, legacy: bool) -> Tokenizer:
     """A BPE tokenizer with the pieces of a SentencePiece model (Llama's kind: BPE, bytes for unknown characters)."""
-    pieces: Any = SentencePieceProcessor(model_file=str(file))
+    with readable(file, "a SentencePiece model"):
+        pieces: Any = SentencePieceProcessor(model_file=str(file))
     vocabulary = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
     scores = {piece: pieces.get_score(number) for piece, number in vocabulary.items()}
     unknown, begin, end = (pieces.id_to_piece(number) for number in (pieces.unk_id(), pieces.bos_id(), pieces.eos_id()))

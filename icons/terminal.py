@@ -1,0 +1,29 @@
+"""The terminal: text from files is shown, and never obeyed."""
+
+import re
+from typing import Any
+
+from rich import console
+from rich.text import Text
+
+# what moves the cursor, sets colours and titles, or turns the direction of writing
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def legible(text: str) -> str:
+    """A text with its control characters written out; line ends and tabs stay.
+
+    >>> legible("a\\x1b[31mb")
+    'a\\\\x1b[31mb'
+    """
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class Console(console.Console):
+    """rich's console, for texts of which some come from files: their control characters are written out.
+
+    Markup in them is for the caller to escape (`rich.markup.escape`, `markup=False`).
+    """
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(legible(text), **options)
