@@ -116,7 +116,15 @@ def bakeoff(
             "tasks": {name: open_records(file).fingerprint for name, (file, _) in files.items()},
         }
         claim(folder / SETTINGS, {**settings, **content}, "trainings")
-        options = {**start, **settings, "images": pool.images, "min_rows": 1, "task": task, "trainer": trainer}
+        options = {
+            **start,
+            **settings,
+            "images": pool.images,
+            "min_rows": 1,
+            "max_failed": 1.0,
+            "task": task,
+            "trainer": trainer,
+        }
         retrainers[pool] = Retrainer(pool.data, folder, options, retrain)
     part = (0, 1) if shard is None else parse_shard(shard)
     for pool, trainings in planned.items():

@@ -114,7 +114,13 @@ def validate(options: ValidateOptions) -> int:
         },
         "trainings",
     )
-    fixed = {"images": options.images, "min_rows": 1, "task": options.task, "trainer": options.trainer}
+    fixed = {
+        "images": options.images,
+        "min_rows": 1,
+        "max_failed": 1.0,
+        "task": options.task,
+        "trainer": options.trainer,
+    }
     retrainer = Retrainer(options.data, options.out, start | settings | fixed, retrain)
     part = (0, 1) if options.shard is None else parse_shard(options.shard)
     mine = [trainings[place] for place in assign(range(len(trainings)), part[1], part[0])]

@@ -20,6 +20,7 @@ from icons.models.folder import ModelFolder
 from icons.models.loading import empty_model, load_model
 from icons.models.lora import LoraSettings
 from icons.models.warmup_folder import is_warmup, save_warmup
+from icons.modules.failed_rows import FailedRows
 from icons.modules.fit import TRAINER as TRAINER
 from icons.modules.fit import (
     already_done,
@@ -113,6 +114,9 @@ def warmup(options: WarmupOptions) -> int:
     if options.resume and already_done(options.out, settings):
         say(f"{options.out} holds this very fit, finished: nothing to do (--resume false to start again)")
         return 0
+    datamodule.dataset.check_some(evenly(rows))
+    failed = FailedRows(len(rows), options.max_failed)
+    flags["callbacks"] = [failed, *flags["callbacks"]]
     mark(options.out, "warmup")
     network = load_model(
         folder,
@@ -145,16 +149,19 @@ def warmup(options: WarmupOptions) -> int:
     )
     if isinstance(ended, int):
         return ended
+    failures, lines = failed.describe(ended), failed.lines(ended)
     if ended.is_global_zero:
         assert module.outcome is not None
         used = {"rows": len(rows), "fraction": len(rows) / num_rows, "steps": ended.global_step}
         manifest = (
             datamodule.describe() | losses_of(module) | {"settings": settings, "lora": asdict(lora), "used": used}
         )
-        manifest |= {"versions": versions()}
+        manifest |= {"versions": versions(), "failed": failures}
         save_warmup(options.out, network, module.outcome, folder, manifest)
         if module.outcome.exp_avg:  # else they are in DeepSpeed's checkpoint alone
             remove(options.out / LAST)
+        for line in lines:
+            warn(line)
         show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
         say(f"{ended.global_step:,} steps; the adapter and Adam's moments are in {options.out}")
     return 0

@@ -32,6 +32,7 @@ from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordError, RecordSource
 from icons.models.folder import ModelFolder
 
+LOOKED_AT = 32
 DETECTED_BY = 64  # records, evenly spaced over the file
 
 
@@ -114,6 +115,25 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def summary(self) -> str:
         """One line: what the data are, and in which dialect."""
         return f"{self.records.path}: {len(self):,} rows, dialect {self.dialect.name} ({self.dialect.expects})"
+
+    def check_some(self, rows: Sequence[int]) -> None:
+        """Looks at up to 32 of the rows, so that a wrong image folder shows before a model is loaded.
+
+        Raises:
+            ValueError: each of them fails; says why the first does.
+        """
+        looked_at = rows[:: max(1, len(rows) // LOOKED_AT)][:LOOKED_AT]
+        first = None
+        for row in looked_at:
+            sample = self[row]
+            if "failed" not in sample:
+                return
+            first = first or sample
+        if first is not None:
+            raise ValueError(
+                f"{self.records.path}: each of the {len(looked_at)} rows looked at fails; the first, row "
+                f"{first['row']}: {first['reason']}; expected one at least that can be used"
+            )
 
     def detected(self) -> Dialect:
         """The dialect of the records."""

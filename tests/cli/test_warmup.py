@@ -44,6 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def options(data: Path, out: Path, **more: Any) -> dict[str, Any]:
     few = {"lora_rank": 2, "lora_alpha": 4.0, "batch_size": 4, "learning_rate": 1e-2, "min_rows": 1}
+    few |= {"max_failed": 1.0}
     flags = {"accelerator": "cpu", "enable_progress_bar": False} | more.pop("trainer", {})
     return MODEL | {"data": data, "out": out, "images": LLAVA, "trainer": flags} | few | more
 
@@ -92,6 +93,31 @@ def test_a_finished_fit_of_other_settings_is_not_overwritten(
     assert "holds a finished fit with lora {" in capsys.readouterr().err
     assert main(words(data, out, "--seed=3", "--resume=false")) == 0
     assert json.loads((out / "icons.json").read_text())["settings"]["seed"] == 3
+
+
+def test_failed_rows_are_counted_shown_and_kept_and_too_many_end_the_fit(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words(data, tmp_path / "a", "--held-out=0")) == 0
+    assert "failed 8 rows: image_missing" in capsys.readouterr().out
+    failed = json.loads((tmp_path / "a" / "icons.json").read_text())["failed"]
+    assert failed["rows"] == 8 and failed["kinds"][0]["examples"][0].startswith("row 2 (id 2): image gone.png is not")
+    assert main(words(data, tmp_path / "b", "--held-out=0", "--max-failed=0.3")) == 1
+    said = capsys.readouterr().err
+    assert f"8 of {NUM_ROWS} rows could not be read, more than --max-failed 0.3 of them; the first, row 2" in said
+    assert main(words(data, tmp_path / "b", "--max-failed=2")) == 1
+    assert "--max-failed 2.0: expected a share of the rows" in capsys.readouterr().err
+
+
+def test_a_wrong_image_folder_is_said_before_a_model_is_loaded(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icons.cli.warmup.load_model", lambda *_, **__: pytest.fail("loaded"))
+    none = tmp_path / "none.json"
+    none.write_text(json.dumps([one | {"image": "none.png"} for one in json.loads(data.read_text())]))
+    assert main(words(none, tmp_path / "a")) == 1
+    said = capsys.readouterr().err
+    assert "rows looked at fails; the first, row " in said and "image none.png is not in" in said
 
 
 def test_without_tasks_rows_are_held_out(data: Path, tmp_path: Path) -> None:
@@ -200,7 +226,7 @@ def test_tasks_are_named_files(tmp_path: Path) -> None:
         parse_tasks(["gqa"])
     with pytest.raises(ValueError, match="the name gqa is given twice"):
         parse_tasks([f"gqa={file}", f"gqa={file}"])
-    with pytest.raises(FileNotFoundError, match=r"no file .*none\.json; expected LLaVA JSON or JSONL"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*none\.json; expected NAME=FILE"):
         parse_tasks([f"gqa={tmp_path}/none.json"])
 
 

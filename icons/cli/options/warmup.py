@@ -32,6 +32,8 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     task: list[str] | None = field(default=None, metadata=DATA)
     """NAME=FILE or NAME=FILE:IMAGES, a file to measure loss and exact matches on before and after; repeat it for
     each"""
+    max_failed: float = field(default=0.01, metadata=DATA)
+    """share of the rows that may fail (image missing, no conversation, ...) before the fit stops"""
     template: str = field(default="auto", metadata=DATA)
     """conversation template; auto: the one that the model folder calls for"""
     max_length: int = field(default=2048, metadata=DATA)
