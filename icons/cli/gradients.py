@@ -72,6 +72,8 @@ def gradients(options: GradientsOptions) -> int:
         num_workers=options.num_workers,
         trust_remote_code=options.trust_remote_code,
         dialect=options.dialect,
+        allow_paths=options.allow_paths or (),
+        web_images=options.web_images,
     )
     console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
     if options.dry_run:

@@ -98,6 +98,8 @@ def score(options: ScoreOptions) -> int:
             "model_folder": source.folder,
             "preprocessing": source.preprocessing,
             "batch_size": options.batch_size,
+            "allow_paths": options.allow_paths or (),
+            "web_images": options.web_images,
         }
         loading |= {
             "max_tokens": options.max_tokens,

@@ -75,6 +75,8 @@ def warmup(options: WarmupOptions) -> int:
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
         dialect=options.dialect,
+        allow_paths=options.allow_paths or (),
+        web_images=options.web_images,
     )
     say(datamodule.dataset.summary())
     num_rows = len(datamodule.dataset)

@@ -19,10 +19,10 @@ from icons.partition import Partition, UnitPlan
 
 
 class ConversationDataModule(LightningDataModule):
-    """Batches of conversations with images, from LLaVA JSON or JSONL.
+    """Batches of conversations with images, from data of any form and dialect.
 
     Args:
-        data: the data file.
+        data: a data file, or a `datasets.Dataset`; see `icons.datamodules.records.opening.open_records`.
         images: image folder or archive.
         model_folder: the model that the batches are for.
         preprocessing: template, length and image handling; the same for every stage.
@@ -35,13 +35,15 @@ class ConversationDataModule(LightningDataModule):
         seed: of the order of training.
         trust_remote_code: whether tokenizer and processor may be code of the model's folder.
         dialect: how the records are written; see `icons.datamodules.dialects`. Tasks' files are detected.
+        allow_paths: folders beside `images` that the records' absolute paths may lie in.
+        web_images: fetch images that the records name by http(s) addresses.
 
     `plan` is what `predict_dataloader` goes through; GradientWriter sets it. Without one it is every row, as one unit.
     """
 
     def __init__(
         self,
-        data: Path,
+        data: Any,
         images: Path | None = None,
         *,
         model_folder: ModelFolder,
@@ -55,9 +57,11 @@ class ConversationDataModule(LightningDataModule):
         seed: int = 0,
         trust_remote_code: bool = False,
         dialect: str = "auto",
+        allow_paths: Sequence[Path] = (),
+        web_images: bool = False,
     ) -> None:
         super().__init__()
-        self.data, self.folder = Path(data), model_folder
+        self.folder, self.allow_paths, self.web_images = model_folder, list(allow_paths), web_images
         self.preprocessing = preprocessing or Preprocessing()
         self.batch_size, self.max_tokens, self.num_workers = batch_size, max_tokens, num_workers
         self.rows, self.tasks, self.held_out, self.seed = rows, dict(tasks or {}), held_out, seed
@@ -66,9 +70,10 @@ class ConversationDataModule(LightningDataModule):
         self.preprocessing = self.dataset.preprocessing  # with the template that "auto" has become
         self.plan: UnitPlan | None = None
 
-    def make_dataset(self, data: Path, images: Path | None, dialect: str = "auto") -> ConversationDataset:
+    def make_dataset(self, data: Any, images: Path | None, dialect: str = "auto") -> ConversationDataset:
+        records, folders = open_records(data), (self.allow_paths, self.web_images)
         return ConversationDataset(
-            open_records(data), images, self.folder, self.preprocessing, self.trust_remote_code, dialect
+            records, images, self.folder, self.preprocessing, self.trust_remote_code, dialect, *folders
         )
 
     def train_dataloader(self) -> TrainingLoader:
@@ -105,6 +110,6 @@ class ConversationDataModule(LightningDataModule):
         """The manifest's part: the data file and how it is prepared."""
         records = self.dataset.records
         return {
-            "data": {"path": str(self.data), "num_rows": len(records), "fingerprint": records.fingerprint},
+            "data": {"path": str(records.path), "num_rows": len(records), "fingerprint": records.fingerprint},
             "preprocessing": self.preprocessing.as_dict(),
         }

@@ -52,6 +52,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         dialect: how the records are written (`icons.datamodules.dialects`); "auto": as most of 64 of them are. The
             attribute of this name is the one that it has become.
 
+        allow_paths: folders beside `images` that the records' absolute paths may lie in.
+        web_images: fetch images that the records name by http(s) addresses.
+
     Raises:
         ValueError: the file holds no record, or none that is a conversation; the dialect is unknown; the template is
             unknown, not the one that the model's processor has, or chat where there is none.
@@ -65,6 +68,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         preprocessing: Preprocessing,
         trust_remote_code: bool = False,
         dialect: str = "auto",
+        allow_paths: Sequence[Path] = (),
+        web_images: bool = False,
     ) -> None:
         if dialect not in ("auto", *DIALECTS):
             raise ValueError(f"dialect {dialect!r}; expected auto or one of {', '.join(DIALECTS)}")
@@ -72,7 +77,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             raise ValueError(f"{records.path}: holds no record; expected LLaVA JSON or JSONL with one at least")
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
         self.records, self.folder, self.preprocessing = records, folder, replace(preprocessing, template=name)
-        self.images = ImageSource(images)
+        self.images = ImageSource(images, allow_paths, web_images)
         if not name:
             raise ValueError(
                 f"template auto: nothing in {folder.model} tells which conversation template the model was trained "

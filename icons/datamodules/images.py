@@ -19,6 +19,7 @@ from transformers import AutoImageProcessor, CLIPImageProcessorPil
 from icons.batch import Status
 from icons.datamodules.conversation import ImageRef
 from icons.datamodules.failed_row import FailedRowError as FailedRowError
+from icons.datamodules.image_address import absolute_path, embedded, fetched, is_web
 from icons.models.folder import own_code
 
 ARCHIVES = (".tar", ".zip")
@@ -39,17 +40,23 @@ class ImageSource:
     also found in `coco/train2017.zip` or `coco.tar`, with or without the archive's own name as a folder inside.
     Archives are read in place. A name never leads out of the folder, neither by `..` nor by a link.
 
+    A name may also be an absolute path or a `file://` address inside the source, a data URL or base64; and, if asked
+    for, a path in other folders, or an address on the web.
+
     Args:
-        source: folder or archive; None: no images, every lookup fails.
+        source: folder or archive; None: no images, every lookup of a name fails.
+        allowed: further folders that absolute paths may lie in.
+        web: fetch http(s) addresses, once, into the cache folder.
 
     Raises:
         FileNotFoundError: the source does not exist.
         ValueError: the source is a file, and neither an uncompressed tar nor a zip.
     """
 
-    def __init__(self, source: Path | None) -> None:
+    def __init__(self, source: Path | None, allowed: Sequence[Path] = (), web: bool = False) -> None:
         self.source = None if source is None else Path(source)
         self.archives: dict[Path, Archive | None] = {}
+        self.allowed, self.web = [Path(folder).resolve() for folder in allowed], web
         if self.source is None:
             return
         if not self.source.exists():
@@ -70,6 +77,14 @@ class ImageSource:
             FailedRowError: IMAGE_MISSING, if there is none of this name inside the source; IMAGE_BROKEN, if it cannot
                 be read; TOO_LARGE, for more bytes than an image has.
         """
+        if (content := embedded(name)) is not None:
+            return content
+        if is_web(name):
+            if not self.web:
+                raise FailedRowError(Status.IMAGE_MISSING, f"image {name} is on the web; --web-images fetches it")
+            return fetched(name)
+        if (path := absolute_path(name)) is not None:
+            return self.at(path)
         if self.source is None:
             raise FailedRowError(Status.IMAGE_MISSING, f"image {name}: no image folder was given")
         parts = PurePosixPath(name.replace("\\", "/")).parts
@@ -77,11 +92,25 @@ class ImageSource:
             raise FailedRowError(Status.IMAGE_MISSING, f"image {name!r} is not a name inside {self.source}")
         try:
             found = self.in_archive(self.source, parts) if self.source.is_file() else self.in_folder(parts)
-        except (OSError, zipfile.BadZipFile, tarfile.TarError, RuntimeError, NotImplementedError) as error:
+        except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError, RuntimeError, NotImplementedError) as error:
             raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: {error}") from None
         if found is None:
             raise FailedRowError(Status.IMAGE_MISSING, f"image {name} is not in {self.source}")
         return found
+
+    def at(self, path: Path) -> bytes:
+        """The file at an absolute path, if it lies in the source or in an allowed folder, links followed."""
+        roots = [*self.allowed, *([] if self.source is None or self.source.is_file() else [self.root])]
+        try:
+            real = path.resolve()
+            if not any(real.is_relative_to(root) for root in roots):
+                raise FailedRowError(Status.IMAGE_MISSING, f"image {path} is outside of --images; see --allow-paths")
+            if not real.is_file():
+                raise FailedRowError(Status.IMAGE_MISSING, f"image {path} is not there")
+            check_bytes(real.stat().st_size, path.name)
+            return real.read_bytes()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise FailedRowError(Status.IMAGE_BROKEN, f"image {path}: {error}") from None
 
     def in_folder(self, parts: tuple[str, ...]) -> bytes | None:
         assert self.source is not None

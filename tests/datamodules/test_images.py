@@ -1,12 +1,16 @@
 """Images: whatever lies in a folder or archive is decoded rightly, or fails its row with the reason."""
 
+import base64
 import io
 import json
 import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -147,8 +151,51 @@ def test_a_link_does_not_lead_out_of_the_folder(folder: Path) -> None:
     assert status_of(lambda: ImageSource(folder).open("link.png")) == Status.IMAGE_MISSING
 
 
-def test_an_absolute_name_is_missing_even_inside_the_folder(folder: Path) -> None:
-    assert status_of(lambda: ImageSource(folder).open(str(folder / "coco" / "a.png"))) == Status.IMAGE_MISSING
+def test_absolute_paths_stay_inside_the_folder_and_those_allowed(folder: Path, tmp_path: Path) -> None:
+    inside, outside = folder / "coco" / "a.png", tmp_path / "secret.png"
+    for name in (str(inside), inside.as_uri()):
+        assert ImageSource(folder).open(name).getpixel((0, 0)) == (255, 0, 0)
+    for name in (str(outside), outside.as_uri(), str(folder / ".." / "secret.png"), str(folder / "link.png")):
+        assert status_of(lambda name=name: ImageSource(folder).open(name)) == Status.IMAGE_MISSING
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.png").write_bytes(encoded(RED))
+    allowing = ImageSource(folder, allowed=[tmp_path / "more"])
+    assert allowing.open(str(tmp_path / "more" / "b.png")).size == RED.size
+    assert status_of(lambda: allowing.open(str(outside))) == Status.IMAGE_MISSING
+    assert status_of(lambda: allowing.open(str(tmp_path / "more" / "none.png"))) == Status.IMAGE_MISSING
+
+
+def test_a_name_may_be_the_image_itself() -> None:
+    text = base64.b64encode(encoded(RED)).decode()
+    for name in (text, "data:image/png;base64," + text, f"{text[:70]}\n{text[70:]}"):
+        assert ImageSource(None).open(name).getpixel((0, 0)) == (255, 0, 0)
+    for name in ("data:image/png," + text, "data:image/png;base64,a!"):
+        assert status_of(lambda name=name: ImageSource(None).open(name)) == Status.IMAGE_BROKEN
+
+
+def test_the_web_is_asked_once_and_only_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ICONS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.png").write_bytes(encoded(RED))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        place = f"http://127.0.0.1:{server.server_port}"
+        assert status_of(lambda: ImageSource(None).open(f"{place}/a.png")) == Status.IMAGE_MISSING
+        source = ImageSource(None, web=True)
+        assert source.open(f"{place}/a.png").size == RED.size
+        assert status_of(lambda: source.open(f"{place}/none.png")) == Status.IMAGE_MISSING
+        monkeypatch.setattr("icons.datamodules.image_address.MOST_BYTES", 10)
+        (tmp_path / "b.png").write_bytes(encoded(RED))
+        assert status_of(lambda: source.open(f"{place}/b.png")) == Status.TOO_LARGE
+        server.shutdown()
+    assert source.open(f"{place}/a.png").size == RED.size
+
+
+def test_a_corrupt_archive_beside_the_images_costs_its_rows_alone(folder: Path) -> None:
+    (folder / "vg.tar").write_bytes(b"no tar" * 500)
+    source = ImageSource(folder)
+    assert status_of(lambda: source.open("vg/1.png")) == Status.IMAGE_BROKEN
+    assert source.open("coco/a.png").size == RED.size
 
 
 @pytest.mark.parametrize("name", ["b.png", "coco", "coco/a.png/b.png"])

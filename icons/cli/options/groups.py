@@ -63,6 +63,10 @@ class DataOptions:
     data: Path
     """JSON or JSONL, Parquet or Arrow (a pattern for several files), a data-set folder, a name on the Hugging Face hub,
     or WebDataset tars; row i is record i of it"""
+    allow_paths: list[Path] | None = None
+    """a folder that absolute paths of images may lie in, beside --images; repeat it for each"""
+    web_images: bool = False
+    """fetch images that records name by http(s) addresses, once, into the cache folder"""
     dialect: str = field(default="auto", metadata={"choices": "dialects"})
     """how the records are written. {dialects}"""
     images: Path | None = None
