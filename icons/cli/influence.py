@@ -45,6 +45,7 @@ def influence(options: InfluenceOptions) -> int:
         options.chunk_rows,
         options.overwrite,
         options.drop_axes,
+        options.subspace,
     )
     fabric = Fabric(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy
@@ -81,7 +82,8 @@ def report(scores: ScoreStore) -> None:
         table.add_column(heading, justify="right")
     for place, name in enumerate(scores.tasks):
         spread = np.sqrt(max(square[place] - mean[place] ** 2, 0))
-        cells = [f"{mean[place]:.4f}", f"{spread:.4f}", f"{np.sqrt(error[place]):.4f}"]
+        unknown = scores.manifest.get("subspace") is not None and error[place] == 0
+        cells = [f"{mean[place]:.4f}", f"{spread:.4f}", "unknown" if unknown else f"{np.sqrt(error[place]):.4f}"]
         table.add_row(name, f"{scores.manifest['num_validation'][place]:,}", *cells)
     console.print(table)
     for text in scores.manifest.get("warnings", []):

@@ -68,13 +68,13 @@ class Border:
 
 
 def border(selection: Selection, influence: Any, stderr: Any, dim: int | None = None) -> Border | None:
-    """Counts certain and uncertain rows; None for a method without error bars, or a selection with quotas, whose border
-    is not one line.
+    """Counts certain and uncertain rows; None for a method or scores without error bars, or a selection with quotas,
+    whose border is not one line.
 
     Args:
         selection: made from `influence`.
         influence: `[N, S]`, an array or a store's.
-        stderr: `[N, S]`, likewise; NaN counts as 0.
+        stderr: `[N, S]`, likewise; NaN counts as 0, unless all are.
         dim: K, for the verdict.
     """
     if selection.method not in WITH_ERRORS or selection.settings.get("is_bounded") or len(selection.rows) == 0:
@@ -87,7 +87,10 @@ def border(selection: Selection, influence: Any, stderr: Any, dim: int | None = 
         part = slice(start, min(start + BLOCK_ROWS, len(selected)))
         here = np.flatnonzero(np.isfinite(selection.score[part]))
         rows, scores = here + start, np.asarray(influence[part])[here]
-        errors = np.nan_to_num(np.asarray(stderr[part])[here])
+        errors = np.asarray(stderr[part])[here]
+        if len(here) and np.isnan(errors).all():
+            return None
+        errors = np.nan_to_num(errors)
         inside = selected[rows]
         certain += int(line.stays(rows[inside], scores[inside], errors[inside]).sum())
         certain_at_4 += int(line.stays(rows[inside], scores[inside], errors[inside] / 2).sum())

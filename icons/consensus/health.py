@@ -90,7 +90,13 @@ class Health:
         sets = random_sets(rows, scored, seed=seed)
         unit = UnitRows(gradients)
         found = GradientPass.over(unit, sets, scored, seed)
-        sums = sums_from_pairs(pairs, sets) if pairs is not None else found.sums_on(unit.of_tasks(groups or {}))
+        if pairs is not None:
+            sums = sums_from_pairs(pairs, sets)
+        elif gradients.checkpoints[0].tasks.spans:  # sums of rows say nothing of cosines within subspaces
+            with Pairs.of_gradients(gradients, groups) as made:
+                sums = sums_from_pairs(made, sets)
+        else:
+            sums = found.sums_on(unit.of_tasks(groups or {}))
         return cls(len(rows), hurt(sums), found.effective(seed), list(kinds), list(notes))
 
     def plain(self) -> dict[str, Any]:

@@ -31,6 +31,7 @@ SETTINGS = (
     "pairwise",
     "top_pairs",
     "drop_axes",
+    "subspace",
 )
 # where a file lies may change between a run and its resume; what is in it may not
 NOT_COMPARED = {"path", "images", "name"}
@@ -44,7 +45,7 @@ class Scoring:
         train: gradient stores of the training rows, one per checkpoint.
         tasks: name -> gradient stores of its validation rows, one per checkpoint.
         out: the score store; one that exists is gone on with.
-        normalize, task_normalize, weights, groups, reduce, drop_axes: as for `icons.influence`.
+        normalize, task_normalize, weights, groups, reduce, drop_axes, subspace: as for `icons.influence`.
         pairwise: also store every training row's product with every validation row, `pairwise_TASK [N, M]`.
         top_pairs: validation rows to keep for each training row and task: `top_rows_TASK` and `top_influence_TASK`
             `[N, k]`, the strongest first.
@@ -65,6 +66,7 @@ class Scoring:
     chunk_rows: int | None = None
     overwrite: bool = False
     drop_axes: int = 0
+    subspace: float | None = None
 
     def run(self, fabric: Fabric, advance: Callable[[int], None] = lambda rows: None) -> ScoreStore:
         """Computes this rank's share of the units that are still to do.
@@ -90,6 +92,7 @@ class Scoring:
             reduce=self.reduce,
             pairwise=self.pairwise or self.top_pairs > 0,
             drop_axes=self.drop_axes,
+            subspace=self.subspace,
             device=fabric.device,
         )
         found: Any = fabric.broadcast(self.prepare(scorer, stores, tasks) if fabric.is_global_zero else None)
@@ -165,6 +168,7 @@ class Scoring:
             "pairwise": self.pairwise,
             "top_pairs": self.top_pairs,
             **({"drop_axes": self.drop_axes} if self.drop_axes else {}),  # stores of before it do not name it
+            **({"subspace": self.subspace} if self.subspace is not None else {}),
             "train": [{"path": store.path, **store.manifest} for store in stores],
             "tasks": {name: [{"path": s.path, **s.manifest} for s in found] for name, found in tasks.items()},
             "warnings": sorted({text for store in stores for text in store.manifest.get("warnings", [])}),

@@ -141,6 +141,8 @@ def border(numbers: ScoreNumbers, verdict: str) -> Section:
         rows.append([Cell(task), Cell(f"{threshold:.4g}"), Cell(f"{near:.2g}"), Cell(f"{100 * share:.1f} %")])
     columns = ["task", "threshold", "standard error there", "votes certain at 95 %"]
     text = ["Scores of the exact influence: no projection, so no standard error. The border is exact."]
+    if np.isnan(numbers.sample_stderr).all():
+        text = ["The standard errors of these scores are not known, so neither is which part of the border is certain."]
     if not exact:
         text = [
             "A projection to K numbers makes every score an estimate. The bars are its 95 % intervals for rows around "

@@ -31,6 +31,7 @@ def influence(
     groups: Mapping[str, Sequence[str]] | None = None,
     reduce: Reduce = "max",
     drop_axes: int = 0,
+    subspace: float | None = None,
     device: str | torch.device = "cpu",
 ) -> Float[Tensor, "rows tasks"]:
     """Mean cosine similarity of each training row with each task's validation rows.
@@ -50,6 +51,8 @@ def influence(
         groups: name -> tasks that are reduced to one column of this name, as the original does with MME's subtasks.
         reduce: `max` (the original's) or `mean` over a group's tasks.
         drop_axes: leading axes along which the validation rows differ that scores leave out, see `icons.scores.axes`.
+        subspace: take cosines within the span of each task's validation rows, as many of its directions as hold this
+            share of their squared length, see `icons.scores.span`. Standard errors are not known then.
         device: where the products are computed.
 
     Returns:
@@ -74,6 +77,7 @@ def influence(
         groups=groups,
         reduce=reduce,
         drop_axes=drop_axes,
+        subspace=subspace,
         device=device,
     )
     return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))])
@@ -131,11 +135,14 @@ class Scorer:
         reduce: Reduce = "max",
         pairwise: bool = False,
         drop_axes: int = 0,
+        subspace: float | None = None,
         device: str | torch.device = "cpu",
     ) -> "Scorer":
         """Checks that everything fits together and averages the validation rows. Arguments as for `influence`."""
         if drop_axes < 0:
             raise ValueError(f"drop axes: got {drop_axes}; expected 0 or more")
+        if subspace is not None:
+            check_subspace(normalize, task_normalize, groups, reduce)
         trains = [as_rows(source) for source in listed(train)]
         if not tasks:
             raise ValueError("influence: got no task; expected at least one")
@@ -159,11 +166,12 @@ class Scorer:
             raise ValueError(f"group {of_group[unknown[0]]}: no task {unknown[0]!r}; expected some of {', '.join(on)}")
         task_norm = normalize if task_normalize is None else task_normalize
         where = torch.device(device)
-        checkpoints = []
+        checkpoints, keep_rows = [], pairwise or subspace is not None
         for place, source in enumerate(trains):
             vectors = task_vectors(
-                source, {name: found[place] for name, found in on.items()}, task_norm, where, pairwise
-            ).without_axes(drop_axes)
+                source, {name: found[place] for name, found in on.items()}, task_norm, where, keep_rows
+            )
+            vectors = vectors.without_axes(drop_axes).within(subspace)
             if reduce == "mean":
                 vectors = vectors.pooled(of_group)
             checkpoints.append(Checkpoint(source, vectors, weight[place]))
@@ -206,13 +214,19 @@ class Scorer:
         )
 
     def product(self, block: Block, factor: Tensor, vectors: int) -> Float[Tensor, "block vectors"]:
+        spans = self.checkpoints[vectors].tasks.spans
+        if spans:  # cosines, which no factor changes, but that of a failed row is 0
+            inside = [span.cosines(block.gradient) @ span.mean for span in spans]
+            return torch.stack(inside, dim=1)
         # this way round, the skinny product is twice as fast on a CPU
         return (self.checkpoints[vectors].tasks.mean @ block.gradient.T).T * factor[:, None]
 
     def variance(
         self, several: Sequence[Block], factors: Sequence[Tensor], parts: Sequence[Tensor]
     ) -> Float[Tensor, "block vectors"]:
-        """Variance of the weighted sum of the checkpoints' scores."""
+        """Variance of the weighted sum of the checkpoints' scores; NaN within subspaces, where it is not known."""
+        if any(checkpoint.tasks.spans and not checkpoint.tasks.exact for checkpoint in self.checkpoints):
+            return torch.full_like(parts[0], torch.nan)
         total = torch.zeros_like(parts[0])
         for place, (checkpoint, block) in enumerate(zip(self.checkpoints, several, strict=True)):
             if not checkpoint.tasks.exact:
@@ -261,10 +275,27 @@ class Scorer:
         """Per task, each row's product with each validation row; NaN for failed rows on either side."""
         found: dict[str, Tensor] = {}
         for checkpoint, block, factor in zip(self.checkpoints, several, factors, strict=True):
+            spans = dict(zip(checkpoint.tasks.names, checkpoint.tasks.spans, strict=bool(checkpoint.tasks.spans)))
             for name, rows in checkpoint.tasks.rows.items():
-                part = (block.gradient @ rows.T) * factor[:, None] * checkpoint.weight
+                if name in spans:
+                    part = spans[name].cosines(block.gradient) @ spans[name].rows.T * checkpoint.weight
+                else:
+                    part = (block.gradient @ rows.T) * factor[:, None] * checkpoint.weight
                 found[name] = part if name not in found else found[name] + part
         return {name: part.masked_fill(~done[:, None], torch.nan).cpu() for name, part in found.items()}
+
+
+def check_subspace(
+    normalize: Normalize, task_normalize: Normalize | None, groups: Mapping[str, Sequence[str]] | None, reduce: Reduce
+) -> None:
+    """Within a subspace there are cosines only, and no mean over a group's tasks, which have subspaces of their own."""
+    if normalize != "projected" or task_normalize not in (None, "projected"):
+        raise ValueError(
+            f"subspace: got normalize={normalize!r}, task_normalize={task_normalize!r}; expected 'projected': within a "
+            "subspace scores are cosines"
+        )
+    if groups and reduce == "mean":
+        raise ValueError("subspace: got groups reduced to their mean; expected reduce='max', or no groups")
 
 
 def listed(sources: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from icons.batch import Status
 from icons.scores.axes import leading_axes, without
 from icons.scores.rows import Block, StoredRows, blocks, ranges
+from icons.scores.span import Span, span_of
 from icons.scores.stderr import mean_squared_cosine
 
 Normalize: TypeAlias = Literal["projected", "exact", "none"]
@@ -32,6 +33,7 @@ class TaskVectors:
         sample: the rows it was estimated from.
         exact: the projection is the identity, so that scores have no error.
         rows: all validation rows after normalisation, if they were asked for; NaN for a failed row.
+        spans: each task's, if scores are to be cosines within them.
     """
 
     names: list[str]
@@ -41,6 +43,7 @@ class TaskVectors:
     sample: list[Float[Tensor, "_ dim"]]
     exact: bool
     rows: dict[str, Float[Tensor, "_ dim"]] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
 
     @property
     def square(self) -> Float[Tensor, " vectors"]:
@@ -64,6 +67,12 @@ class TaskVectors:
             sample=samples,
             rows={name: without(rows, axes) for name, rows in self.rows.items()},
         )
+
+    def within(self, share: float | None) -> "TaskVectors":
+        """With the spans that hold `share` of the rows' squared length, see `icons.scores.span`; None: as it is."""
+        if share is None:
+            return self
+        return replace(self, spans=[span_of(self.rows[name], share) for name in self.names])
 
     def pooled(self, group: Mapping[str, str]) -> "TaskVectors":
         """With the tasks of a group replaced by one vector, the mean of their means, whatever their sizes."""

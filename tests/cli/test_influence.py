@@ -11,6 +11,7 @@ import torch
 
 from icons.batch import Status
 from icons.cli import main
+from icons.consensus import select
 from icons.consensus.pairs import Pairs
 from icons.scores import influence
 from icons.store import GradientStore, ScoreStore
@@ -163,3 +164,14 @@ def test_axes_that_are_dropped_are_dropped_for_rules_that_read_single_validation
     assert np.abs(whole - np.nan_to_num(expected(tmp_path))).max() > 0.05
     assert main(line) == 1  # the same store without: other scores
     assert "drop_axes" in capsys.readouterr().err
+
+
+def test_subspaces_come_from_the_command_line_and_have_no_error_bars(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*line, "--subspace", "0.9"]) == 0
+    assert "unknown" in capsys.readouterr().out
+    scores = ScoreStore.open(tmp_path / "scores.zarr")
+    assert scores.manifest["subspace"] == 0.9 and np.isnan(scores.stderr[:]).all()
+    chosen = select(scores, 0.3, "balanced")  # reads single validation rows within the same subspaces
+    assert len(chosen.rows) == int(0.3 * scores.num_rows)

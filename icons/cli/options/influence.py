@@ -37,6 +37,9 @@ class InfluenceOptions(GroupOptions):
     drop_axes: int = 0
     """leave out this many leading axes along which the tasks' validation rows differ: they tell which answer is asked
     for, and a selection by them can have too much of one answer"""
+    subspace: float | None = None
+    """take cosines within the span of each task's validation gradients: as many of its directions as hold this share
+    of them (0.9: nine tenths); scores then have no error bars"""
     chunk_rows: int | None = field(default=None, metadata=STORE)
     """rows per chunk of the score store, the unit of writing and resuming; default: about 16,000"""
     accelerator: str = field(default="auto", metadata=RUN)
