@@ -41,6 +41,7 @@ def scorer_of(
         reduce=manifest.get("reduce", "max"),
         pairwise=pairwise,
         drop_axes=manifest.get("drop_axes", 0),
+        subspace=manifest.get("subspace"),
     )
 
 

@@ -11,7 +11,6 @@ import torch
 
 from icons.batch import Status
 from icons.cli import main
-from icons.consensus import select
 from icons.consensus.pairs import Pairs
 from icons.scores import influence
 from icons.store import GradientStore, ScoreStore
@@ -173,5 +172,8 @@ def test_subspaces_come_from_the_command_line_and_have_no_error_bars(
     assert "unknown" in capsys.readouterr().out
     scores = ScoreStore.open(tmp_path / "scores.zarr")
     assert scores.manifest["subspace"] == 0.9 and np.isnan(scores.stderr[:]).all()
-    chosen = select(scores, 0.3, "balanced")  # reads single validation rows within the same subspaces
-    assert len(chosen.rows) == int(0.3 * scores.num_rows)
+    whole = np.nan_to_num(scores.influence[:])
+    with Pairs.of_store(scores) as pairs:  # within the same subspaces
+        for place in range(2):
+            weights = np.where(pairs.task == place, pairs.share, 0)
+            assert pairs.weighted(weights) == pytest.approx(whole[:, place], abs=1e-3)
