@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 from lightning.fabric import Fabric
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
