@@ -11,8 +11,9 @@ import zarr
 
 from icons.batch import Status
 from icons.partition import Partition
-from icons.store.chunk import NATIVE, chunk_key, from_bytes, to_parts
+from icons.store.chunk import chunk_key, from_bytes, to_parts
 from icons.store.folder import PARTIAL, DurableLocalStore, vanished
+from icons.store.foreign import check_array, check_manifest, is_plain
 from icons.store.former import discard, stored_kind
 from icons.store.layout import READABLE_STATUS, Column, documents
 from icons.store.manifest import plain
@@ -30,7 +31,7 @@ class RowStore:
     def __init__(self, storage: Storage, group: zarr.Group) -> None:
         self.storage, self.group = storage, group
         self.path, self.mode = storage.path, storage.mode
-        self.manifest: dict[str, Any] = dict(group.attrs["icons"])  # type: ignore[arg-type]
+        self.manifest = check_manifest(group.attrs["icons"], self.path)
         self.arrays = {name: group_array(group, name, self.path) for name in self.manifest["arrays"]}
         self.status = self.arrays["status"]
         self.partition = Partition(self.status.shape[0], self.status.chunks[0])
@@ -227,7 +228,9 @@ class RowStore:
         units = range(start // self.partition.chunk_rows, -(-stop // self.partition.chunk_rows))
         try:
             folder = self.storage.folder
-            if folder is None or not is_plain(array):  # an object store answers zarr many chunks at once
+            if (
+                folder is None or not is_plain(array) or array.chunks[0] != self.partition.chunk_rows
+            ):  # an object store answers zarr many chunks at once
                 return np.asarray(array[start:stop])
             if len(units) == 1:
                 first = self.partition.unit_rows(units[0]).start
@@ -272,11 +275,6 @@ class RowStore:
         self.storage.flush_deleted(written)
 
 
-def is_plain(array: zarr.Array[Any]) -> bool:
-    """Whether a chunk is its rows' numbers and their checksum, and nothing else."""
-    return NATIVE and len(array.compressors) == 1 and array.chunks[1:] == array.shape[1:]
-
-
 def is_of_store(key: str, columns: Iterable[str]) -> bool:
     """Whether a file may have been left by a run that was stopped while it created such a store."""
     return key == "zarr.json" or key.split("/")[0] in columns or key.endswith(PARTIAL)
@@ -291,6 +289,7 @@ def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:
             f"store {path}: {name}/zarr.json is missing or damaged ({error}); expected the file that `create` wrote: "
             "copy it from a store of the same shape, or compute the store anew"
         ) from error
+    check_array(found, name, path)
     assert isinstance(found, zarr.Array)
     return found.with_config({"write_empty_chunks": True})
 
