@@ -229,3 +229,8 @@ def fused_step(
 @cache
 def compiled() -> Callable[..., Tensor]:
     return torch.compile(step, dynamic=True)
+
+
+def described(preconditioner: Preconditioner | None) -> dict[str, Any]:
+    """The preconditioner's part of a manifest; None is none."""
+    return {"form": "none"} if preconditioner is None else preconditioner.describe()

@@ -1,16 +1,16 @@
 """What `icons gradients` collects in a gradient's place: representations, losses, and gradients without the image."""
 
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from icons.batch import Batch, supervised_tokens
+from icons.choices import Collect
 from icons.gradients.features import losses, represented, width_of, with_noise_images
-from icons.modules.extractor import Fields, GradientExtractor
+from icons.modules.extractor import GradientExtractor
+from icons.modules.sample_module import Fields, SampleModule
 from icons.preconditioner import Preconditioner
-from icons.projection import Identity, Projector
-
-Collect = Literal["gradients", "representations", "loss", "image_ablation"]
+from icons.projection import Projector
 
 DIFFERENTIATED = ("gradients", "image_ablation")
 """What takes a backward pass, a preconditioner and a projection."""
@@ -18,8 +18,8 @@ DIFFERENTIATED = ("gradients", "image_ablation")
 
 def collector(
     collect: Collect, model: nn.Module, projector: Projector, preconditioner: Preconditioner | None = None
-) -> GradientExtractor:
-    """The extractor that measures `collect`.
+) -> SampleModule:
+    """The module that measures `collect`.
 
     Args:
         collect: `gradients`; `representations`, the last token's hidden state; `loss`; or `image_ablation`, gradients
@@ -36,14 +36,11 @@ def collector(
     return kind(model, projector, preconditioner)
 
 
-class RepresentationCollector(GradientExtractor):
+class RepresentationCollector(SampleModule):
     """The hidden state from which the output layer would predict what follows the sample, whole: `[B, width]`.
 
     Source: representation-based selection, the baseline of LESS (section 5.1).
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, Identity())
 
     def compute(self, batch: Batch) -> Fields:
         """`gradient [B, width]` is the representation, `norm` its length; no backward pass."""
@@ -52,15 +49,11 @@ class RepresentationCollector(GradientExtractor):
         return {"gradient": found, "norm": found.norm(dim=1), "loss": loss.float(), "tokens": tokens}
 
     def describe(self) -> dict[str, Any]:
-        projector = {"kind": "identity", "dim": width_of(self.model), "seed": 0}
-        return super().describe() | {"projector": projector, "collect": "representations"}
+        return super().describe() | undifferentiated(width_of(self.model)) | {"collect": "representations"}
 
 
-class LossCollector(GradientExtractor):
+class LossCollector(SampleModule):
     """The loss alone, as the only number of a row: `[B, 1]`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, Identity())
 
     def compute(self, batch: Batch) -> Fields:
         """`gradient [B, 1]` is the loss; no backward pass."""
@@ -69,7 +62,12 @@ class LossCollector(GradientExtractor):
         return {"gradient": loss[:, None], "norm": loss.abs(), "loss": loss, "tokens": tokens}
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | {"projector": {"kind": "identity", "dim": 1, "seed": 0}, "collect": "loss"}
+        return super().describe() | undifferentiated(1) | {"collect": "loss"}
+
+
+def undifferentiated(dim: int) -> dict[str, Any]:
+    """What the manifest says of numbers that are stored as they are."""
+    return {"projector": {"kind": "identity", "dim": dim, "seed": 0}, "preconditioner": {"form": "none"}}
 
 
 class AblationCollector(GradientExtractor):

@@ -2,19 +2,18 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from icons.batch import Batch
+from icons.choices import Reduce
 from icons.gradients import TaskMatrix, scored_gradients
-from icons.modules.extractor import GradientExtractor
+from icons.modules.sample_module import SampleModule
 from icons.modules.task_vectorizer import TaskVector
-from icons.preconditioner import Preconditioner
-from icons.projection import Identity, Projector
-
-Reduce = Literal["max", "mean"]
+from icons.preconditioner import Preconditioner, described
+from icons.projection import Projector
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ def columns_of(tasks: Iterable[str], groups: Mapping[str, Sequence[str]]) -> dic
     return alone | {name: list(members) for name, members in groups.items()}
 
 
-class InfluenceScorer(GradientExtractor):
+class InfluenceScorer(SampleModule):
     """Scores training rows on all tasks inside the backward pass: exact, without projection.
 
     Args:
@@ -89,8 +88,8 @@ class InfluenceScorer(GradientExtractor):
         unit: bool = True,
         projector: Projector | None = None,
     ) -> None:
-        super().__init__(model, projector or Identity(), preconditioner)
-        self.tasks, self.unit, self.keep = tasks, unit, projector
+        super().__init__(model)
+        self.tasks, self.unit, self.keep, self.preconditioner = tasks, unit, projector, preconditioner
         self.matrix: TaskMatrix | None = None
 
     def on_predict_start(self) -> None:
@@ -115,14 +114,14 @@ class InfluenceScorer(GradientExtractor):
         }
 
     def describe(self) -> dict[str, Any]:
-        described = super().describe()
-        if self.keep is None:
-            del described["projector"]
+        kept = {} if self.keep is None else {"projector": self.keep.describe()}
         tasks = {name: {"num_rows": task.num_rows, **task.manifest} for name, task in self.tasks.vectors.items()}
         groups = {name: list(members) for name, members in self.tasks.groups.items()}
         columns = self.tasks.columns
         return {
-            **described,
+            **super().describe(),
+            **kept,
+            "preconditioner": described(self.preconditioner),
             "tasks": tasks,
             "groups": groups,
             "reduce": self.tasks.reduce,

@@ -10,7 +10,7 @@ from torch import nn
 
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
-from icons.modules.extractor import adapter_fingerprint, base_fingerprint
+from icons.models.fingerprint import adapter_fingerprint, base_fingerprint
 from icons.modules.task_vectorizer import MADE_FROM, TaskVector, TaskVectorizer
 from icons.partition import Partition, UnitPlan, assign
 from icons.store.manifest import check_compatible

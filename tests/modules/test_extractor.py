@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.batch import Status
-from icons.modules.extractor import GradientExtractor, adapter_fingerprint, base_fingerprint
+from icons.models.fingerprint import adapter_fingerprint, base_fingerprint
+from icons.modules.extractor import GradientExtractor
 from icons.projection import CountSketch
 
 pytestmark = pytest.mark.filterwarnings("ignore")
