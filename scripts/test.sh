@@ -11,4 +11,5 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
 .venv/bin/mypy --no-error-summary
+bash scripts/bare.sh
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
