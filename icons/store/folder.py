@@ -9,6 +9,7 @@ and a disk takes many at once for little more.
 import asyncio
 import errno
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Sequence
@@ -62,16 +63,21 @@ class DurableLocalStore(LocalStore):
 
     def read(self, key: str) -> bytes | None:
         try:
-            return (self.root / key).read_bytes()
+            return checked_file(self.root / key).read_bytes()
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
     def read_array(self, key: str) -> np.ndarray | None:
         """The bytes of `key`, `[bytes]` uint8, in memory of their own."""
         try:
-            return np.fromfile(self.root / key, np.uint8)
+            return np.fromfile(checked_file(self.root / key), np.uint8)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
+
+    async def get(self, key: str, *args: Any, **options: Any) -> Buffer | None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            checked_file(self.root / key)
+        return await super().get(key, *args, **options)
 
     def delete_sync(self, key: str) -> None:
         self._check_writable()
@@ -104,6 +110,19 @@ class DurableLocalStore(LocalStore):
     def remember(self, key: str, path: Path) -> None:
         if not key.startswith(VOLATILE):
             self.unflushed.append(path)
+
+
+def checked_file(path: Path) -> Path:
+    """The path, unless a pipe or a device lies there, which would be waited for without end.
+
+    Raises:
+        ValueError: one does.
+        FileNotFoundError: nothing lies there.
+    """
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise ValueError(f"{path}: is a pipe or a device; expected a file of a store")
+    return path
 
 
 def flush_path(path: Path) -> None:
