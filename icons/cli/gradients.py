@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from lightning import Trainer
+from rich.markup import escape
 
 from icons.cli.console import bars, console, warn
 from icons.cli.estimate import plan_gradients_run

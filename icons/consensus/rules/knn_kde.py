@@ -11,7 +11,7 @@ from icons.consensus.unit_rows import UnitRows
 
 SKETCH_DIM = 256
 REFERENCE_ROWS = 1 << 16
-BLOCK_ROWS = 2048
+BLOCK_ROWS = 256
 
 
 def knn_kde(
@@ -80,10 +80,14 @@ def sketch(unit: UnitRows, near: Int[np.ndarray, " near"]) -> Float[Tensor, "nea
     """The first numbers of each of these rows, normalised."""
     wanted = np.zeros(unit.scorer.num_rows, bool)
     wanted[near] = True
-    parts = [
-        rows[torch.from_numpy(np.flatnonzero(wanted[part.start : part.stop]))] for part, rows in unit.blocks(SKETCH_DIM)
-    ]
-    return torch.nn.functional.normalize(torch.cat(parts), dim=1)
+    found, start = torch.empty(0, 0), 0
+    for part, rows in unit.blocks(SKETCH_DIM):
+        here = rows[torch.from_numpy(np.flatnonzero(wanted[part.start : part.stop]))]
+        if not found.numel():
+            found = torch.empty(len(near), rows.shape[1])
+        found[start : start + len(here)] = torch.nn.functional.normalize(here, dim=1)
+        start += len(here)
+    return found
 
 
 def assign(
