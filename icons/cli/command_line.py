@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "merged Hugging Face folder, or LLaVA's original layout, for evaluation",
     "status": "rows done, failed and missing in a store, and its provenance",
     "verify": "checksums of a store, and its agreement with its manifest",
+    "inspect": "a few samples as the model sees them: learned tokens, images, length, failures by kind",
     "doctor": "versions, accelerator, attention kernel, disk, and a seconds-long self-test",
 }
 USER_ERROR, USAGE_ERROR = 1, 2

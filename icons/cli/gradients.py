@@ -8,6 +8,7 @@ import numpy as np
 from lightning import Trainer
 from rich.markup import escape
 
+from icons.choices import Preconditioning
 from icons.cli.console import bars, console, warn
 from icons.cli.estimate import plan_gradients_run
 from icons.cli.model_source import ModelSource
@@ -31,6 +32,7 @@ FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 
 def gradients(options: GradientsOptions) -> int:
     """Computes a store of projected per-sample gradients; the same line, run again, resumes."""
+    preconditioner = chosen(options.preconditioner, options.task)
     source = ModelSource.resolve(
         checkpoint=options.checkpoint,
         model=options.model,
@@ -87,7 +89,7 @@ def gradients(options: GradientsOptions) -> int:
             dim=dims,
             projector=options.projector,
             store_dtype=options.dtype,
-            preconditioner=options.preconditioner,
+            preconditioner=preconditioner,
             batch_size=options.batch_size,
             max_tokens=options.max_tokens,
             model_dtype=options.model_dtype,
@@ -117,7 +119,7 @@ def gradients(options: GradientsOptions) -> int:
         trust_remote_code=options.trust_remote_code,
     )
     several = [PROJECTORS[options.projector](size, seed=options.seed) for size in dims]
-    state = source.preconditioner(options.preconditioner, network) if differentiates else None
+    state = source.preconditioner(preconditioner, network) if differentiates else None
     if isinstance(state, AdamPreconditioner):
         state.compiled = options.compile
     extractor = collector(options.collect, network, several[0] if len(several) == 1 else Several(several), state)
@@ -159,6 +161,22 @@ def replaces(overwrite: bool, shard: str | None) -> bool:
             "store before the jobs start"
         )
     return overwrite
+
+
+def chosen(preconditioner: Preconditioning | None, task: bool) -> Preconditioning:
+    """The preconditioner: Adam's for training rows, none for a task's.
+
+    Raises:
+        ValueError: a task's rows, and a preconditioner asked for.
+
+    >>> chosen(None, task=True), chosen(None, task=False)
+    ('none', 'adam')
+    """
+    if task and preconditioner not in (None, "none"):
+        raise ValueError(
+            f"--task: a task's rows are plain gradients; got --preconditioner {preconditioner}: leave one of them out"
+        )
+    return preconditioner or ("none" if task else "adam")
 
 
 def dimensions(dim: int | Sequence[int]) -> list[int]:

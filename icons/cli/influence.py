@@ -47,6 +47,7 @@ def influence(options: InfluenceOptions) -> int:
         options.overwrite,
         options.drop_axes,
         options.subspace,
+        options.preconditioned_tasks,
     )
     fabric = Fabric(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy

@@ -112,4 +112,5 @@ class ConversationDataModule(LightningDataModule):
         return {
             "data": {"path": str(records.path), "num_rows": len(records), "fingerprint": records.fingerprint},
             "preprocessing": self.preprocessing.as_dict(),
+            "reader": self.dataset.describe_reader(),
         }

@@ -12,6 +12,8 @@ from torch.utils.data import Dataset
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Status
 from icons.datamodules.chat.own_template import OwnTemplate
 from icons.datamodules.chat.processor import ProcessorSamples, join
+from icons.datamodules.chat.reader import describe_reader
+from icons.datamodules.chat.rendering import ChatTemplate
 from icons.datamodules.chat.skeleton import TemplateError
 from icons.datamodules.chat.templates import (
     CHAT_TEMPLATE,
@@ -113,6 +115,13 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if self.folder.kind == "text" or number is None:
             return None
         return self.tokenizer.convert_ids_to_tokens(number) if 0 <= number < len(self.tokenizer) else IMAGE
+
+    def describe_reader(self) -> dict[str, str | None]:
+        """What of the model's folder decides how a record is read, for manifests."""
+        own: ChatTemplate | None = self.processor.template if self.processor else None
+        if isinstance(getattr(self, "template", None), OwnTemplate):
+            own = cast(OwnTemplate, self.template).template
+        return describe_reader(self.folder.model, self.folder.image_processor, own.template if own else None)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from icons.models.hub import on_disk
 from icons.models.template_choice import template_of
 
 LLAVA_IMAGE_TOKEN_ID = -200  # LLaVA's IMAGE_TOKEN_INDEX: no row of the vocabulary
@@ -65,7 +66,8 @@ class ModelFolder:
         """Recognises a model folder.
 
         Args:
-            model: Hugging Face folder, original LLaVA base folder (Vicuna, Llama) or whole LLaVA folder.
+            model: Hugging Face folder or a hub's name, original LLaVA base folder (Vicuna, Llama) or whole LLaVA
+                folder.
             vision_tower: CLIP folder of an original LLaVA model; default: what its config names, if that is a folder.
             mm_projector: `mm_projector.bin`, or a folder with it, or xtuner's folder or its `projector/`.
             adapter: a LLaVA LoRA folder or one of its `checkpoint-N`: its config tells what the base folder's does not.
@@ -74,7 +76,7 @@ class ModelFolder:
             FileNotFoundError: a folder or file is not there.
             ValueError: it is an adapter, or a kind of LLaVA that is not supported, or lacks its vision tower.
         """
-        model = Path(model)
+        model = on_disk(model)
         config = read_config(model)
         if (model / "adapter_config.json").is_file():
             raise ValueError(
@@ -244,8 +246,9 @@ def check_supported(model: Path, settings: dict[str, Any]) -> None:
 
 def find_tower(model: Path, settings: dict[str, Any], given: Path | str | None) -> Path:
     if given is not None:
-        read_config(Path(given))
-        return Path(given)
+        given = on_disk(given)
+        read_config(given)
+        return given
     named = settings.get("mm_vision_tower") or settings.get("vision_tower")
     places = [model / "vision_tower"]
     if named:

@@ -11,7 +11,7 @@ from lightning.fabric import Fabric
 
 from icons.partition import assign
 from icons.scores import Reduce, Scorer
-from icons.scores.task_means import Normalize
+from icons.scores.task_means import Normalize, check_plain
 from icons.store import GradientStore, ScoreStore, check_compatible
 from icons.store.failures import check_some_done
 from icons.store.manifest import versions
@@ -49,6 +49,7 @@ class Scoring:
         pairwise: also store every training row's product with every validation row, `pairwise_TASK [N, M]`.
         top_pairs: validation rows to keep for each training row and task: `top_rows_TASK` and `top_influence_TASK`
             `[N, k]`, the strongest first.
+        preconditioned_tasks: take validation rows that went through a preconditioner, which are refused otherwise.
         chunk_rows: rows per unit of the score store; default: about 16,000, fewer with `pairwise`.
         overwrite: replace a score store of other settings, and write beside files of another kind.
     """
@@ -67,6 +68,7 @@ class Scoring:
     overwrite: bool = False
     drop_axes: int = 0
     subspace: float | None = None
+    preconditioned_tasks: bool = False
 
     def run(self, fabric: Fabric, advance: Callable[[int], None] = lambda rows: None) -> ScoreStore:
         """Computes this rank's share of the units that are still to do.
@@ -82,6 +84,8 @@ class Scoring:
         tasks = {name: [GradientStore.open(path) for path in paths] for name, paths in self.tasks.items()}
         for made_from in (*stores, *(store for found in tasks.values() for store in found)):
             check_some_done(made_from)
+        if not self.preconditioned_tasks:
+            check_plain(tasks)
         scorer = Scorer.of(
             stores,
             tasks,

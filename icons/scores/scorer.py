@@ -15,7 +15,15 @@ from torch import Tensor
 
 from icons.scores.rows import Block, Source, StoredRows, as_rows, blocks, ranges
 from icons.scores.stderr import covariance, standard_error
-from icons.scores.task_means import Normalize, TaskVectors, check_agree, check_whole, row_factor, task_vectors
+from icons.scores.task_means import (
+    Normalize,
+    TaskVectors,
+    check_agree,
+    check_plain,
+    check_whole,
+    row_factor,
+    task_vectors,
+)
 
 Reduce: TypeAlias = Literal["max", "mean"]
 Sources: TypeAlias = Source | Sequence[Source]
@@ -33,6 +41,7 @@ def influence(
     drop_axes: int = 0,
     subspace: float | None = None,
     device: str | torch.device = "cpu",
+    preconditioned_tasks: bool = False,
 ) -> Float[Tensor, "rows tasks"]:
     """Mean cosine similarity of each training row with each task's validation rows.
 
@@ -54,6 +63,7 @@ def influence(
         subspace: take cosines within the span of each task's validation rows, as many of its directions as hold this
             share of their squared length, see `icons.scores.span`. Standard errors are not known then.
         device: where the products are computed.
+        preconditioned_tasks: take validation rows that went through a preconditioner, which are refused otherwise.
 
     Returns:
         `[N, S]` float32 on the CPU; tasks in the order given, a group at the place of its first task.
@@ -68,6 +78,8 @@ def influence(
     >>> influence(train, {"qa": torch.tensor([[1.0, 0.0], [0.0, 5.0]])}).tolist()
     [[0.5], [0.5]]
     """
+    if not preconditioned_tasks:
+        check_plain({name: [as_rows(source) for source in listed(sources)] for name, sources in tasks.items()})
     scorer = Scorer.of(
         train,
         tasks,

@@ -16,7 +16,11 @@ from icons.scores.stderr import mean_squared_cosine
 
 Normalize: TypeAlias = Literal["projected", "exact", "none"]
 NORMALIZE = ("projected", "exact", "none")
-MUST_AGREE = ("collect", "projector", "model.fingerprint", "adapter.fingerprint", "target")
+MUST_AGREE = (
+    "collect", "projector", "model.fingerprint", "adapter.fingerprint", "target", "preprocessing.template",
+    "preprocessing.preset", "reader",
+)  # fmt: skip
+LATER = ("preprocessing.template", "preprocessing.preset", "reader")  # which former versions' stores may lack
 SAMPLE_ROWS = 256
 """Validation rows, evenly spaced, from which the mean squared cosine between a task's rows is estimated."""
 
@@ -159,6 +163,24 @@ def check_task(train: StoredRows, task: StoredRows, name: str) -> None:
     check_agree(train, task, MUST_AGREE, "the training rows", f"task {name}")
 
 
+def check_plain(tasks: Mapping[str, Sequence[StoredRows]]) -> None:
+    """Refuses validation rows that went through an optimizer's preconditioner, as training rows do: the cosine is that
+    of a training step with a plain gradient (arXiv 2501.00654, section 3; LESS, section 3.2).
+
+    Raises:
+        ValueError: the first task with such rows.
+    """
+    for name, sources in tasks.items():
+        for source in sources:
+            form = entry(source.manifest, "preconditioner.form") if source.manifest else None
+            if form not in (None, "none"):
+                raise ValueError(
+                    f"task {name}: its rows went through the preconditioner {form!r}, as training rows do; expected "
+                    "plain gradients: compute them with `icons gradients --task`, or give --preconditioned-tasks "
+                    "(preconditioned_tasks=True) to take them as they are"
+                )
+
+
 def check_whole(source: StoredRows, what: str) -> None:
     """Refuses rows that are not written yet: their zeros are no gradients."""
     unwritten = int((source.stored("status", slice(None)) == Status.NOT_WRITTEN).sum())
@@ -185,7 +207,7 @@ def check_agree(left: StoredRows, right: StoredRows, fields: Sequence[str], what
         return
     for name in fields:
         one, other = entry(left.manifest, name), entry(right.manifest, name)
-        if one != other:
+        if one != other and not (name in LATER and None in (one, other)):
             raise ValueError(
                 f"{name}: {what_left} has {one!r}, {what_right} has {other!r}; they must agree: compute both with the "
                 "same settings"

@@ -33,7 +33,8 @@ from icons.store.storage import Storage
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
 RESUME_FIELDS = (
-    "collect", "data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing", "dtype"
+    "collect", "data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing",
+    "reader", "dtype",
 )  # fmt: skip
 # where a file lies may change between a run and its resume; what is in it may not
 NOT_COMPARED = {"path", "images", "name"}

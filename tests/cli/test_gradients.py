@@ -147,6 +147,10 @@ def test_a_store_of_another_dimension_is_not_touched(tmp_path: Path, capsys: pyt
         (["--preconditioner", "adam"], "needs Adam's moments: got no --optimizer-state"),
         (["--checkpoint", "warmup"], "got both of --checkpoint and --model"),
         (["--data", "nowhere.json"], "nowhere.json: no such data file"),
+        (
+            ["--task", "--preconditioner", "adam"],
+            "--task: a task's rows are plain gradients; got --preconditioner",
+        ),
         (["--template", "vicuna"], "template 'vicuna'"),
     ],
 )

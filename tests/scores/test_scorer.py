@@ -175,6 +175,27 @@ def test_sources_that_do_not_belong_together_are_refused(tmp_path: Path) -> None
     refuse("data.fingerprint: the first checkpoint has 'd', checkpoint 2 has 'e'", [train, data], {"gqa": [rows, rows]})
 
 
+def test_records_read_in_another_way_are_refused(tmp_path: Path) -> None:
+    """Another processor's settings, or another template; what a former version's store does not tell is let be."""
+    rows = TASKS["gqa"]
+    read = {"reader": {"processor": "336"}, "preprocessing": {"template": "v1"}}
+    train = store(tmp_path / "train.zarr", TRAIN, manifest=read)
+    other = store(tmp_path / "processor.zarr", rows, manifest=read | {"reader": {"processor": "448"}})
+    refuse("reader: the training rows has .*336.*, task gqa has .*448", train, {"gqa": other})
+    template = store(tmp_path / "template.zarr", rows, manifest=read | {"preprocessing": {"template": "chat"}})
+    refuse("preprocessing.template: the training rows has 'v1', task gqa has 'chat'", train, {"gqa": template})
+    assert len(influence(train, {"gqa": store(tmp_path / "former.zarr", rows)})) == len(TRAIN)
+
+
+def test_preconditioned_validation_rows_are_taken_only_when_asked_for(tmp_path: Path) -> None:
+    adam = {"preconditioner": {"form": "adam"}}
+    train = store(tmp_path / "train.zarr", TRAIN, manifest=adam)
+    tasks = {"gqa": store(tmp_path / "gqa.zarr", TASKS["gqa"], manifest=adam)}
+    refuse("task gqa: its rows went through the preconditioner 'adam', .* --preconditioned-tasks", train, tasks)
+    plain = {"gqa": store(tmp_path / "plain.zarr", TASKS["gqa"], manifest={"preconditioner": {"form": "none"}})}
+    assert influence(train, tasks, preconditioned_tasks=True).equal(influence(train, plain))
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     refuse("got no task", TRAIN, {})
     refuse("task gqa: has no validation rows", TRAIN, {"gqa": np.empty((0, K), np.float32)})

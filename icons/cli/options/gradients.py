@@ -36,7 +36,7 @@ class GradientsOptions(
     """Computes a store of projected per-sample gradients; the same line, run again, resumes.
 
     $ icons gradients --checkpoint warmup/ --data train.json --images images/ --out train.zarr
-    $ icons gradients --checkpoint warmup/ --data gqa.json --images gqa/ --preconditioner none --out gqa.zarr
+    $ icons gradients --checkpoint warmup/ --data gqa.json --images gqa/ --task --out gqa.zarr
 
     Exit status: 0 all rows are done; 1 something you can mend, said in one line; 2 wrong usage; 75 interrupted
     (SIGTERM): run the same line again to go on.
@@ -50,9 +50,11 @@ class GradientsOptions(
     """what a row holds: gradients; representations (the last token's hidden state); the loss alone; or
     image_ablation, gradients with noise in place of the image. In the original, --info_type: grads / reps / loss /
     delta"""
-    preconditioner: Preconditioning = field(default="adam", metadata=PROJECTION)
-    """adam (training data) or none (tasks); diagonal is Adam's without its first moment. In the original,
-    --gradient_type: adam / sgd / sign are adam / none / sign here"""
+    task: bool = False
+    """the rows are a task's validation rows: plain gradients, --preconditioner none"""
+    preconditioner: Preconditioning | None = field(default=None, metadata=PROJECTION)
+    """adam (training data) or none (tasks); diagonal is Adam's without its first moment; default: adam, and none with
+    --task. In the original, --gradient_type: adam / sgd / sign are adam / none / sign here"""
     max_tokens: int | None = field(default=MAX_TOKENS, metadata=SPEED)
     """most tokens per batch, padding included; null: no limit. With the default a 7B model in bfloat16 fits an 80
     GB GPU, and with --gradient-checkpointing one of 48 GB"""

@@ -25,7 +25,8 @@ class PartsOptions(CodeOptions):
     """model"""
 
     model: Path | None = None
-    """Hugging Face folder, or an original LLaVA base folder (with --vision-tower and --mm-projector)"""
+    """Hugging Face folder, a model's name on the hub, or an original LLaVA base folder (with --vision-tower and
+    --mm-projector)"""
     vision_tower: Path | None = None
     """CLIP folder of an original LLaVA model"""
     mm_projector: Path | None = None

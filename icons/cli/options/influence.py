@@ -34,6 +34,8 @@ class InfluenceOptions(GroupOptions):
     """also store each training row's product with each single validation row"""
     top_pairs: int = 0
     """keep this many strongest validation rows for each training row and task, to see why"""
+    preconditioned_tasks: bool = False
+    """take tasks' rows that went through a preconditioner, as training rows do; they are refused otherwise"""
     drop_axes: int = 0
     """leave out this many leading axes along which the tasks' validation rows differ: they tell which answer is asked
     for, and a selection by them can have too much of one answer"""

@@ -1,0 +1,153 @@
+"""`icons inspect`: a few samples as the model sees them, before a long run is started on many."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from icons.batch import IGNORE_INDEX, Status
+from icons.cli.console import console
+from icons.cli.model_source import ModelSource
+from icons.cli.options.inspect import InspectOptions
+from icons.datamodules.datamodule import ConversationDataModule
+from icons.datamodules.dataset import ConversationDataset
+
+LEARNED, IMAGE, PLAIN = "bold green", "bold magenta", ""
+OPENING, CLOSING = "\N{LEFT DOUBLE ANGLE BRACKET}", "\N{RIGHT DOUBLE ANGLE BRACKET}"
+EXAMPLES = 3
+
+
+def inspect(options: InspectOptions) -> int:
+    """Shows samples as the model sees them: which tokens are learned, where images stand, and which rows fail."""
+    for name, value in (("--samples", options.samples), ("--scan", options.scan)):
+        if value < 1:
+            raise ValueError(f"{name} {value}: expected 1 or more")
+    source = ModelSource.resolve(
+        checkpoint=options.checkpoint,
+        model=options.model,
+        vision_tower=options.vision_tower,
+        mm_projector=options.mm_projector,
+        adapter=options.adapter,
+        optimizer_state=None,
+        preprocessing={"template": options.template, "max_length": options.max_length, "preset": options.preset},
+    )
+    dataset = ConversationDataModule(
+        options.data,
+        options.images,
+        model_folder=source.folder,
+        preprocessing=source.preprocessing,
+        trust_remote_code=options.trust_remote_code,
+    ).dataset
+    for row in options.row or []:
+        if not 0 <= row < len(dataset):
+            raise ValueError(f"--row {row}: {options.data} has {len(dataset)} rows; expected 0 to {len(dataset) - 1}")
+    settings = dataset.preprocessing
+    console.print(
+        f"{options.data}: {len(dataset):,} rows, dialect {dataset.dialect.name}, template {settings.template}, "
+        f"max length {settings.max_length}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    for row in options.row or spread(len(dataset), options.samples):
+        show(dataset, row)
+    scanned = spread(len(dataset), options.scan)
+    good = summary([dataset[row] for row in scanned])
+    return int(not good)
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """At most `count` rows, evenly spaced.
+
+    >>> spread(10, 3)
+    [0, 4, 9]
+    """
+    count = min(rows, count)
+    return [round(place * (rows - 1) / max(1, count - 1)) for place in range(count)]
+
+
+def show(dataset: ConversationDataset, row: int) -> None:
+    """Prints one sample: its numbers, then its tokens in order."""
+    sample = dataset[row]
+    head = f"row {row} (id {dataset.records.id(row)})"
+    if "failed" in sample:
+        status = Status(sample["failed"]).name.lower()
+        console.print(f"\n{head}: FAILED {status}: {sample['reason']}", markup=False, highlight=False, soft_wrap=True)
+        return
+    learned = int((sample["labels"] != IGNORE_INDEX).sum())
+    length = len(sample["input_ids"])
+    cut = ", cut at the maximal length" if length == dataset.preprocessing.max_length else ""
+    console.print(
+        f"\n{head}: {length} tokens, {learned} learned{cut}{pixels(sample)}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(as_text(dataset, sample, console), soft_wrap=True)
+
+
+def pixels(sample: Mapping[str, Any]) -> str:
+    """What of the sample is not tokens, by name and shape.
+
+    >>> import torch
+    >>> pixels({"row": 1, "labels": torch.zeros(3), "pixel_values": torch.zeros(1, 3, 8, 8)})
+    ', pixel_values [1, 3, 8, 8]'
+    """
+    names = [name for name in sample if name not in ("row", "input_ids", "labels") and sample[name].dim() > 1]
+    return "".join(f", {name} {list(sample[name].shape)}" for name in names)
+
+
+def as_text(dataset: ConversationDataset, sample: Mapping[str, Any], target: Console) -> Text:
+    """The tokens decoded: what is learned in green, or between brackets where there are no colours; runs of image
+    positions as one mark."""
+    text = Text()
+    for kind, ids in runs(sample["input_ids"].tolist(), sample["labels"].tolist(), dataset.folder.image_token_id):
+        if kind == IMAGE:
+            text.append(f"[image x {len(ids)}]", style=IMAGE)
+            continue
+        said = str(dataset.tokenizer.decode(ids))
+        bracketed = kind == LEARNED and (target.color_system is None or target.no_color)
+        text.append(OPENING + said + CLOSING if bracketed else said, style=kind)
+    return text
+
+
+def runs(ids: Sequence[int], labels: Sequence[int], image: int | None) -> Iterator[tuple[str, list[int]]]:
+    """Consecutive tokens of one kind.
+
+    >>> list(runs([5, 9, 9, 6, 7], [-100, -100, -100, -100, 7], image=9))
+    [('', [5]), ('bold magenta', [9, 9]), ('', [6]), ('bold green', [7])]
+    """
+
+    def kind(pair: tuple[int, int]) -> str:
+        return IMAGE if pair[0] == image else PLAIN if pair[1] == IGNORE_INDEX else LEARNED
+
+    for found, pairs in groupby(zip(ids, labels, strict=True), kind):
+        yield found, [token for token, _ in pairs]
+
+
+def summary(samples: Sequence[Mapping[str, Any]]) -> int:
+    """Prints lengths and, by kind, failures with examples; how many samples are good."""
+    good = [sample for sample in samples if "failed" not in sample]
+    lines = [f"\nof {len(samples)} rows tried, {len(good)} are good"]
+    if good:
+        lengths = [len(sample["input_ids"]) for sample in good]
+        learned = [int((sample["labels"] != IGNORE_INDEX).sum()) for sample in good]
+        for name, numbers in (("tokens", lengths), ("learned", learned)):
+            lines.append(f"  {name:<8} {min(numbers)} to {max(numbers)}, median {median(numbers):g}")
+    failures: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for sample in samples:
+        if "failed" in sample:
+            failures[Status(sample["failed"]).name.lower(), sample["reason"]].append(sample["row"])
+    kinds: dict[str, list[tuple[str, list[int]]]] = defaultdict(list)
+    for (status, reason), rows in failures.items():
+        kinds[status].append((reason, rows))
+    for status, reasons in sorted(kinds.items()):
+        lines.append(f"  {status}: {sum(len(rows) for _, rows in reasons)} rows")
+        for reason, rows in reasons[:EXAMPLES]:
+            lines.append(f"    row {rows[0]}: {reason}")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    return len(good)
