@@ -41,6 +41,9 @@ def inspect(options: InspectOptions) -> int:
         model_folder=source.folder,
         preprocessing=source.preprocessing,
         trust_remote_code=options.trust_remote_code,
+        dialect=options.dialect,
+        allow_paths=options.allow_paths or (),
+        web_images=options.web_images,
     ).dataset
     for row in options.row or []:
         if not 0 <= row < len(dataset):

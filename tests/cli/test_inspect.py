@@ -1,6 +1,7 @@
 """`icons inspect` shows what is learned, where images are, and why rows fail, with and without colours."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,4 @@ def test_what_cannot_be_shown_is_said(
     extra: list[str], text: str, data: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["inspect", *data, *extra]) == 1
-    import re
-
     assert re.search(text, capsys.readouterr().err)

@@ -1,14 +1,13 @@
 """Options of `icons inspect`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from icons.cli.options.groups import CheckpointOptions, PreprocessingOptions
+from icons.cli.options.groups import CheckpointOptions, DataOptions, PreprocessingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectOptions(PreprocessingOptions, CheckpointOptions):
+class InspectOptions(DataOptions, PreprocessingOptions, CheckpointOptions):
     """Shows samples as the model sees them: which tokens are learned, where images stand, and which rows fail and why.
 
     $ icons inspect train.json --images images/ --model llava-1.5-7b-hf/
@@ -19,10 +18,6 @@ class InspectOptions(PreprocessingOptions, CheckpointOptions):
     """
 
     positional: ClassVar = ("data",)
-    data: Path
-    """data file; row i is record i of this file"""
-    images: Path | None = None
-    """folder (or tar or zip archive) that the records' image paths start from"""
     row: list[int] | None = None
     """show this row; repeat it for more. Default: --samples rows, evenly spaced"""
     samples: int = 3
