@@ -40,12 +40,33 @@ def parse(name: str, options: type, words: Sequence[str]) -> Any:
     words = shipped_recipes(spelled(words, hints))
     parser = parser_of(name, options)
     if "trainer" not in hints or {"-h", "--help"} & set(words):
-        return options(**own(parser.parse_args(words)))
+        config = parser.parse_args(words)
+        check_values(parser, options, config)
+        return options(**own(config))
     add_trainer(parser)
     config = parser.parse_args(words)
+    check_values(parser, options, config)
     given = parser.parse_args(words, defaults=False).get("trainer") or Namespace()
     flags = vars(parser.instantiate(config).trainer)
     return options(**own(config), trainer={key: flags[key] for key in vars(given)})
+
+
+def check_values(parser: jsonargparse.ArgumentParser, options: type, config: Namespace) -> None:
+    """What a field's metadata ask of its value: `least`, a number it is not below; `pattern`, a regular expression.
+
+    Raises:
+        SystemExit: with status 2, where it is something else.
+    """
+    for field in fields(options):
+        value, option = config.get(field.name), "--" + dashed(field.name)
+        least = field.metadata.get("least")
+        if least is not None and value is not None and value < least:
+            parser.error(f"{option} {value}: expected {least} or more")
+        if field.metadata.get("pattern") and value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                parser.error(f"{option} {value}: is no regular expression: {error}")
 
 
 def own(config: Namespace) -> dict[str, Any]:

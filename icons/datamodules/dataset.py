@@ -73,6 +73,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         allow_paths: Sequence[Path] = (),
         web_images: bool = False,
     ) -> None:
+        self.made_of = (records, images, folder, preprocessing, trust_remote_code)
+        self.folders = (tuple(allow_paths), web_images)
         if dialect not in ("auto", *DIALECTS):
             raise ValueError(f"dialect {dialect!r}; expected auto or one of {', '.join(DIALECTS)}")
         if not len(records):
@@ -122,6 +124,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if isinstance(getattr(self, "template", None), OwnTemplate):
             own = cast(OwnTemplate, self.template).template
         return describe_reader(self.folder.model, self.folder.image_processor, own.template if own else None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to a worker process as its arguments and is made anew there: processors and templates hold what
+        cannot travel, under start methods other than fork."""
+        return type(self), (*self.made_of, self.dialect.name, *self.folders)
 
     def __len__(self) -> int:
         return len(self.records)

@@ -1,6 +1,5 @@
 """Interruption: SIGTERM (preemption, SLURM's time limit) as a run takes it, and the status that asks to be resumed."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 from lightning import Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
-RESUME = os.EX_TEMPFAIL  # 75: interrupted; the same line, run again, goes on
+RESUME = 75  # EX_TEMPFAIL, which Windows has no name for: interrupted; the same line, run again, goes on
 
 
 class Interruption:

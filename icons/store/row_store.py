@@ -124,6 +124,10 @@ class RowStore:
         storage.flush()
         return cls.open(path, mode="r+")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to another process as its place, and is opened anew there."""
+        return type(self).open, (self.path, self.mode)
+
     @property
     def num_rows(self) -> int:
         return self.partition.num_rows

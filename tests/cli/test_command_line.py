@@ -41,6 +41,22 @@ def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["warmup", "--epochs=0"], "--epochs 0: expected 1 or more"),
+        (["warmup", "--batch-size=0"], "--batch-size 0: expected 1 or more"),
+        (["gradients", "--batch-size=-1"], "--batch-size -1: expected 1 or more"),
+        (["warmup", "--lora-targets=("], "--lora-targets (: is no regular expression"),
+    ],
+)
+def test_values_that_nothing_can_be_done_with_are_usage_errors(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*words, "--model=m", "--data=d", "--out=o"]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out

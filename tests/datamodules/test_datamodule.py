@@ -1,11 +1,13 @@
 """The data module: the batches of predict, fit and validation."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
@@ -40,6 +42,30 @@ def rows_of(loader: Any) -> list[int]:
 def test_predict_gives_every_row_once_failed_ones_too(data: Path, text_folder: Path, workers: int) -> None:
     loader = module(data, text_folder, num_workers=workers).predict_dataloader()
     assert sorted(rows_of(loader)) == list(range(ROWS))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_read_the_same_under_each_start_method(data: Path, image_text_folder: Path, method: str) -> None:
+    loader = module(data, image_text_folder).predict_dataloader()
+    others = DataLoader(
+        loader.dataset,
+        sampler=loader.sampler,
+        batch_size=None,
+        collate_fn=loader.collate_fn,
+        num_workers=1,
+        multiprocessing_context=method,
+    )
+    for mine, other in zip(loader, others, strict=True):
+        assert torch.equal(mine["input_ids"], other["input_ids"]) and mine["failed_reason"] == other["failed_reason"]
+
+
+def test_a_data_set_travels_as_its_arguments(data: Path, image_text_folder: Path) -> None:
+    dataset = module(data, image_text_folder).dataset
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[3]["input_ids"], dataset[3]["input_ids"])
+    assert again[4] == dataset[4] and again.dialect is dataset.dialect
 
 
 def test_predict_keeps_to_the_units_of_the_plan(data: Path, text_folder: Path) -> None:

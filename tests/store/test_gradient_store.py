@@ -1,6 +1,7 @@
 """A gradient store holds what was written, in a form that any Zarr reader opens, and refuses what does not belong."""
 
 import json
+import pickle
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -387,3 +388,9 @@ def test_rows_by_a_slice_with_a_step_are_those_by_their_numbers(tmp_path: Path) 
 
 def test_versions_of_what_is_installed_and_none_of_what_is_not() -> None:
     assert versions("numpy", "no-such-package") == {"numpy": np.__version__, "no-such-package": None}
+
+
+def test_a_store_travels_as_its_place(tmp_path: Path) -> None:
+    store = GradientStore.create(tmp_path / "s", num_rows=4, dim=2)
+    again = pickle.loads(pickle.dumps(store))
+    assert (again.path, again.mode, again.manifest) == (store.path, store.mode, store.manifest)

@@ -101,7 +101,7 @@ class ProjectionOptions:
 class StoreOptions:
     """store"""
 
-    batch_size: int = field(default=8, metadata=SPEED)
+    batch_size: int = field(default=8, metadata={**SPEED, "least": 1})
     """most rows per batch"""
     max_tokens: int | None = field(default=None, metadata=SPEED)
     """most tokens per batch, padding included; null: no limit"""

@@ -65,9 +65,9 @@ class ValidateOptions(PartsOptions, TrainerOptions):
     """field of the records that tells which are bad; a dotted name looks inside"""
     bad: str = field(default="wrong", metadata=BAD)
     """its value for bad records; records are only read for this, after scoring"""
-    epochs: int = field(default=1, metadata=TRAINING)
+    epochs: int = field(default=1, metadata={**TRAINING, "least": 1})
     """passes over the rows"""
-    batch_size: int = field(default=16, metadata=TRAINING)
+    batch_size: int = field(default=16, metadata={**TRAINING, "least": 1})
     """rows per device and step"""
     learning_rate: float = field(default=2e-4, metadata=TRAINING)
     """of the adapter"""

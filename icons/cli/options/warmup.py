@@ -40,11 +40,11 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     """tokens at which a conversation is cut"""
     preset: Preset = field(default="llava-train", metadata=DATA)
     """llava-train prepares data as LLaVA is trained, icons-release as the released ICONS scripts do"""
-    epochs: int = field(default=1, metadata=LEARNING)
+    epochs: int = field(default=1, metadata={**LEARNING, "least": 1})
     """passes over the chosen rows"""
-    batch_size: int = field(default=16, metadata=LEARNING)
+    batch_size: int = field(default=16, metadata={**LEARNING, "least": 1})
     """rows per device and step"""
-    accumulate: int = field(default=1, metadata=LEARNING)
+    accumulate: int = field(default=1, metadata={**LEARNING, "least": 1})
     """batches per optimizer step"""
     learning_rate: float = field(default=2e-4, metadata=LEARNING)
     """of the adapter"""
@@ -56,13 +56,13 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     """on the adapter's and the projector's matrices"""
     seed: int = field(default=0, metadata=LEARNING)
     """of the choice of rows, their order, the adapter's first values and dropout"""
-    lora_rank: int = field(default=128, metadata=LORA)
+    lora_rank: int = field(default=128, metadata={**LORA, "least": 1})
     """rank r of the adapter's matrices"""
     lora_alpha: float = field(default=256.0, metadata=LORA)
     """the adapter's output is scaled by alpha / r"""
     lora_dropout: float = field(default=0.05, metadata=LORA)
     """dropout on the adapter's input"""
-    lora_targets: str | None = field(default=None, metadata=LORA)
+    lora_targets: str | None = field(default=None, metadata={**LORA, "pattern": True})
     """regular expression over module names; default: the language model's linear layers"""
     train_projector: bool = field(default=True, metadata=LORA)
     """train the projector too, as LLaVA does"""
