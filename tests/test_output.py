@@ -166,7 +166,7 @@ WRITES = {"write_text", "write_bytes", "save_file", "savefig", "to_csv", "copyfi
 BESIDE = {"whole_file", "whole_folder"}
 PACKAGE = Path(icons.__file__).parent
 # the store's own atomic files; a worker's log, which grows; what is written inside `with whole_folder` of a caller
-ELSEWHERE = {
+ELSEWHERE = {"datamodules/training_formats.py", "datamodules/records/tar_file.py"} | {
     "datamodules/benchmarks/benchmark.py",
     "output.py",
     "store/folder.py",
