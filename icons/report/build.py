@@ -16,7 +16,7 @@ from icons.datamodules.conversation import ImageRef
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.image_refs import images_of
 from icons.datamodules.record_lists import source_of
-from icons.report import comparison, sections
+from icons.report import comparison, health, sections
 from icons.report.numbers import ScoreNumbers, count
 from icons.report.page import Ends, Fact, Page, Section, ShownRow
 from icons.report.rows import composition, thumbnail, turns
@@ -112,6 +112,7 @@ def build(
     if comparison_file is not None:
         section, facts = comparison.results(comparison_file)
         shown.append(section)
+    shown += filter(None, [health.section(chosen.manifest)])
     shown += [
         sections.votes(numbers, chosen.fraction, chosen.method),
         sections.scores(numbers),

@@ -159,7 +159,7 @@ def border(numbers: ScoreNumbers, verdict: str) -> Section:
 
 def provenance(selection: Mapping[str, Any], scores: Mapping[str, Any]) -> Section:
     """The manifests of the selection, the score store, and every gradient store that the scores came from."""
-    own = {name: value for name, value in selection.items() if name != "scores"}
+    own = {name: value for name, value in selection.items() if name not in ("scores", "health")}
     shown = {"Selection": own, "Score store": {k: v for k, v in scores.items() if k not in ("train", "tasks")}}
     for number, manifest in enumerate(scores.get("train") or []):
         several = len(scores["train"]) > 1
