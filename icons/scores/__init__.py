@@ -2,6 +2,8 @@
 
 scorer.py           products of training rows with
 task_means.py       each task's mean validation row, read by
+axes.py             leading axes that scores can leave out, and
+span.py             the spans of validation rows that they can be taken within;
 rows.py             blocks of rows from a store or an array;
 stderr.py           the standard error that the projection leaves
 """
