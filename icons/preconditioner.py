@@ -112,6 +112,21 @@ class AdamPreconditioner:
                     "not moved yet, so there are no moments to precondition with"
                 )
 
+        self.made = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Only `compiled` may be set later: of everything else, prepared constants would keep the old value.
+
+        Raises:
+            AttributeError: another attribute is set.
+        """
+        if getattr(self, "made", False) and name != "compiled":
+            raise AttributeError(
+                f"AdamPreconditioner: {name} is fixed once it is made; expected a new one: dataclasses.replace(state, "
+                f"{name}=...)"
+            )
+        object.__setattr__(self, name, value)
+
     def step_of(self, name: str) -> int:
         return int(self.step if not isinstance(self.step, Mapping) else self.step[name])
 

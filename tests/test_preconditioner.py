@@ -1,5 +1,6 @@
 """Update directions against torch's own Adam, one step from the same state."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -113,3 +114,13 @@ def test_a_parameter_without_moments_is_refused_by_name() -> None:
     adam = AdamPreconditioner(*state_of(*warmed_up(5, (0.9, 0.999), 1e-8)))
     with pytest.raises(ValueError, match="no moments for the trainable parameter other"):
         adam.apply("other", torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("name", ["form", "step", "betas", "exp_avg"])
+def test_what_constants_are_made_from_cannot_be_changed_afterwards(name: str) -> None:
+    adam = AdamPreconditioner({"w": torch.ones(2)}, {"w": torch.ones(2)}, step=3)
+    with pytest.raises(AttributeError, match=rf"{name} is fixed once it is made; expected a new one"):
+        setattr(adam, name, getattr(adam, name))
+    adam.compiled = True
+    other = dataclasses.replace(adam, form="diagonal")
+    assert not torch.equal(other.apply("w", torch.ones(1, 2)), adam.apply("w", torch.ones(1, 2)))

@@ -131,7 +131,7 @@ def plan_gradients(
         memory["gradients of a layer"] = 4 * load.batch_size * model.trainable // model.layers
     operations = row_operations(model, load) / (1 if differentiates else 2)
     speed, said = device_speed(load.dtype)
-    scale = 4 if store_dtype == "int8" else 0
+    scale = 0 if store_dtype == "float32" else 4
     return Plan(
         settings=settings,
         rows_per_rank=per_rank,

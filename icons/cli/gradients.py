@@ -8,6 +8,7 @@ import numpy as np
 from lightning import Trainer
 from rich.markup import escape
 
+from icons.batch import Status
 from icons.choices import Preconditioning
 from icons.cli.console import bars, console, warn
 from icons.cli.estimate import plan_gradients_run
@@ -209,7 +210,8 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:
-    """Prints how many rows are done, failed (with their reasons) and missing; the exit status that follows from it.
+    """Prints how many rows are done, failed (with their reasons), missing, or zero for no reason; the exit status that
+    follows from it.
 
     With a shard, what other shards have still to do is not missing.
 
@@ -219,7 +221,21 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     console.print(repr(store), markup=False, highlight=False, soft_wrap=True)
     for line in told(failures_of(store)):
         console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
+    zero = silent_rows(store)
+    if len(zero):
+        first = ", ".join(map(str, zero[:5].tolist())) + (", ..." if len(zero) > 5 else "")
+        warn(
+            f"{len(zero):,} rows are done with a gradient of zero and a loss that is not (rows {first}): trained "
+            "parameters have no influence on them"
+        )
     index, count = (0, 1) if shard is None else parse_shard(shard)
     units = assign(range(store.partition.num_units), count, index)
     check_some_done(store, np.concatenate([store.partition.unit_rows(unit) for unit in units or [0]]))
     return int(bool(set(units) & set(store.missing())) or (strict and store.counts()["failed"] > 0))
+
+
+def silent_rows(store: GradientStore | ScoreStore) -> np.ndarray:
+    """Rows that are done, whose gradient is exactly zero while their loss is not, ascending."""
+    whole = slice(0, store.num_rows)
+    done = store.stored("status", whole) == Status.DONE
+    return np.flatnonzero(done & (store.stored("norm", whole) == 0) & (store.stored("loss", whole) != 0))

@@ -10,14 +10,18 @@ from icons.batch import Status
 DTYPES = ("float16", "float32", "int8")
 FIELDS = ("gradient", "norm", "loss", "tokens", "status")
 FLOAT16_LIMIT = 65520.0  # from here on, rounding to the nearest float16 gives infinity
+FLOAT16_SAFE = 2.0**-10  # a row with a number as large loses less to float16's narrow range than to its rounding
+FLOAT16_TOP = 14  # exponent that the largest number of any other row gets
 TORCH_SERIAL = 32767  # numbers: from 32,768 on torch cuts an operation into parts for its threads
 
 
 def encode(gradient: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """float32 rows as they are stored, and the scale per row for int8.
+    """float32 rows as they are stored, and the scale per row for float16 and int8.
 
-    float16 rounds to the nearest (ties to even). int8: `scale = max|row| / 127`, values rounded to the nearest (ties to
-    even); a zero row has scale 0. The rounding error is uniform in one step: its variance is `scale^2 / 12` per number.
+    float16 rounds to the nearest (ties to even). Its scale is 1 where the row's largest number is from 2^-10 to 65,504,
+    and otherwise the power of two that makes it one: nothing is lost to float16's narrow range. int8: `scale = max|row|
+    / 127`, values rounded to the nearest (ties to even); a zero row has scale 0. The rounding error is uniform in one
+    step: its variance is `scale^2 / 12` per number.
 
     >>> encode(np.array([[1.0, -2.0]], dtype=np.float32), "int8")[0].tolist()
     [[64, -127]]
@@ -25,10 +29,25 @@ def encode(gradient: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | N
     if dtype == "float32":
         return gradient, None
     if dtype == "float16":
-        return to_float16(gradient), None
+        scale = float16_scale(gradient)
+        scaled = gradient if (scale == 1).all() else gradient / scale[:, None]  # exact: powers of two
+        return to_float16(scaled), scale
     scale = (np.abs(gradient).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
     steps = gradient / np.where(scale > 0, scale, 1)[:, None]
     return np.rint(steps).clip(-127, 127).astype(np.int8), scale
+
+
+def float16_scale(gradient: np.ndarray) -> np.ndarray:
+    """What to divide each row by, `[n]` float32.
+
+    >>> float16_scale(np.array([[1.0, -2.0], [3e-5, 0.0], [0.0, 0.0], [1e6, 0.0]], dtype=np.float32)).tolist()
+    [1.0, 9.313225746154785e-10, 1.0, 32.0]
+    """
+    largest = np.maximum(gradient.max(axis=1, initial=0), -gradient.min(axis=1, initial=0))
+    exponent = np.frexp(largest)[1] - 1 - FLOAT16_TOP
+    keep = (largest == 0) | ((largest >= FLOAT16_SAFE) & (largest < FLOAT16_LIMIT)) | ~np.isfinite(largest)
+    # -126: beyond it float32 itself has no whole powers of two
+    return np.where(keep, 1, np.ldexp(np.float32(1), np.maximum(exponent, -126))).astype(np.float32)
 
 
 def to_float16(gradient: np.ndarray) -> np.ndarray:
@@ -46,13 +65,14 @@ def to_float16(gradient: np.ndarray) -> np.ndarray:
     return half
 
 
-def encode_rows(results: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.ndarray]:
+def encode_rows(results: Mapping[str, np.ndarray], dtype: str, scaled: bool = True) -> dict[str, np.ndarray]:
     """Results as the arrays of a gradient store, in the order in which they are written.
 
     Args:
         results: `gradient [n, K]`, `norm [n]`, `loss [n]`, `tokens [n]`, `status [n]`.
-        dtype: of the stored rows. A finished row with a number that is not finite, or beyond what float16 can hold
-            (65,504), gets the status NON_FINITE.
+        dtype: of the stored rows. A finished row with a number that is not finite gets the status NON_FINITE.
+        scaled: False for a float16 store that was begun without scales: what float16 cannot hold (above 65,504) is
+            then NON_FINITE too.
 
     Raises:
         ValueError: a status is 0 (not written).
@@ -63,11 +83,11 @@ def encode_rows(results: Mapping[str, np.ndarray], dtype: str) -> dict[str, np.n
     norm, loss = (np.array(results[name], dtype=np.float32) for name in ("norm", "loss"))
     tokens = np.array(results["tokens"], dtype=np.int32)
     largest = np.maximum(gradient.max(axis=1, initial=0), -gradient.min(axis=1, initial=0))
-    limit = FLOAT16_LIMIT if dtype == "float16" else np.inf
+    limit = FLOAT16_LIMIT if dtype == "float16" and not scaled else np.inf
     beyond = (status == Status.DONE) & ~(largest < limit)
     if beyond.any():
         gradient = np.where(beyond[:, None], np.float32(0), gradient)
         status[beyond], norm[beyond], loss[beyond], tokens[beyond] = Status.NON_FINITE, np.nan, np.nan, 0
-    stored, scale = encode(gradient, dtype)
+    stored, scale = (to_float16(gradient), None) if dtype == "float16" and not scaled else encode(gradient, dtype)
     scales = {} if scale is None else {"scale": scale}
     return {"gradients": stored, **scales, "norm": norm, "loss": loss, "tokens": tokens, "status": status}

@@ -3,7 +3,7 @@
 | array | shape, dtype | meaning |
 |---|---|---|
 | `gradients` | `[N, K]` float16, float32 or int8 | projected per-sample gradients, not normalised |
-| `scale` | `[N]` float32, with int8 only | `gradients[i] * scale[i]` is the row |
+| `scale` | `[N]` float32, with float16 and int8 | `gradients[i] * scale[i]` is the row; 1 for most rows of float16 |
 | `norm` | `[N]` float32 | L2 norm before projection |
 | `loss` | `[N]` float32 | the sample's loss |
 | `tokens` | `[N]` int32 | supervised tokens |
@@ -54,7 +54,8 @@ class GradientStore(RowStore):
     """A gradient store; `open` one, or `create` it.
 
     Attributes:
-        gradients, norm, loss, tokens, status: the zarr arrays; `scale` too with int8, otherwise None.
+        gradients, norm, loss, tokens, status: the zarr arrays; `scale` too, None with float32 (and in float16 stores of
+            earlier versions).
         dtype: of the rows, as numpy names it.
         manifest: what the rows were made from.
         partition: rows -> write units.
@@ -71,7 +72,7 @@ class GradientStore(RowStore):
 
     def encode(self, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Results (`FIELDS`) as this store's arrays."""
-        return encode_rows(results, self.dtype)
+        return encode_rows(results, self.dtype, scaled=self.scale is not None)
 
     @classmethod
     def create(
@@ -92,7 +93,7 @@ class GradientStore(RowStore):
             path: a folder that is new or empty, or a URL.
             num_rows: records of the data file.
             dim: numbers per row.
-            dtype: float16, float32 or int8 (one scale per row).
+            dtype: float16 or int8 (one scale per row each), or float32.
             chunk_rows: rows per chunk, which is the unit of writing; default: chunks of 2 to 16 MB.
             manifest: what the rows are made from; `dtype` is added.
             codec: compressor for the rows. Default none: gradients are noise to a compressor (see the README).
@@ -107,8 +108,8 @@ class GradientStore(RowStore):
         if num_rows < 1 or dim < 1:
             raise ValueError(f"store {path}: got num_rows={num_rows}, dim={dim}; expected both to be >= 1")
         columns = {"gradients": Column(dtype, 0, (("dim", dim),), parse_codec(codec))}
-        if dtype == "int8":
-            columns["scale"] = Column("float32", 0)
+        if dtype != "float32":
+            columns["scale"] = Column("float32", 0 if dtype == "int8" else 1)
         columns |= {"norm": Column("float32", np.nan), "loss": Column("float32", np.nan)}
         columns |= {"tokens": Column("int32", 0), "status": Column("uint8", 0)}
         chunk_rows = chunk_rows or fitting_chunk_rows(num_rows, dim, dtype)
@@ -169,7 +170,7 @@ class GradientStore(RowStore):
         return int(self.gradients.shape[1])
 
     def rows(self, rows: slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Gradients of the given rows, `[n, K]` float32; int8 is scaled back. Rows not written or failed are zeros.
+        """Gradients of the given rows, `[n, K]` float32; scaled back. Rows not written or failed are zeros.
 
         Args:
             rows: a slice, or row numbers in any order.
@@ -201,12 +202,12 @@ class GradientStore(RowStore):
         Args:
             unit: which.
             results: `gradient [n, K]` float32, `norm`, `loss`, `tokens`, `status`, each for all rows of the unit in
-                order. A row whose values float16 cannot hold (above 65,504) becomes NON_FINITE.
+                order.
 
         Raises:
             ValueError: a shape is not that of the unit, an array is missing or unknown, or a status is 0.
         """
-        self.write_columns(unit, encode_rows(results, self.dtype))
+        self.write_columns(unit, encode_rows(results, self.dtype, scaled=self.scale is not None))
 
     def __repr__(self) -> str:
         counts = self.counts()

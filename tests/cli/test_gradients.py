@@ -13,6 +13,7 @@ import pytest
 
 from icons.batch import Status
 from icons.cli import command_line as cli
+from icons.cli.gradients import summary
 from icons.store import GradientStore
 
 DATA = Path(__file__).parents[1] / "data" / "original_llava"
@@ -326,3 +327,19 @@ def test_two_ranks_store_what_one_stores(more: list[object], mixed: Path, tmp_pa
     names = ["-dim64", "-dim16"] if "--dim" in more else [""]
     for name in names:
         assert_same_store(tmp_path / f"two{name}.zarr", tmp_path / f"one{name}.zarr")
+
+
+def summarised(path: Path, status: list[int], norm: list[float], **options: Any) -> int:
+    store = GradientStore.create(path, num_rows=len(status), dim=4, chunk_rows=2)
+    rows = np.ones((len(status), 4), np.float32) * np.array(norm, np.float32)[:, None]
+    found = {"gradient": rows, "norm": np.array(norm), "loss": np.ones(len(status)), "tokens": np.ones(len(status))}
+    for unit in range(store.partition.num_units):
+        span = store.partition.unit_rows(unit)
+        part = {name: value[span.start : span.stop] for name, value in found.items()}
+        store.write_unit(unit, part | {"status": np.array(status[span.start : span.stop], np.uint8)})
+    return summary(GradientStore.open(path), strict=False, **options)
+
+
+def test_zero_gradients_of_rows_with_a_loss_end_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert summarised(tmp_path / "s", [1, 1, 3, 1], [1, 0, 0, 0]) == 0
+    assert "2 rows are done with a gradient of zero and a loss that is not (rows 1, 3)" in capsys.readouterr().out

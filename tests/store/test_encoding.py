@@ -22,14 +22,28 @@ def results(gradient: np.ndarray, status: int = 1) -> dict[str, np.ndarray]:
 
 
 def test_float16_is_rounded_as_numpy_rounds() -> None:
-    scale = np.logspace(-9, 4, 64, dtype=np.float32)[:, None]
+    scale = np.logspace(-1, 4, 64, dtype=np.float32)[:, None]
     gradient = np.random.default_rng(0).standard_normal((64, 1111)).astype(np.float32) * scale
     assert gradient.size > 2 * TORCH_SERIAL, "in several pieces"
-    stored, none = encode(gradient, "float16")
-    assert none is None
+    stored, scales = encode(gradient, "float16")
+    assert scales is not None and (scales == 1).all()
     np.testing.assert_array_equal(stored.view(np.uint16), gradient.astype(np.float16).view(np.uint16))
     backwards = gradient[::-1, ::-1]
     np.testing.assert_array_equal(encode(backwards, "float16")[0], backwards.astype(np.float16))
+
+
+@pytest.mark.parametrize("exponent", [-44, -38, *range(-30, 31, 3), 37])
+def test_float16_loses_nothing_of_rows_of_any_norm(exponent: int) -> None:
+    """Relative error as of numbers near one: half a unit in the last of eleven bits, and far from it never more."""
+    rows = np.random.default_rng(0).standard_normal((4, 512))
+    rows *= 10.0**exponent / np.linalg.norm(rows, axis=1, keepdims=True)
+    given = rows.astype(np.float32)
+    stored = encode_rows(results(given), "float16")
+    assert stored["status"].tolist() == [Status.DONE] * 4
+    found = stored["gradients"].astype(np.float64) * stored["scale"][:, None]
+    error = np.linalg.norm(found - given, axis=1) / np.linalg.norm(given.astype(np.float64), axis=1)
+    assert (error < 2**-11).all()
+    assert np.isin(np.frexp(stored["scale"])[0], 0.5).all(), "powers of two"
 
 
 def test_int8_error_is_at_most_half_a_step_and_zero_rows_stay_zero() -> None:
@@ -76,11 +90,14 @@ def test_a_done_row_with_a_number_that_is_not_finite_becomes_non_finite(dtype: s
 
 
 @pytest.mark.parametrize(("value", "status"), [(65504.0, 1), (65519.0, 1), (65520.0, 6), (-1e6, 6)])
-def test_a_row_beyond_float16_becomes_non_finite_and_float32_takes_it(value: float, status: int) -> None:
+def test_a_float16_store_of_earlier_versions_has_no_scale(value: float, status: int) -> None:
     gradient = np.array([[1.0, value]], np.float32)
-    half = encode_rows(results(gradient), "float16")
-    assert half["status"].tolist() == [status] and np.isfinite(half["gradients"]).all()
-    assert encode_rows(results(gradient), "float32")["gradients"].tolist() == gradient.tolist()
+    half = encode_rows(results(gradient), "float16", scaled=False)
+    assert half["status"].tolist() == [status] and np.isfinite(half["gradients"]).all() and "scale" not in half
+    for dtype in ("float16", "float32"):
+        stored = encode_rows(results(gradient), dtype)
+        assert stored["status"].tolist() == [1]
+        np.testing.assert_allclose(stored["gradients"] * stored.get("scale", 1.0), gradient, rtol=2**-11)
 
 
 def test_results_given_are_not_changed() -> None:

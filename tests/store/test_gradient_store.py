@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -79,7 +80,7 @@ def test_rows_come_back_as_they_were_written(tmp_path: Path, dtype: str, toleran
     np.testing.assert_array_equal(unit.gradient, store.rows(slice(8, 10)))
     np.testing.assert_array_equal(unit.tokens, whole["tokens"][8:])
     assert unit.gradient.dtype == np.float32 and store.dtype == dtype and store.dim == 6
-    assert (store.scale is not None) == (dtype == "int8")
+    assert (store.scale is None) == (dtype == "float32")
 
 
 def test_missing_failed_and_counts_follow_the_status(tmp_path: Path) -> None:
@@ -143,7 +144,22 @@ def test_an_opened_store_reads_a_few_small_files_and_a_unit_one_chunk_each(
     assert len(read) < 20 and all(name.endswith("zarr.json") for name in read if (tmp_path / "s" / name).exists())
     read.clear()
     store.read_unit(3)
-    assert sorted(read) == ["gradients/c/3/0", "loss/c/3", "norm/c/3", "status/c/3", "tokens/c/3"]
+    assert sorted(read) == ["gradients/c/3/0", "loss/c/3", "norm/c/3", "scale/c/3", "status/c/3", "tokens/c/3"]
+
+
+def test_a_float16_store_without_scales_is_read_and_gone_on_with(tmp_path: Path) -> None:
+    """As earlier versions made them."""
+    GradientStore.create(tmp_path / "s", num_rows=10, dim=6, chunk_rows=4, manifest=MANIFEST)
+    shutil.rmtree(tmp_path / "s" / "scale")
+    group = json.loads((tmp_path / "s" / "zarr.json").read_text())
+    group["attributes"]["icons"]["arrays"].remove("scale")
+    group.get("consolidated_metadata", {"metadata": {}})["metadata"].pop("scale", None)
+    (tmp_path / "s" / "zarr.json").write_text(json.dumps(group))
+    store = GradientStore.open_or_create(tmp_path / "s", num_rows=10, dim=6, manifest=MANIFEST)
+    for unit in range(3):
+        store.write_unit(unit, results(store.partition.unit_rows(unit)))
+    assert store.scale is None and not list(verify(store))
+    np.testing.assert_array_equal(store.rows(range(10)), expected()["gradient"].astype(np.float16))
 
 
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr version 3 specification")
