@@ -23,7 +23,7 @@ from icons.gradients.knowledge import SLOW, Knowledge, owners_of, parts_of
 from icons.gradients.layers import FOREIGN
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
-from icons.gradients.sweep import Sweep, finite
+from icons.gradients.sweep import OverflowedError, Sweep, finite
 from icons.gradients.tap import NarrowInputs, enclosing
 
 WEIGHTS = (1.0, -2.0, 4.0, -1.0, 2.0, -4.0, 0.5, -0.5)
@@ -51,12 +51,14 @@ def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], k
     if size > 1 and holds_more_than_text(batch):
         for name in strangers(model, batch, parameters):
             known.path[name] = SLOW
-    truth = truth_of(model, batch, parameters, known)
+    truth, scale = truth_of(model, batch, parameters, known), LossScale(batch["labels"])
     while True:
         verdict = Verdict(truth)
-        scale = LossScale(batch["labels"]) if needs_scale(model) else None
         sweep = Sweep(model, batch, parameters, known, verdict.receive, scale=scale, proving=True)
-        sweep.run()
+        try:
+            sweep.run()
+        except OverflowedError:
+            continue
         wrong, silent, unknown = verdict.of(sweep, parameters)
         for name in wrong:
             known.worsen(name)
@@ -127,32 +129,39 @@ def ordinary_pass(model: nn.Module, batch: Batch, parameters: dict[str, nn.Param
     positions = SupervisedPositions(model, batch["labels"], known.narrows)
     try:
         with ExitStack() as stack:
-            for parameter in parameters.values():
-                parameter.grad = None
             for handle in [*inputs.hooks(), *watches(inputs)]:
                 stack.callback(handle.remove)
             stack.callback(inputs.forget)
             stack.enter_context(torch.enable_grad())
             with without_chance(model):
                 losses = positions.run(model, batch)
+            inputs.checking = False
             weights = sample_weights(losses)
             if not bool((weights != 0).all()):
-                with torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite):
-                    losses = positions.run(model, batch)
-            factors = LossScale(batch["labels"]).factors(losses) if needs_scale(model) else torch.ones_like(losses)
-            common = factors.min() / 64
-            if losses.requires_grad:
-                torch.autograd.backward(losses, weights * (common if needs_scale(model) else 1))
-            found = {}
-            for name, parameter in parameters.items():
-                gradient = parameter.grad
-                if gradient is not None and needs_scale(model):
-                    gradient = gradient.float() / common
-                found[name] = gradient
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite))
+                losses = positions.run(model, batch)
+            factor = float(LossScale(batch["labels"]).factors(losses).min()) / 64 if needs_scale(model) else 1.0
+            while True:
+                for parameter in parameters.values():
+                    parameter.grad = None
+                if losses.requires_grad:
+                    torch.autograd.backward(losses, weights * factor)
+                found = {name: parameter.grad for name, parameter in parameters.items()}
+                if factor < 2**-20 or not needs_scale(model) or all_finite(found):
+                    break
+                factor /= 2**8  # it overflowed in float16
+                losses = positions.run(model, batch)
+        if factor != 1:
+            found = {name: None if value is None else value.float() / factor for name, value in found.items()}
         return Truth(weights, found)
     finally:
         for name, parameter in parameters.items():
             parameter.grad = grads[name]
+
+
+def all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
+    flags = [value.isfinite().all() for value in gradients.values() if value is not None]
+    return not flags or bool(torch.stack(flags).all())
 
 
 def watches(inputs: NarrowInputs) -> list[Any]:

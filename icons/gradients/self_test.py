@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
+from icons.gradients.chance import without_chance
 from icons.gradients.knowledge import Knowledge
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.proof import is_text
@@ -30,9 +31,14 @@ def refuse_unknown(model: nn.Module) -> None:
     """Refuses what can be told without a pass.
 
     Raises:
-        ValueError: an encoder-decoder, or weights that are not there.
+        ValueError: an encoder-decoder, outputs without names, or weights that are not there.
     """
     kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "return_dict", True) is False:
+        raise ValueError(
+            f"per-sample gradients: {kind} gives tuples (its config has return_dict=False); expected outputs with "
+            "logits: set config.return_dict to True"
+        )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ValueError(
             f"per-sample gradients: {kind} is an encoder-decoder, whose labels are not its input's next tokens; "
@@ -63,7 +69,8 @@ def self_test(model: nn.Module, batch: Batch, known: Knowledge) -> None:
         return
     kind = type(model).__name__
     with torch.no_grad():
-        losses = SupervisedPositions(model, batch["labels"]).run(model, batch)
+        with without_chance(model):
+            losses = SupervisedPositions(model, batch["labels"]).run(model, batch)
         ended, padded = with_another_end(batch), with_more_padding(model, batch, left)
         both = None if ended is None else with_more_padding(model, ended, left) or ended
         found = losses_or_none(model, both)

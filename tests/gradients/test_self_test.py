@@ -1,0 +1,147 @@
+"""Models and batches outside the contract are told in one line, before a row is made."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from peft import PromptTuningConfig, TaskType, get_peft_model
+from small_models import SMALL, assert_rows_close, llama, one_by_one, text_batch, trainable, with_lora
+from torch import Tensor, nn
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from icons.gradients import per_sample_gradients
+from icons.gradients.self_test import SeesItsTargetWarning, WholeLogitsWarning
+
+
+def padded_left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    shifts = (batch["attention_mask"] == 0).sum(dim=1).tolist()
+    fields = ("input_ids", "attention_mask", "labels")
+    moved = {name: torch.stack([row.roll(by) for row, by in zip(batch[name], shifts, strict=True)]) for name in fields}
+    return batch | moved
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32))
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    config = BartConfig(vocab_size=64, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)
+    model = BartForConditionalGeneration(config).eval()
+    with pytest.raises(ValueError, match=r"BartForConditionalGeneration is an encoder-decoder.*expected a causal"):
+        per_sample_gradients(model, text_batch())
+
+
+def test_padding_on_the_left_is_refused_where_positions_shift_and_taken_where_not() -> None:
+    batch = text_batch()
+    model = with_lora(gpt2())
+    per_sample_gradients(model, batch)  # this side is fine
+    with pytest.raises(ValueError, match=r"a sample's loss depends on its padding: got .* pad on the right"):
+        per_sample_gradients(model, padded_left(batch))
+    turning = with_lora(llama())
+    assert_rows_close(per_sample_gradients(turning, padded_left(batch)), one_by_one(turning, batch))
+
+
+class Mixed(LlamaForCausalLM):
+    """Its logits are centred over positions after the output layer."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        found = super().forward(*args, **options)
+        earlier = found.logits.cumsum(dim=1) / torch.arange(1, found.logits.shape[1] + 1)[:, None]
+        found.logits = found.logits - 0.5 * earlier
+        return found
+
+
+def test_logits_that_are_mixed_over_positions_are_not_narrowed() -> None:
+    torch.manual_seed(0)
+    model, batch = with_lora(Mixed(LlamaConfig(**SMALL)), "all-linear"), text_batch()
+    with pytest.warns(WholeLogitsWarning, match="logits change after the output layer"):
+        found = per_sample_gradients(model, batch)
+    assert_rows_close(found, one_by_one(model, batch))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(per_sample_gradients(model, batch), found)
+
+
+class BatchMixed(LlamaForCausalLM):
+    """Samples of a batch see one another."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        found = super().forward(*args, **options)
+        found.logits = found.logits + 5 * found.logits.mean(dim=(0, 1), keepdim=True)
+        return found
+
+
+def test_samples_that_see_one_another_are_refused() -> None:
+    model = with_lora(BatchMixed(LlamaConfig(**SMALL)))
+    with (
+        warnings.catch_warnings(action="ignore", category=WholeLogitsWarning),
+        pytest.raises(ValueError, match=r"loss depends on (its padding|.*samples beside it)"),
+    ):
+        per_sample_gradients(model, text_batch())
+
+
+class Bidirectional(LlamaForCausalLM):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
+        seen = attention_mask[:, None, None, :].bool().expand(-1, 1, input_ids.shape[1], -1)
+        return super().forward(input_ids, attention_mask=seen, **options)
+
+
+def test_a_model_that_sees_its_targets_is_told() -> None:
+    torch.manual_seed(0)
+    model, batch = with_lora(Bidirectional(LlamaConfig(**SMALL))), text_batch()
+    with pytest.warns(SeesItsTargetWarning, match="loss depends on the very token that it is to predict"):
+        found = per_sample_gradients(model, batch)
+    assert_rows_close(found, one_by_one(model, batch))
+
+
+@pytest.mark.parametrize("kind", ["OPT", "Bloom"])
+def test_dropout_that_is_no_module_is_refused(kind: str) -> None:
+    if kind == "OPT":
+        sizes = {name: value for name, value in SMALL.items() if name != "intermediate_size"}
+        model: Any = OPTForCausalLM(OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32, attention_dropout=0.0))
+    else:
+        model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.1))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    with pytest.raises(ValueError, match=rf"{kind}ForCausalLM drew random numbers.*modules are in train mode"):
+        per_sample_gradients(model, text_batch())
+
+
+def test_models_without_logits_are_named() -> None:
+    batch = text_batch()
+    with pytest.raises(ValueError, match=r"LlamaModel gave BaseModelOutputWithPast without logits.*output layer"):
+        per_sample_gradients(trainable(LlamaModel(LlamaConfig(**SMALL)), "q_proj"), batch)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM gives tuples .*set config.return_dict to True"):
+        per_sample_gradients(trainable(llama(return_dict=False), "q_proj"), batch)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prompt_tuning_is_named() -> None:
+    config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=2)
+    model = get_peft_model(llama(), config).eval()
+    with pytest.raises(ValueError, match=r"logits of PeftModelForCausalLM have shape \(3, 16, 64\).*prompt tuning"):
+        per_sample_gradients(model, text_batch())
+
+
+def test_a_model_without_weights_is_named() -> None:
+    with torch.device("meta"):
+        model = trainable(llama(), "q_proj")
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no weights \(.* is on the meta device\)"):
+        per_sample_gradients(model, text_batch())
