@@ -15,7 +15,7 @@ PACKAGE = ROOT / "icons"
 FILES = sorted(PACKAGE.rglob("*.py"))
 EDGE = {"lightning", "transformers", "peft", "torchmetrics"}
 LAYERS = [
-    {"batch", "choices", "output", "partition", "terminal"},
+    {"batch", "choices", "interruption", "output", "partition", "terminal"},
     {"gradients", "preconditioner", "projection", "scores"},
     {"store"},
     {"consensus"},

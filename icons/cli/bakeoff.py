@@ -15,9 +15,9 @@ from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, retrain
 from icons.consensus import select
 from icons.datamodules.records import open_records
+from icons.interruption import RESUME
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
-from icons.modules.interruption import RESUME
 from icons.output import mark, put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from icons.interruption import CTRL_C, take_signals
+
 COMMANDS = {
     "demo": "the whole method on a small real data set on a laptop CPU, ending in a table and a report page",
     "warmup": "LoRA warm-up (and, with a selection as data, the final fine-tune)",
@@ -27,6 +29,8 @@ COMMANDS = {
     "inspect": "a few samples as the model sees them: learned tokens, images, length, failures by kind",
     "doctor": "versions, accelerator, attention kernel, disk, and a seconds-long self-test",
 }
+RESUMED = ("warmup", "gradients", "influence", "score")
+"""Commands that a signal stops so that the same line goes on."""
 USER_ERROR, USAGE_ERROR = 1, 2
 TAIL = (
     "icons COMMAND --help shows a command's options. icons --version. icons --print-completion bash (zsh, tcsh) prints",
@@ -59,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"icons: no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return USAGE_ERROR
+    if argv is None and name in RESUMED:
+        take_signals(name)
     from icons.cli.parser import LOUDNESS, parse, trainer_help
 
     loudness = {option.removeprefix("--"): option in words for option in LOUDNESS}
@@ -81,10 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if said is None or os.environ.get("ICONS_TRACEBACK"):
             raise
         return user_error(name, said)
-    except (ValueError, TypeError, OSError) as error:
+    except KeyboardInterrupt:
+        print(f"icons {name}: interrupted by Ctrl-C", file=sys.stderr)
+        return CTRL_C
+    except (ValueError, TypeError, OSError, MemoryError) as error:
         if os.environ.get("ICONS_TRACEBACK"):
             raise
-        return user_error(name, error)
+        return user_error(name, error if str(error) else "out of memory")
 
 
 def user_error(name: str, error: object) -> int:

@@ -146,8 +146,13 @@ def gradients(options: GradientsOptions) -> int:
         runner.callbacks.extend(writers)  # type: ignore[attr-defined]
         runner.predict(extractor, datamodule=datamodule, return_predictions=False)
     if not runner.is_global_zero:
-        return 0
-    return max(summary(GradientStore.open(path), options.strict, options.shard) for path in outs)
+        return shared(runner, 0)
+    return shared(runner, max(summary(GradientStore.open(path), options.strict, options.shard) for path in outs))
+
+
+def shared(runner: Trainer, status: int) -> int:
+    """The exit status of the first rank, on every rank."""
+    return int(runner.strategy.broadcast(status))
 
 
 def replaces(overwrite: bool, shard: str | None) -> bool:

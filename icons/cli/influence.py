@@ -60,7 +60,7 @@ def influence(options: InfluenceOptions) -> int:
         def advance(rows: int) -> None:
             progress.advance(bar, rows)
 
-        scores = scoring.run(fabric, advance)
+        scores = scoring.run(fabric, advance, lambda said: console.print(said, markup=False, soft_wrap=True))
         progress.update(bar, total=scores.num_rows, completed=scores.num_rows)
     if fabric.is_global_zero:
         report(scores)

@@ -12,7 +12,7 @@ from lightning import Trainer
 from icons.batch import Status
 from icons.cli.console import console, warn
 from icons.cli.gradients import TRAINER as TRAINER
-from icons.cli.gradients import predict_flags, replaces, summary
+from icons.cli.gradients import predict_flags, replaces, shared, summary
 from icons.cli.model_source import ModelSource
 from icons.cli.options.score import ScoreOptions
 from icons.cli.pairs import file_and_images, parse
@@ -160,13 +160,10 @@ def score(options: ScoreOptions) -> int:
         with quiet():
             runner.predict(scorer, datamodule=datamodule, return_predictions=False)
     if not runner.is_global_zero:
-        return 0
+        return shared(runner, 0)
     stores = [ScoreStore.open(path) for path in outs]
-    return ended(
-        stores[0] if single else weighted_sum(stores, parts, options.out, options.overwrite),
-        options.strict,
-        options.shard,
-    )
+    total = stores[0] if single else weighted_sum(stores, parts, options.out, options.overwrite)
+    return shared(runner, ended(total, options.strict, options.shard))
 
 
 def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:

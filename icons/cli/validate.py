@@ -16,10 +16,10 @@ from icons.cli.shown_tables import show
 from icons.cli.warmup import parse_tasks, retrain
 from icons.datamodules.record_lists import readable, value_at
 from icons.datamodules.records import RecordSource, open_records
+from icons.interruption import RESUME
 from icons.models.folder import ModelFolder
 from icons.models.pinned_settings import claim
 from icons.modules.fit import TRAINER as TRAINER
-from icons.modules.interruption import RESUME
 from icons.output import check_output, is_marked, mark, put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore

@@ -5,18 +5,30 @@ from rich.progress import Progress
 from icons.cli.options.verify import VerifyOptions
 from icons.partition import slurm_array
 from icons.store import open_store
-from icons.store.verify import Finding
+from icons.store.layout import restore_arrays
+from icons.store.storage import Storage
+from icons.store.verify import Finding, verify_layout
 from icons.store.verify import repair as repair_units
 from icons.store.verify import verify as find
 from icons.terminal import Console
 
 
 def verify(options: VerifyOptions) -> int:
-    """Reads the whole store: checksums, missing chunks, shapes, rows against their status, NaN, rows of zeros."""
-    console, opened = (
-        Console(soft_wrap=True, highlight=False),
-        open_store(options.store, "r+" if options.repair else "r"),
-    )
+    """Reads the whole store: metadata, checksums, missing and swapped chunks, rows against their status, NaN, zeros."""
+    mode = "r+" if options.repair else "r"
+    console, storage = Console(soft_wrap=True, highlight=False), Storage(options.store, mode)
+    changed = verify_layout(storage)
+    for finding in changed:
+        console.print(str(finding), markup=False)
+    if changed and not options.repair:
+        console.print(f"{len(changed)} findings; --repair restores the metadata as the store was made, and no row")
+        return 1
+    if changed:
+        restore_arrays(storage, [finding.array for finding in changed])
+        console.print(
+            f"restored: the metadata of {', '.join(finding.array for finding in changed)}; no row was touched"
+        )
+    opened = open_store(options.store, mode)
     findings: list[Finding] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("verifying", total=opened.partition.num_units)

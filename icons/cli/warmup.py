@@ -26,13 +26,12 @@ from icons.modules.fit import (
     already_done,
     losses_of,
     ranks_of,
-    remove,
     resolved_dtype,
     run_fit,
     say,
     trainer_flags,
 )
-from icons.modules.fit_checkpoint import LAST
+from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, remove
 from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark
 from icons.store.manifest import versions
@@ -160,8 +159,8 @@ def warmup(options: WarmupOptions) -> int:
         )
         manifest |= {"versions": versions(), "failed": failures}
         save_warmup(options.out, network, module.outcome, folder, manifest)
-        if module.outcome.exp_avg:  # else they are in DeepSpeed's checkpoint alone
-            remove(options.out / LAST)
+        for name in (BEFORE, NEW, *([LAST] if module.outcome.exp_avg else [])):  # else DeepSpeed's alone has them
+            remove(options.out / name)
         for line in lines:
             warn(line)
         show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended

@@ -14,6 +14,7 @@ from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import open_records
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.datamodules.training import TrainingLoader, TrainingSampler, modality_and_length
+from icons.interruption import ignore
 from icons.models.folder import ModelFolder
 from icons.partition import Partition, UnitPlan
 
@@ -90,7 +91,13 @@ class ConversationDataModule(LightningDataModule):
         if self.held_out is not None:
             sets.append(Subset(self.dataset, list(self.held_out)))
         return [
-            DataLoader(self.share(part), self.batch_size, collate_fn=self.dataset.collate, num_workers=self.num_workers)
+            DataLoader(
+                self.share(part),
+                self.batch_size,
+                collate_fn=self.dataset.collate,
+                num_workers=self.num_workers,
+                worker_init_fn=ignore,
+            )
             for part in sets
         ]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from icons.interruption import ignore
 from icons.partition import Claim, Partition, UnitPlan, form_batches
 
 
@@ -90,4 +91,5 @@ def unit_dataloader(
         collate: makes a batch out of a list of samples.
         options: further arguments of DataLoader (`num_workers`, `pin_memory`, ...).
     """
+    options.setdefault("worker_init_fn", ignore)
     return DataLoader(RowsDataset(dataset), sampler=sampler, batch_size=None, collate_fn=collate, **options)

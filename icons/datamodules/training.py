@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from icons.datamodules.conversation import Conversation
 from icons.datamodules.failed_row import FailedRowError
+from icons.interruption import ignore
 
 
 class TrainingSampler(Sampler[list[int]]):
@@ -101,7 +102,7 @@ class TrainingLoader(DataLoader[Any]):
 
     def __init__(self, dataset: Dataset[Any], sampler: TrainingSampler, **options: Any) -> None:
         self.order, self.given = sampler, 0
-        super().__init__(dataset, batch_sampler=sampler, **options)
+        super().__init__(dataset, batch_sampler=sampler, worker_init_fn=ignore, **options)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self.given = self.order.skip

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichPro
 from lightning.pytorch.utilities import rank_zero_only
 
 from icons.models.warmup_folder import MANIFEST
-from icons.modules.fit_checkpoint import LAST, FitCheckpoint, Interrupted
-from icons.modules.interruption import interrupted_status
+from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of, remove
 from icons.modules.progress import FitProgress
 from icons.modules.warmup import WarmupModule
 
@@ -130,11 +128,10 @@ def run_fit(
     Returns:
         The Trainer when training has ended; the exit status when it was interrupted and saved.
     """
-    last = out / LAST
     if not resume:
         clear(out)
-    if last.exists():
-        check_resumable(last)
+    last = checkpoint_of(out, say, check_resumable)
+    if last is not None:
         say(f"going on with the interrupted fit in {last}")
     callbacks = [FitCheckpoint(out, minutes, seed), *as_list(flags.get("callbacks"))]
     if flags.get("enable_progress_bar", True):
@@ -148,10 +145,10 @@ def run_fit(
         for logger in runner.loggers:
             logger.log_hyperparams(module.settings)
         try:
-            runner.fit(module, datamodule=datamodule, ckpt_path=last if last.exists() else None)
+            runner.fit(module, datamodule=datamodule, ckpt_path=last)
         except Interrupted as stop:
             say(f"{stop}; run the same line again to go on")
-            return interrupted_status(runner)
+            return stop.status
     return runner
 
 
@@ -178,15 +175,10 @@ def check_resumable(last: Path) -> None:
 def clear(out: Path) -> None:
     """Takes away what a former fit has left, so that nothing of it can be mistaken for the new one's."""
     (out / MANIFEST).unlink(missing_ok=True)
-    remove(out / LAST)
-
-
-def remove(checkpoint: Path) -> None:
-    """A checkpoint is a file, under DeepSpeed and sharded FSDP a folder."""
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
-    else:
-        checkpoint.unlink(missing_ok=True)
+    for name in (LAST, BEFORE, NEW):
+        remove(out / name)
+    for left in out.glob("hpc_ckpt_*.ckpt"):  # by Lightning, which would resume from them before all others
+        remove(left)
 
 
 def losses_of(module: WarmupModule) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from lightning import LightningModule, Trainer
 
 from icons.modules.exact_scorer import InfluenceScorer
 from icons.modules.former_scores import FormerScores
-from icons.modules.writer import GradientWriter
+from icons.modules.writer import GradientWriter, computation
 from icons.store import ScoreStore
 from icons.store.manifest import check_compatible
 
@@ -58,6 +58,7 @@ class ScoreWriter(GradientWriter):
         assert isinstance(pl_module, InfluenceScorer)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         manifest, columns = self.describe(pl_module, datamodule), list(pl_module.tasks.columns)
+        manifest |= computation(trainer, pl_module)
         if self.former is not None:
             manifest, columns = self.former.manifest(manifest, self.groups), list(self.former.columns)
 
@@ -73,6 +74,7 @@ class ScoreWriter(GradientWriter):
             )
 
         def check(store: ScoreStore) -> None:
-            check_compatible(store.manifest, manifest, AGREE, f"the score store {self.path}", "this run")
+            agree = [*AGREE, *(["computation"] if "computation" in store.manifest else [])]
+            check_compatible(store.manifest, manifest, agree, f"the score store {self.path}", "this run")
 
         return ScoreStore.taken_up(self.path, check, create, self.overwrite)

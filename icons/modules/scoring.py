@@ -1,7 +1,6 @@
 """Scores of all training rows into a score store, unit by unit, on one device or many (Lightning Fabric)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +8,15 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from icons.modules.ranks import Run
 from icons.partition import assign
 from icons.scores import Reduce, Scorer
 from icons.scores.task_means import Normalize, check_plain
 from icons.store import GradientStore, ScoreStore, check_compatible
 from icons.store.failures import check_some_done
+from icons.store.lease import Leases
 from icons.store.manifest import versions
+from icons.store.unit_writer import UnitWriter
 
 UNIT_ROWS = 1 << 14
 UNIT_BYTES = 32 << 20
@@ -33,8 +35,10 @@ SETTINGS = (
     "drop_axes",
     "subspace",
 )
-# where a file lies may change between a run and its resume; what is in it may not
-NOT_COMPARED = {"path", "images", "name"}
+# where a file lies may change between a run and its resume; what is in it may not. Rows that were tried again change
+# statuses: what was made from them is computed again, see `Scoring.renew`
+STATUSES = "status_digest"
+NOT_COMPARED = {"path", "images", "name", STATUSES}
 
 
 @dataclass(frozen=True)
@@ -70,19 +74,31 @@ class Scoring:
     subspace: float | None = None
     preconditioned_tasks: bool = False
 
-    def run(self, fabric: Fabric, advance: Callable[[int], None] = lambda rows: None) -> ScoreStore:
-        """Computes this rank's share of the units that are still to do.
+    def run(
+        self,
+        fabric: Fabric,
+        advance: Callable[[int], None] = lambda rows: None,
+        say: Callable[[str], None] = lambda said: None,
+    ) -> ScoreStore:
+        """Computes this rank's share of the units that are still to do; SIGTERM and SIGUSR1 end it after the current
+        unit.
 
         Args:
             fabric: launched.
             advance: called with the number of rows after every block of this rank.
+            say: called on the first rank with what the user should know.
 
         Raises:
-            ValueError: see `Scorer.of`; a store has failed rows alone; or that at `out` was made from something else.
+            ValueError: see `Scorer.of`; a store has failed rows alone; that at `out` was made from something else;
+                another run computes some of its units; or a source has changed meanwhile.
+            SystemExit: a rank was interrupted.
         """
+        part = Run()
         stores = [GradientStore.open(path) for path in self.train]
         tasks = {name: [GradientStore.open(path) for path in paths] for name, paths in self.tasks.items()}
-        for made_from in (*stores, *(store for found in tasks.values() for store in found)):
+        sources = [*stores, *(store for several in tasks.values() for store in several)]
+        begun = [store.status_digest() for store in sources]
+        for made_from in sources:
             check_some_done(made_from)
         if not self.preconditioned_tasks:
             check_plain(tasks)
@@ -99,26 +115,57 @@ class Scoring:
             subspace=self.subspace,
             device=fabric.device,
         )
-        found: Any = fabric.broadcast(self.prepare(scorer, stores, tasks) if fabric.is_global_zero else None)
+        found: Any = fabric.broadcast(self.prepare(scorer, stores, tasks, say) if fabric.is_global_zero else None)
         if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever
             raise found
         store = ScoreStore.open(self.out, mode="r+")
         done = store.num_rows - sum(len(store.partition.unit_rows(unit)) for unit in found)
         advance(done)
-        with ThreadPoolExecutor(1) as writer:  # a unit is written while the next one is computed
-            written: Future[None] | None = None
-            for unit in assign(found, fabric.world_size, fabric.global_rank):
-                values = self.unit(scorer, stores, store.partition.unit_rows(unit), advance)
-                if written is not None:
-                    written.result()
-                written = writer.submit(store.write_unit, unit, **values)
-            if written is not None:
-                written.result()
-        fabric.barrier()
+        error: Exception | None = None
+        part.watch(lambda: None)
+        try:
+            self.fill(store, scorer, stores, assign(found, fabric.world_size, fabric.global_rank), advance, part)
+            if (now := [source.status_digest() for source in sources]) != begun:
+                changed = next(source for source, old, new in zip(sources, begun, now, strict=True) if old != new)
+                raise ValueError(
+                    f"{changed.path}: its rows have changed while they were scored; run the same line again, which "
+                    "computes what depends on them"
+                )
+        except Exception as failure:
+            error = failure
+        part.end(error)
         return ScoreStore.open(self.out)
 
+    def fill(
+        self,
+        store: ScoreStore,
+        scorer: Scorer,
+        stores: Sequence[GradientStore],
+        units: Sequence[int],
+        advance: Callable[[int], None],
+        part: Run,
+    ) -> None:
+        """Computes units that no other run is computing; each is written while the next one is computed."""
+        writer = UnitWriter(store, again=units)
+        try:
+            writer.sweep()
+            for patient in (False, True):
+                for unit in [unit for unit in units if not patient or unit in writer.elsewhere]:
+                    if part.stop_status is not None:
+                        return
+                    if writer.claim(unit, patient):
+                        values = self.unit(scorer, stores, store.partition.unit_rows(unit), advance)
+                        writer.store_unit(unit, values)
+        finally:
+            writer.close()
+        writer.finish()
+
     def prepare(
-        self, scorer: Scorer, stores: Sequence[GradientStore], tasks: Mapping[str, Sequence[GradientStore]]
+        self,
+        scorer: Scorer,
+        stores: Sequence[GradientStore],
+        tasks: Mapping[str, Sequence[GradientStore]],
+        say: Callable[[str], None],
     ) -> list[int] | Exception:
         """Opens or creates the score store (rank 0); the units to do, or what went wrong."""
         try:
@@ -129,9 +176,34 @@ class Scoring:
                 check_compatible(lasting(store.manifest), lasting(manifest), SETTINGS, what, "this run")
 
             store = ScoreStore.taken_up(self.out, check, lambda: self.create(scorer, manifest), self.overwrite)
+            self.renew(store, manifest, say)
             return units_to_do(store, stores)
         except (ValueError, OSError) as error:
             return error
+
+    def renew(self, store: ScoreStore, manifest: Mapping[str, Any], say: Callable[[str], None]) -> None:
+        """Has all units computed again if a task's rows have other statuses than those that the scores were made from:
+        its mean has changed, and with it every row's score.
+
+        Raises:
+            ValueError: so it is, and another run is still computing with the former ones.
+        """
+        changed = [
+            name for name, now in manifest["tasks"].items() if digests(store.manifest["tasks"][name]) != digests(now)
+        ]
+        if changed:
+            leases = Leases(store.storage)
+            if busy := leases.living():
+                raise ValueError(
+                    f"the score store {self.out}: the rows of task {changed[0]} have changed, and {busy} is still "
+                    "scoring with the former ones; run the same line again when that run has ended"
+                )
+            if written := sorted(set(range(store.partition.num_units)) - set(store.missing())):
+                names = ", ".join(changed)
+                say(f"{self.out}: the rows of {names} have changed: {len(written):,} units are computed anew")
+                store.unwrite(written)
+        if changed or digests(store.manifest["train"]) != digests(manifest["train"]):
+            store.amend(**{name: manifest[name] for name in ("train", "tasks", "num_validation", "warnings")})
 
     def create(self, scorer: Scorer, manifest: Mapping[str, Any]) -> ScoreStore:
         extra: dict[str, tuple[str, list[tuple[str, int]]]] = {name: (dtype, []) for name, dtype in COPIED.items()}
@@ -195,6 +267,16 @@ class Scoring:
         span = slice(rows.start, rows.stop)
         values |= {name: stores[0].stored(name, span) for name in COPIED}
         return {**values, "status": status_of(stores, span)}
+
+
+def described(store: GradientStore) -> dict[str, Any]:
+    """A source, with the statuses that its rows have now."""
+    return {"path": store.path, **store.manifest, STATUSES: store.status_digest()}
+
+
+def digests(sources: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The statuses of several sources, as they were when something was made from them; None: it was not noted."""
+    return [source.get(STATUSES) for source in sources]
 
 
 def strongest(name: str, pairs: torch.Tensor, num: int) -> dict[str, np.ndarray]:

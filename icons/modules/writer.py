@@ -1,20 +1,19 @@
 """GradientWriter: the callback that stores what `Trainer.predict` computes, and says which rows are still to do."""
 
-import os
 import signal
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
-from icons.modules.interruption import RESUME, Interruption, child_processes, interrupted_status
 from icons.modules.progress import RowProgress
+from icons.modules.ranks import Run, launched_by, own_signals
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import FailureLog, failures_in
@@ -36,7 +35,8 @@ class GradientWriter(BasePredictionWriter):
     Before the first batch rank 0 opens or creates the store and finds the units still to do; every rank gets its share
     and passes it to the datamodule as `datamodule.plan` (a `UnitPlan`), from which `predict_dataloader` makes its
     batches (`UnitBatchSampler.of_plan`). A finished unit is stored from a background thread while the next is computed.
-    SIGTERM finishes the current unit and exits with status 75.
+    SIGTERM and SIGUSR1 finish the current unit and exit with status 75. All ranks end together: a rank that is done,
+    has failed or was interrupted waits for the others, and then all have the same status.
 
     Args:
         path: the store: a folder, or a URL (s3://bucket/name).
@@ -86,8 +86,8 @@ class GradientWriter(BasePredictionWriter):
         self.writer: UnitWriter | None = None
         self.failures: FailureLog | None = None
         self.progress: RowProgress | None = None
-        self.stop_asked = False
-        self.interruption: Interruption | None = None
+        self.run: Run | None = None  # of the last of several writers
+        self.threads: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens the store and plans the work, on all ranks alike.
@@ -101,10 +101,14 @@ class GradientWriter(BasePredictionWriter):
         """
         super().setup(trainer, pl_module, stage)
         check_trainer(trainer)
+        own_signals(trainer)
+        if writers(trainer)[-1] is self:
+            self.run = Run(launched_by(trainer.strategy))
         found = broadcast(trainer, self.prepare(trainer, pl_module) if trainer.is_global_zero else None)
         if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever
             raise found
         self.store = self.STORE.open(self.path, mode="r+")
+        self.adopt_threads(trainer)
         self.units = assign(found["todo"], trainer.world_size, trainer.global_rank)
         again = found["again"]
         self.writer = UnitWriter(
@@ -117,6 +121,19 @@ class GradientWriter(BasePredictionWriter):
         if datamodule is not None:
             datamodule.plan = self.plan if writers(trainer)[0] is self else self.beside(datamodule.plan)
         self.progress = RowProgress(trainer)
+
+    def adopt_threads(self, trainer: Trainer) -> None:
+        """On a CPU a sum's last bits depend on the number of threads that share it: each rank takes as many as the
+        store was begun with, so that neither ranks nor a resume make a difference."""
+        assert self.store is not None
+        begun = self.store.manifest.get("settings", {}).get("threads")
+        own = torch.get_num_threads()
+        if not begun or begun == own or trainer.strategy.root_device.type != "cpu":
+            return
+        if trainer.is_global_zero:
+            print(f"{self.path}: {begun} threads a rank, with which it was begun ({own} otherwise)", file=sys.stderr)
+        self.threads = own
+        torch.set_num_threads(begun)
 
     @property
     def plan(self) -> UnitPlan:
@@ -165,7 +182,7 @@ class GradientWriter(BasePredictionWriter):
     def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> GradientStore | ScoreStore:
         """The store at `path`, checked against what this run would write."""
         datamodule: Any = getattr(trainer, "datamodule", None)
-        manifest = self.describe(pl_module, datamodule)
+        manifest = self.describe(pl_module, datamodule) | computation(trainer, pl_module)
         return GradientStore.open_or_create(
             self.path,
             num_rows=self.num_rows or len(datamodule.dataset),
@@ -187,21 +204,11 @@ class GradientWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if writers(trainer)[-1] is self:
-            self.interruption = Interruption(partial(self.ask_to_stop, trainer))
-            self.interruption.watch()
+            assert self.run is not None
+            self.run.watch(lambda: ask_to_stop(trainer))
         assert self.progress is not None
         plan: UnitPlan = getattr(getattr(trainer, "datamodule", None), "plan", None) or self.plan
         self.progress.start(sum(len(plan.partition.unit_rows(unit)) for unit in plan.units))
-
-    def ask_to_stop(self, trainer: Trainer) -> None:
-        """SIGTERM: the first one lets the current unit be finished, the second ends the process now."""
-        if self.stop_asked:
-            os._exit(RESUME)
-        self.stop_asked = True
-        for writer in unit_writers(trainer):
-            writer.leases.hurried = True
-        for process in child_processes(trainer):
-            process.send_signal(signal.SIGTERM)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -232,51 +239,75 @@ class GradientWriter(BasePredictionWriter):
         return outputs
 
     def stop_between_units(self, trainer: Trainer) -> None:
-        if self.stop_asked and not any(writer.open_units for writer in unit_writers(trainer)):
-            self.stop(trainer)
-
-    def stop(self, trainer: Trainer) -> NoReturn:
-        """Ends the process once what is finished is stored."""
-        for writer in unit_writers(trainer):
-            writer.close()
-            writer.check()
-        for process in child_processes(trainer):
-            process.wait()
-        raise SystemExit(interrupted_status(trainer))
+        last = writers(trainer)[-1]
+        asked = last.run is not None and last.run.stop_status is not None
+        if asked and not any(writer.open_units for writer in unit_writers(trainer)):
+            last.end(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Waits until everything is stored.
+        """Waits until everything is stored, on every rank.
 
         Raises:
             OSError: a unit could not be stored.
-            ValueError: a unit is incomplete, or another run holds it.
+            ValueError: a unit is incomplete, another run holds it, or another rank has failed.
+            SystemExit: a rank was interrupted.
         """
-        assert self.writer is not None
+        if writers(trainer)[-1] is self:
+            self.end(trainer)
+
+    def end(self, trainer: Trainer) -> None:
+        """Ends the run, of all writers, with all other ranks."""
+        assert self.run is not None
+        error: Exception | None = None
+        for writer in unit_writers(trainer):
+            try:
+                writer.close()
+                writer.check()
+                if self.run.stop_status is None:
+                    writer.finish()
+            except Exception as failure:
+                error = error or failure
         try:
-            if self.writer.elsewhere and writers(trainer)[-1].stop_asked:
-                self.stop(trainer)
-            self.writer.finish()
+            self.run.end(error)
         finally:
             self.restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stores what was finished, and gives the rest back."""
-        self.restore()
+        """Stores what was finished, gives the rest back, and waits for the other ranks' work."""
         if self.writer is not None:
             with suppress(Exception):  # a second error would hide the one that is under way
                 self.writer.close()
+        if self.run is not None:
+            self.run.fail(exception)
+        self.restore()
 
     def restore(self) -> None:
-        """Gives back what was the Trainer's: its bar, and the process's signal handler."""
+        """Gives back what was the Trainer's: its bar, and the process's threads."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+            self.threads = None
         if self.progress is not None:
             self.progress.stop()
-        if self.interruption is not None:
-            self.interruption.give_back()
 
 
 def writers(trainer: Trainer) -> list[GradientWriter]:
     """All of a run, in order: the first plans anew; the last, which SIGTERM stops, has its rows when all have them."""
     return [callback for callback in trainer.callbacks if isinstance(callback, GradientWriter)]  # type: ignore[attr-defined]
+
+
+def computation(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """The manifest's part on how numbers are computed, where neither model nor data say it."""
+    config = getattr(getattr(pl_module, "model", None), "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    return {"computation": {"precision": str(trainer.precision), "attention": attention}}
+
+
+def ask_to_stop(trainer: Trainer) -> None:
+    """Has this rank, and those that it has started, end after the current unit."""
+    for writer in unit_writers(trainer):
+        writer.leases.hurried = True
+    for process in launched_by(trainer.strategy):
+        process.send_signal(signal.SIGTERM)
 
 
 def unit_writers(trainer: Trainer) -> list[UnitWriter]:

@@ -5,7 +5,7 @@ status of seven million rows is thousands of small chunks. The bytes on the disk
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import google_crc32c
 import numpy as np
@@ -21,6 +21,33 @@ def chunk_key(name: str, unit: int, ndim: int) -> str:
     'gradients/c/3/0'
     """
     return "/".join([name, "c", str(unit), *["0"] * (ndim - 1)])
+
+
+def status_key_of(key: str) -> str | None:
+    """The chunk of `status` that says whether this chunk was written; None: the key is not such a chunk's.
+
+    >>> status_key_of("gradients/c/3/0"), status_key_of("status/c/3"), status_key_of("norm/zarr.json")
+    ('status/c/3', None, None)
+    """
+    parts = key.split("/")
+    if len(parts) < 3 or parts[1] != "c" or parts[0] == "status":
+        return None
+    return chunk_key("status", int(parts[2]), 1) if parts[2].isdecimal() else None
+
+
+def check_unwritten(key: str, exists: Callable[[str], bool]) -> None:
+    """Called for a chunk that is not there: its rows read as the fill value only where nobody has written them.
+
+    Raises:
+        ValueError: the chunk's unit is finished.
+    """
+    status = status_key_of(key)
+    if status is not None and exists(status):
+        raise ValueError(missing(key))
+
+
+def missing(key: str) -> str:
+    return f"{key}: is missing, and its unit is finished"
 
 
 def to_parts(values: np.ndarray, dtype: np.dtype) -> list[bytes | memoryview]:

@@ -3,7 +3,8 @@
 A file is written beside its name and then renamed: a reader sees the old file or the new one, never a part. What a
 later file promises (a unit's `status`) must not outlive what it promises (its rows) when the machine loses power, so
 `flush` makes everything durable that was written before it; many files together, since one `fsync` costs milliseconds
-and a disk takes many at once for little more.
+and a disk takes many at once for little more. A file that a reader trusts by its name alone (`zarr.json`, `status`) is
+durable before it gets its name: after a cut it would otherwise be there and empty.
 """
 
 import asyncio
@@ -12,7 +13,7 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -22,13 +23,21 @@ import numpy as np
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
+from icons.store.chunk import check_unwritten
+
 PARTIAL = ".partial"
 FLUSHES = 16  # at once
 VOLATILE = "status/lease/"  # who computes what is worth nothing after a loss of power
+METADATA = "zarr.json"
+Guard = Callable[[], None]
+"""Called just before a file gets its name; raises to prevent it."""
 
 
 class DurableLocalStore(LocalStore):
-    """zarr's LocalStore, which remembers what was written until it is flushed; a vanished folder is not made anew."""
+    """zarr's LocalStore, which remembers what was written until it is flushed; a vanished folder is not made anew.
+
+    A chunk that is missing although its unit is finished is an error for every reader, zarr's own included.
+    """
 
     def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
@@ -50,7 +59,8 @@ class DurableLocalStore(LocalStore):
 
     def flush_paths(self, paths: list[Path]) -> None:
         """`fsync` of files and of the folders that name them, side by side."""
-        folders = {folder for path in paths for folder in (path.parent, path.parent.parent)}
+        depth = len(self.root.parts)
+        folders = {folder for path in paths for folder in path.parents if len(folder.parts) >= depth}
         list(self.pool.map(flush_path, [*paths, *folders]))
 
     def flush_deleted(self, keys: Sequence[str]) -> None:
@@ -60,6 +70,23 @@ class DurableLocalStore(LocalStore):
     def forget(self, path: Path) -> None:
         with suppress(ValueError):
             self.unflushed.remove(path)
+
+    async def get(self, key: str, *rest: Any, **options: Any) -> Buffer | None:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            checked_file(self.root / key)
+        found = await super().get(key, *rest, **options)
+        return self.found(key, found)
+
+    def get_sync(self, key: str, *rest: Any, **options: Any) -> Buffer | None:
+        return self.found(key, super().get_sync(key, *rest, **options))
+
+    def found(self, key: str, value: Buffer | None) -> Buffer | None:
+        if value is None:
+            check_unwritten(key, self.is_file)
+        return value
+
+    def is_file(self, key: str) -> bool:
+        return (self.root / key).is_file()
 
     def read(self, key: str) -> bytes | None:
         try:
@@ -74,10 +101,17 @@ class DurableLocalStore(LocalStore):
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
-    async def get(self, key: str, *args: Any, **options: Any) -> Buffer | None:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            checked_file(self.root / key)
-        return await super().get(key, *args, **options)
+    def keys(self, prefix: str) -> list[str]:
+        """Every file below a folder of the store, sorted."""
+        found: list[str] = []
+        waiting = [prefix.rstrip("/")]
+        while waiting:
+            folder = waiting.pop()
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
+                for entry in entries:
+                    key = f"{folder}/{entry.name}" if folder else entry.name
+                    (waiting if entry.is_dir() else found).append(key)
+        return sorted(found)
 
     def delete_sync(self, key: str) -> None:
         self._check_writable()
@@ -90,13 +124,31 @@ class DurableLocalStore(LocalStore):
     def set_sync(self, key: str, value: Buffer) -> None:
         self.set_parts(key, [value.as_buffer_like()])
 
-    def set_parts(self, key: str, parts: Sequence[Any]) -> None:
+    def set_parts(self, key: str, parts: Sequence[Any], guard: Guard | None = None) -> None:
         self._check_writable()
-        self.remember(key, write_file(self.root, key, parts, exclusive=False))
+        self.remember(key, write_file(self.root, key, parts, guard=guard))
+
+    def set_whole(self, values: Mapping[str, Sequence[Any]], guards: Mapping[str, Guard]) -> list[str]:
+        """Writes files each of which is durable before it has its name; the keys for which no guard has objected."""
+        self._check_writable()
+        partials = {key: write_partial(self.root, key, parts) for key, parts in values.items()}
+        written = []
+        try:
+            list(self.pool.map(flush_path, partials.values()))
+            for key, partial in partials.items():
+                with suppress(LostUnit):
+                    guards.get(key, nothing)()
+                    self.remember(key, partial.replace(self.root / key))
+                    written.append(key)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+        return written
 
     async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
         self._check_writable()
-        self.remember(key, await asyncio.to_thread(write_file, self.root, key, [value.as_buffer_like()], exclusive))
+        parts = [value.as_buffer_like()]
+        self.remember(key, await asyncio.to_thread(write_file, self.root, key, parts, exclusive=exclusive))
 
     def create_sync(self, key: str, value: bytes) -> bool:
         """Writes `key` unless it exists; whether it was written."""
@@ -125,6 +177,14 @@ def checked_file(path: Path) -> Path:
     return path
 
 
+class LostUnit(Exception):
+    """Raised by a guard: the unit whose file was about to get its name is another run's now, or finished."""
+
+
+def nothing() -> None:
+    """The guard of a file that nobody else may want to write."""
+
+
 def flush_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -133,20 +193,22 @@ def flush_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(root: Path, key: str, parts: Sequence[Any], exclusive: bool) -> Path:
+def write_file(
+    root: Path, key: str, parts: Sequence[Any], *, exclusive: bool = False, guard: Guard | None = None
+) -> Path:
     """Writes one key below `root` and renames it into place (`exclusive`: links it, which fails if it exists).
 
     Raises:
         FileNotFoundError: `root` is gone.
         FileExistsError: `exclusive`, and the key exists.
+        LostUnit: the guard has objected.
         OSError: whatever the disk says (full, read-only, `exclusive` without hard links); nothing is left behind then.
     """
-    path = root / key
-    make_parents(root, path.parent)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    path, partial = root / key, write_partial(root, key, parts)
     try:
-        with partial.open("wb") as file:
-            file.writelines(parts)
+        if key.endswith(METADATA):
+            flush_path(partial)
+        (guard or nothing)()
         if not exclusive:
             return partial.replace(path)
         link(partial, path)
@@ -156,6 +218,21 @@ def write_file(root: Path, key: str, parts: Sequence[Any], exclusive: bool) -> P
         partial.unlink(missing_ok=True)
         raise_if_vanished(root, error)
         raise
+
+
+def write_partial(root: Path, key: str, parts: Sequence[Any]) -> Path:
+    """Writes the content of a key beside its name."""
+    path = root / key
+    make_parents(root, path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            file.writelines(parts)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        raise_if_vanished(root, error)
+        raise
+    return partial
 
 
 def link(partial: Path, path: Path) -> None:
@@ -174,12 +251,20 @@ def link(partial: Path, path: Path) -> None:
 
 def raise_if_vanished(root: Path, error: BaseException) -> None:
     """A missing file means nothing to the user; that the whole store is missing does."""
-    if isinstance(error, FileNotFoundError) and not (root / "zarr.json").exists():
+    if isinstance(error, FileNotFoundError) and not (root / METADATA).exists():
         raise vanished(root) from error
 
 
 def vanished(store: Path | str) -> FileNotFoundError:
     return FileNotFoundError(f"store {store}: has vanished while it was being written; put it back, or start anew")
+
+
+def make_root(root: Path) -> None:
+    """Makes the store's folder and those above it; their names are durable."""
+    made = [folder for folder in (root, *root.parents) if not folder.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in made:
+        flush_path(folder.parent)
 
 
 def make_parents(root: Path, folder: Path) -> None:

@@ -160,7 +160,7 @@ class GradientStore(RowStore):
         check_compatible(
             {**compared(self.manifest), **here},
             {**compared(manifest), **asked},
-            [*RESUME_FIELDS, *here],
+            [*RESUME_FIELDS, *(["computation"] if "computation" in self.manifest else []), *here],
             what,
             "this run",
         )

@@ -10,8 +10,12 @@ Several machines have not been at hand: the tests play them in one process, with
 and with an object store on the loopback address. On a shared folder leases rely on what its file system promises for a
 hard link that fails if its name exists (NFS and Lustre do).
 
-Should an owner that was given up come back (a machine that had frozen), nothing is lost: it notices before it writes,
-and both would write the same bytes, each file atomically.
+An owner that was given up may come back (a machine that had frozen). It owns the unit only while the highest generation
+is its own: the taker has made a higher one, and in the end removes both, after the unit's `status` is there; a lease
+that has gone is neither ours nor made again. So whoever comes back finds a higher lease, none, or a finished unit, and
+writes nothing.
+
+A lease that cannot be read is a dead one: leases are not made durable, and a loss of power may leave them empty.
 """
 
 import json
@@ -58,8 +62,12 @@ class Holder:
         return json.dumps(asdict(self)).encode()
 
     @classmethod
-    def from_bytes(cls, text: bytes) -> "Holder":
-        return cls(**json.loads(text))
+    def from_bytes(cls, text: bytes) -> "Holder | None":
+        """None: not a lease, or half of one."""
+        try:
+            return cls(**json.loads(text))
+        except (ValueError, TypeError):
+            return None
 
 
 class Leases:
@@ -81,9 +89,9 @@ class Leases:
 
     def acquire(self, unit: int) -> bool:
         """Takes the lease of `unit`, also from a dead owner; False if another run, or another writer here, holds it."""
-        if unit in self.held or self.take(unit, 0):
+        if unit in self.held:
             return True
-        generation = max(self.generations(unit), default=-1)
+        generation = self.latest(unit)
         if generation >= 0 and (holder := self.read(unit, generation)) is not None and self.is_alive(holder):
             return False
         return self.take(unit, generation + 1)
@@ -113,18 +121,23 @@ class Leases:
 
     def holder(self, unit: int) -> Holder | None:
         """Who holds `unit` now; None: nobody."""
-        generation = max(self.generations(unit), default=-1)
+        generation = self.latest(unit)
         return None if generation < 0 else self.read(unit, generation)
 
     def owns(self, unit: int) -> bool:
-        """Whether the lease of `unit` is still ours: nobody has taken it over."""
-        return unit in self.held and self.read(unit, self.held[unit] + 1) is None
+        """Whether the lease of `unit` is still ours: there, and nobody has taken it over."""
+        generation = self.held.get(unit)
+        return generation is not None and self.is_mine(unit, generation) and self.latest(unit) == generation
+
+    def is_mine(self, unit: int, generation: int) -> bool:
+        holder = self.read(unit, generation)
+        return holder is not None and holder.owner == self.me.owner
 
     def release(self, unit: int, done: bool) -> None:
-        """Gives a unit back. `done` also removes what dead owners left of it."""
+        """Gives a unit back, if it is still ours. `done` also removes what dead owners left of it."""
         with self.lock:
             generation = self.held.pop(unit, None)
-            if generation is None:
+            if generation is None or not self.is_mine(unit, generation):
                 return
             for old in range(generation, -1 if done else generation - 1, -1):
                 self.keys.delete(lease_key(unit, old))
@@ -143,8 +156,17 @@ class Leases:
             unit, _, generation = key.rpartition("/")[2].partition(".")
             if unit.isdigit() and generation.isdigit() and is_done(int(unit)):
                 holder = self.read(int(unit), int(generation))
-                if holder is not None and not self.is_alive(holder):
+                if holder is None or not self.is_alive(holder):
                     self.keys.delete(key)
+
+    def latest(self, unit: int) -> int:
+        """The generation that holds a unit; -1: none."""
+        return max(self.generations(unit), default=-1)
+
+    def living(self) -> Holder | None:
+        """Some owner, elsewhere or here, that may be computing now."""
+        holders = (Holder.from_bytes(self.keys.get(key) or b"") for key in self.keys.list(PREFIX))
+        return next((holder for holder in holders if holder is not None and self.is_alive(holder)), None)
 
     def generations(self, unit: int) -> list[int]:
         prefix = lease_key(unit, "")
@@ -178,7 +200,10 @@ class Leases:
                 for unit, generation in self.held.items():
                     # A lost beat costs nothing: at worst the unit is taken over, which the owner notices before it
                     # writes; and what keeps beats from being written will stop the writer, with its reason.
+                    # One that has gone belongs to nobody: it must not be made again.
                     with suppress(Exception):
+                        if not self.is_mine(unit, generation):
+                            continue
                         self.keys.put(lease_key(unit, generation), replace(self.me, beat=count).to_bytes())
 
 

@@ -1,5 +1,6 @@
 """RowStore: what gradient and score stores share: a Zarr group whose rows are written unit by unit, status last."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -11,16 +12,19 @@ import zarr
 
 from icons.batch import Status
 from icons.partition import Partition
-from icons.store.chunk import chunk_key, from_bytes, to_parts
-from icons.store.folder import PARTIAL, DurableLocalStore, vanished
-from icons.store.foreign import check_array, check_manifest, is_plain
+from icons.store import unit_digest
+from icons.store.chunk import check_unwritten, chunk_key, from_bytes, to_parts
+from icons.store.folder import PARTIAL, DurableLocalStore, Guard, nothing, vanished
+from icons.store.foreign import check_manifest, is_plain
 from icons.store.former import discard, stored_kind
-from icons.store.layout import READABLE_STATUS, Column, documents
+from icons.store.layout import READABLE_STATUS, Column, check_layout, documents, group_array
 from icons.store.manifest import plain
 from icons.store.storage import Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
-FORMAT = 1
+FORMAT = 2
+READABLE_FORMATS = (1, 2)
+"""1 has neither digests of units nor the layout among its attributes."""
 
 
 class RowStore:
@@ -53,8 +57,10 @@ class RowStore:
         if kind != cls.KIND:
             raise ValueError(f"store {path}: is {article(kind)}; expected a {cls.KIND} store made by icons")
         group = zarr.open_group(storage.zarr_store, mode="r" if mode == "r" else "r+", zarr_format=3)
-        if (written := dict(group.attrs["icons"]).get("format")) != FORMAT:  # type: ignore[arg-type]
+        written: Any = dict(group.attrs["icons"]).get("format")  # type: ignore[arg-type]
+        if written not in READABLE_FORMATS:
             raise ValueError(f"store {path}: has format {written!r}; expected {FORMAT}: read it with a newer version")
+        check_layout(storage)
         return cls(storage, group)
 
     @classmethod
@@ -115,7 +121,9 @@ class RowStore:
         whole = {"icons": made, **names, **plain(attributes or {})}
         for key, document in documents(columns, partition, whole).items():
             # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so
-            # that whoever finds it finds a whole store.
+            # that whoever finds it finds a whole store, after a loss of power as well.
+            if key == "zarr.json":
+                storage.flush()
             if not storage.put_new(key, document) and key != "zarr.json" and storage.get(key) != document:
                 raise ValueError(
                     f"store {path}: {key} is from another run with other settings that did not finish creating the "
@@ -144,6 +152,10 @@ class RowStore:
         """The status of every row, `[N]` uint8."""
         return self.stored("status", slice(None))
 
+    def status_digest(self) -> str:
+        """SHA-256 (16 hex digits) of every row's status: what was made from these rows is stale when it changes."""
+        return hashlib.sha256(self.statuses().tobytes()).hexdigest()[:16]
+
     def missing(self) -> list[int]:
         """Units with a row that is neither done nor failed, ascending."""
         empty = np.flatnonzero(self.statuses() == Status.NOT_WRITTEN)
@@ -151,8 +163,8 @@ class RowStore:
 
     def damaged(self, what: str, error: Exception) -> ValueError:
         return ValueError(
-            f"store {self.path}: {what} cannot be read, a chunk is damaged ({error}); run `icons verify {self.path} "
-            "--repair`, and then the line that made the store"
+            f"store {self.path}: {what} cannot be read, a chunk is damaged or missing ({error}); run `icons verify "
+            f"{self.path} --repair`, and then the line that made the store"
         )
 
     def is_written(self, unit: int) -> bool:
@@ -164,6 +176,12 @@ class RowStore:
         """The failed rows by reason, ascending; only reasons that occur."""
         statuses = self.statuses()
         codes = [code for code in np.unique(statuses).tolist() if code > Status.DONE]
+        if unknown := [code for code in codes if code not in set(Status)]:
+            raise ValueError(
+                f"store {self.path}: rows have the status {unknown[0]}, which this version does not know; expected one "
+                f"of {', '.join(f'{int(code)} ({code.name.lower()})' for code in Status)}: read it with the version "
+                "that wrote it"
+            )
         return {Status(code): np.flatnonzero(statuses == code) for code in codes}
 
     def failed_units(self) -> list[int]:
@@ -181,43 +199,74 @@ class RowStore:
         return sum(int(array.nbytes) for array in self.arrays.values())
 
     def write_columns(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
-        """Writes a unit: its arrays in the given order, then, once these are durable, its `status`.
+        """Writes a unit, finished or not: its arrays in the given order, then, once these are durable, its `status`.
 
-        Raises:
-            ValueError: a shape is not that of the unit, or an array is missing or unknown.
-            FileNotFoundError: the store has vanished.
+        For a store that nobody else writes; where others may, `UnitWriter` takes a lease first. Raises as `write_rows`.
         """
+        self.check_values(unit, values)
+        self.unwrite([unit])
         self.write_rows(unit, values)
         self.commit({unit: values["status"]})
 
-    def write_rows(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
-        """Writes the arrays of a unit except `status`: until `commit` the unit counts as not written.
+    def write_rows(self, unit: int, values: Mapping[str, np.ndarray], guard: Guard = nothing) -> None:
+        """Writes the arrays of an unfinished unit except `status`: until `commit` it counts as not written.
+
+        Args:
+            unit: which.
+            values: its arrays, `status` among them.
+            guard: called before each file is seen; raises when the unit is another run's now, or finished.
 
         Raises:
             ValueError: a shape is not that of the unit, or an array is missing or unknown.
             FileNotFoundError: the store has vanished.
+            LostUnit: the guard has objected.
         """
         self.check_values(unit, values)
         if not self.storage.exists("zarr.json"):
             raise vanished(self.path)
-        self.unwrite([unit])
-        for name, value in values.items():
-            if name != "status":
-                self.write_chunk(name, unit, value)
+        checksums = {
+            name: self.write_chunk(name, unit, value, guard) for name, value in values.items() if name != "status"
+        }
+        if self.has_digests:
+            checksums["status"] = unit_digest.stated(self.status_parts(unit, values["status"])[-1])
+            self.storage.put_parts(unit_digest.digest_key(unit), [unit_digest.to_bytes(checksums)], guard)
 
-    def commit(self, statuses: Mapping[int, np.ndarray]) -> None:
+    def commit(self, statuses: Mapping[int, np.ndarray], guards: Mapping[int, Guard] | None = None) -> list[int]:
         """Makes all that was written durable, and then writes the `status` of these units; several at a time, because
-        it takes a disk hardly longer."""
+        it takes a disk hardly longer. The units to which no guard has objected."""
         self.storage.flush()
-        for unit, status in statuses.items():
-            self.write_chunk("status", unit, status)
+        keys = {chunk_key("status", unit, 1): unit for unit in statuses}
+        parts = {key: self.status_parts(unit, statuses[unit]) for key, unit in keys.items()}
+        guarded = {key: (guards or {}).get(unit, nothing) for key, unit in keys.items()}
+        return [keys[key] for key in self.storage.put_whole(parts, guarded)]
 
-    def write_chunk(self, name: str, unit: int, values: np.ndarray) -> None:
+    def status_parts(self, unit: int, status: np.ndarray) -> list[bytes | memoryview]:
+        return to_parts(self.padded("status", status), self.status.dtype)
+
+    def write_chunk(self, name: str, unit: int, values: np.ndarray, guard: Guard = nothing) -> str:
+        """Writes one chunk; its checksum."""
         array, rows = self.arrays[name], self.partition.unit_rows(unit)
-        if not is_plain(array) or len(rows) < array.chunks[0]:
-            array[rows.start : rows.stop] = values
-        else:
-            self.storage.put_parts(chunk_key(name, unit, array.ndim), to_parts(values, array.dtype))
+        key = chunk_key(name, unit, array.ndim)
+        if is_plain(array):
+            parts = to_parts(self.padded(name, values), array.dtype)
+            self.storage.put_parts(key, parts, guard)
+            return unit_digest.stated(parts[-1])
+        guard()
+        array[rows.start : rows.stop] = values
+        return unit_digest.stated(self.storage.get(key) or b"")
+
+    def padded(self, name: str, values: np.ndarray) -> np.ndarray:
+        """The rows of a whole chunk: behind the store's last row comes the fill value."""
+        array = self.arrays[name]
+        if len(values) == array.chunks[0]:
+            return values
+        whole = np.full(array.chunks, array.fill_value, array.dtype)
+        whole[: len(values)] = values
+        return whole
+
+    @property
+    def has_digests(self) -> bool:
+        return int(self.manifest["format"]) >= unit_digest.SINCE_FORMAT
 
     def stored(self, name: str, rows: slice) -> np.ndarray:
         """Consecutive rows of one array as they are stored; rows not written read as its fill value.
@@ -225,7 +274,7 @@ class RowStore:
         Costs the chunks that hold these rows, whatever the number of rows of the store.
 
         Raises:
-            ValueError: a chunk is damaged.
+            ValueError: a chunk is damaged, or missing although its unit is finished.
         """
         array, (start, stop, step) = self.arrays[name], rows.indices(self.num_rows)
         assert step == 1
@@ -257,11 +306,20 @@ class RowStore:
         key = chunk_key(name, unit, array.ndim)
         content = folder.read_array(key)
         if content is None:
+            check_unwritten(key, folder.is_file)
             return np.full(array.chunks, array.fill_value, array.dtype)
         try:
             return from_bytes(content, array.chunks, array.dtype)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
+
+    def decoded(self, name: str, unit: int, content: np.ndarray) -> np.ndarray:
+        """A whole chunk out of its bytes (`[bytes]` uint8); one with a compressor is read again, by zarr."""
+        array = self.arrays[name]
+        if is_plain(array):
+            return from_bytes(content, array.chunks, array.dtype)
+        rows = self.partition.unit_rows(unit)
+        return np.asarray(array[rows.start : rows.stop])
 
     def check_values(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
         if set(values) != set(self.arrays):
@@ -282,20 +340,6 @@ class RowStore:
 def is_of_store(key: str, columns: Iterable[str]) -> bool:
     """Whether a file may have been left by a run that was stopped while it created such a store."""
     return key == "zarr.json" or key.split("/")[0] in columns or key.endswith(PARTIAL)
-
-
-def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:
-    """An array of the group, set to write chunks even if all of their values are the fill value."""
-    try:
-        found = group[name]
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"store {path}: {name}/zarr.json is missing or damaged ({error}); expected the file that `create` wrote: "
-            "copy it from a store of the same shape, or compute the store anew"
-        ) from error
-    check_array(found, name, path)
-    assert isinstance(found, zarr.Array)
-    return found.with_config({"write_empty_chunks": True})
 
 
 def article(kind: str | None) -> str:

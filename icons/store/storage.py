@@ -1,17 +1,16 @@
 """Where stores lie: a folder or an object store, with a few plain operations on whole keys."""
 
-import importlib
 import os
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import zarr
 from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 
-from icons.store.folder import DurableLocalStore
+from icons.store.folder import DurableLocalStore, Guard, LostUnit, make_root, nothing
+from icons.store.object_store import open_url
 
 T = TypeVar("T")
 
@@ -53,14 +52,33 @@ class Storage:
         return None if found is None else found.to_bytes()
 
     def put(self, key: str, value: bytes) -> None:
-        run(self.zarr_store.set(key, as_buffer(value)))
+        self.put_parts(key, [value])
 
-    def put_parts(self, key: str, parts: Sequence[bytes | memoryview]) -> None:
-        """`put` of a value that lies in several pieces of memory."""
+    def put_parts(self, key: str, parts: Sequence[bytes | memoryview], guard: Guard | None = None) -> None:
+        """`put` of a value that lies in several pieces of memory; `guard` is called just before it is to be seen.
+
+        Raises:
+            LostUnit: the guard has objected; nothing is written then.
+        """
         if self.folder:
-            self.folder.set_parts(key, parts)
+            self.folder.set_parts(key, parts, guard)
         else:
-            self.put(key, b"".join(parts))
+            (guard or nothing)()
+            run(self.zarr_store.set(key, as_buffer(b"".join(parts))))
+
+    def put_whole(self, values: Mapping[str, Sequence[bytes | memoryview]], guards: Mapping[str, Guard]) -> list[str]:
+        """`put_parts` of several, each of which survives a loss of power from the moment it is seen; the keys that were
+        written, since a guard that objects keeps its own from it."""
+        if self.folder:
+            return self.folder.set_whole(values, guards)
+        return [key for key, parts in values.items() if self.was_put(key, parts, guards.get(key))]
+
+    def was_put(self, key: str, parts: Sequence[bytes | memoryview], guard: Guard | None) -> bool:
+        try:
+            self.put_parts(key, parts, guard)
+        except LostUnit:
+            return False
+        return True
 
     def put_new(self, key: str, value: bytes) -> bool:
         """Writes `key` unless it exists, atomically; whether it was written. `value` must differ from any other's."""
@@ -89,10 +107,12 @@ class Storage:
             self.folder.flush_deleted(keys)
 
     def exists(self, key: str) -> bool:
-        return (self.folder.root / key).is_file() if self.folder else run(self.zarr_store.exists(key))
+        return self.folder.is_file(key) if self.folder else run(self.zarr_store.exists(key))
 
     def list(self, prefix: str) -> list[str]:
         """Every key that lies below `prefix`, sorted."""
+        if self.folder:
+            return self.folder.keys(prefix)
         return run(collect(self.zarr_store, prefix))
 
     def first(self, wanted: Callable[[str], bool]) -> str | None:
@@ -123,19 +143,9 @@ def open_folder(path: Path, mode: str) -> Store:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"store {path}: is a file; expected a folder")
     if mode == "w":
-        path.mkdir(parents=True, exist_ok=True)
+        make_root(path)
     if not path.exists():
         raise FileNotFoundError(f"store {path}: no such folder")
     if mode != "r" and not os.access(path, os.W_OK | os.X_OK):
         raise PermissionError(f"store {path}: the folder is read-only; expected one that can be written")
     return DurableLocalStore(path, read_only=mode == "r")
-
-
-def open_url(url: str, mode: str) -> Store:
-    try:
-        obstore = importlib.import_module("obstore.store")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"store {url}: object stores need obstore, which is not installed; pip install 'icons-lightning[s3]'"
-        ) from error
-    return zarr.storage.ObjectStore(obstore.from_url(url), read_only=mode == "r")

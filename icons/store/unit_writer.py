@@ -9,11 +9,14 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
 
 from icons.store import GradientStore, ScoreStore
+from icons.store.chunk import chunk_key
+from icons.store.folder import LostUnit
 from icons.store.lease import Leases
 
 Columns = dict[str, np.ndarray]
@@ -47,7 +50,8 @@ class UnitWriter:
 
     Args:
         store: opened for writing.
-        again: units to be written although they are not missing (failed rows to be retried).
+        again: units to be written although they are finished (failed rows to be retried), unless another run does so
+            meanwhile. A unit is marked as not written when it is claimed, and by nobody afterwards.
         queue_units: finished units that may wait; `collect` waits when there are more.
         lease_timeout_s: see `Leases`.
         on_unit: called with the number of rows after each unit is stored, from a background thread.
@@ -62,7 +66,8 @@ class UnitWriter:
         lease_timeout_s: float = 90.0,
         on_unit: Callable[[int], None] | None = None,
     ) -> None:
-        self.store, self.again, self.on_unit = store, frozenset(again), on_unit
+        self.store, self.on_unit = store, on_unit
+        self.again = {unit: self.status_of(unit) for unit in again}  # unit -> its status as it was planned
         self.leases = Leases(store.storage, lease_timeout_s)
         self.open_units: dict[int, OpenUnit] = {}
         self.elsewhere: dict[int, str] = {}  # units that another run holds, and who it is
@@ -80,6 +85,8 @@ class UnitWriter:
     def claim(self, unit: int, patient: bool = False) -> bool:
         """Whether this run is to compute `unit`: it holds the lease, and nobody has finished the unit meanwhile.
 
+        From then on the unit is not written, and whoever finds it finished has lost it.
+
         Args:
             unit: which.
             patient: watch an owner on another machine until it has moved, or is given up.
@@ -94,10 +101,16 @@ class UnitWriter:
             self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
             return False
         self.elsewhere.pop(unit, None)
-        if unit not in self.again and self.store.is_written(unit):
+        if (status := self.status_of(unit)) is None:
+            return True
+        if status != self.again.get(unit) and self.store.is_written(unit):
             self.leases.release(unit, done=True)
             return False
+        self.store.unwrite([unit])
         return True
+
+    def status_of(self, unit: int) -> bytes | None:
+        return self.store.storage.get(chunk_key("status", unit, 1))
 
     def sweep(self) -> None:
         """Removes what runs left behind that died between storing a unit and giving back its lease."""
@@ -127,6 +140,19 @@ class UnitWriter:
             if opened.add(row[here] - rows.start, self.store.encode(mine)):
                 self.pass_on(unit, self.open_units.pop(unit).columns)
 
+    def store_unit(self, unit: int, columns: Columns) -> None:
+        """Passes a whole unit that was claimed on to be stored; waits while too many wait before it.
+
+        Args:
+            unit: claimed.
+            columns: the store's arrays, for all rows of the unit in order.
+
+        Raises:
+            OSError: an earlier unit could not be stored.
+        """
+        self.store.check_values(unit, columns)
+        self.pass_on(unit, columns)
+
     def memory_for(self, num_rows: int) -> Columns:
         """The arrays of a unit that has been stored, to be used again: fresh memory costs as much as filling it."""
         while self.spare:
@@ -148,10 +174,12 @@ class UnitWriter:
         for unit, columns in drained(self.waiting):
             if self.error is None:
                 try:
-                    if self.still_ours(unit):
-                        self.store.write_rows(unit, columns)
+                    with suppress(LostUnit):
+                        self.check_ours(unit)
+                        self.store.write_rows(unit, columns, partial(self.check_ours, unit))
                         self.written.put((unit, columns["status"].copy()))
-                    self.spare.append(columns)
+                    if len(self.spare) < self.waiting.maxsize + WRITERS:
+                        self.spare.append(columns)
                 except BaseException as error:
                     self.error = self.error or error
 
@@ -165,23 +193,27 @@ class UnitWriter:
         for group in drained_together(self.written):
             if not failed:
                 try:
-                    self.commit({unit: status for unit, status in group if self.still_ours(unit)})
+                    self.commit(dict(group))
                 except BaseException as error:
                     self.error, failed = self.error or error, True
 
     def commit(self, statuses: dict[int, np.ndarray]) -> None:
-        self.store.commit(statuses)
-        for unit, status in statuses.items():
+        guards = {unit: partial(self.check_ours, unit) for unit in statuses}
+        for unit in self.store.commit(statuses, guards):
             self.leases.release(unit, done=True)
             if self.on_unit is not None:
-                self.on_unit(len(status))
+                self.on_unit(len(statuses[unit]))
 
-    def still_ours(self, unit: int) -> bool:
-        """Whether nobody has taken over this unit meanwhile."""
-        if self.leases.owns(unit):
-            return True
+    def check_ours(self, unit: int) -> None:
+        """Called before each file of a unit is seen.
+
+        Raises:
+            LostUnit: another run has taken the unit over, or finished it.
+        """
+        if self.leases.owns(unit) and not self.store.is_written(unit):
+            return
         self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
-        return False
+        raise LostUnit(f"unit {unit}")
 
     def check(self) -> None:
         """Raises the background threads' error, with what it means."""

@@ -1,15 +1,20 @@
 """Looks at every chunk of a store: is it there, whole, and does what it holds agree with its status and manifest?"""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from icons.batch import Status
+from icons.store import unit_digest
 from icons.store.chunk import chunk_key
 from icons.store.folder import PARTIAL
 from icons.store.gradient_store import GradientStore
+from icons.store.layout import changed_arrays
 from icons.store.row_store import RowStore
+from icons.store.storage import Storage
+
+GROUP_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -31,18 +36,39 @@ class Finding:
         return f"{place}: {self.what}"
 
 
+def verify_layout(storage: Storage) -> list[Finding]:
+    """Arrays whose metadata are not as the store was made: to be asked before it is opened, since no row can be read
+    by them. Nothing is known of a store of format 1."""
+    return [Finding(name, None, f"{name}/zarr.json {what}") for name, what in changed_arrays(storage).items()]
+
+
 def verify(store: RowStore, on_unit: Callable[[], None] | None = None) -> Iterator[Finding]:
-    """Findings of the whole store, unit by unit; memory for one unit.
+    """Findings of the whole store, unit by unit; memory for a few chunks. Where arrays disagree about their shapes,
+    that alone: nothing can be said about their rows.
 
     Args:
         store: opened.
         on_unit: called after each unit.
     """
-    yield from verify_shapes(store)
-    for unit in range(store.partition.num_units):
-        yield from verify_unit(store, unit)
+    shapes = list(verify_shapes(store))
+    yield from shapes
+    if shapes:
+        return
+    status = set(store.storage.list("status/c/"))
+    for units in groups(store):
+        written = [unit for unit in units if chunk_key("status", unit, 1) in status]
+        yield from verify_units(store, written)
         if on_unit is not None:
-            on_unit()
+            for _ in units:
+                on_unit()
+
+
+def groups(store: RowStore) -> Iterator[range]:
+    """Units that are read together, so that small ones cost no more than their files."""
+    row_bytes = store.num_bytes() / store.num_rows
+    size = max(1, int(GROUP_BYTES / (row_bytes * store.partition.chunk_rows)))
+    for start in range(0, store.partition.num_units, size):
+        yield range(start, min(start + size, store.partition.num_units))
 
 
 def repair(store: RowStore, findings: Iterable[Finding]) -> list[int]:
@@ -74,30 +100,67 @@ def verify_shapes(store: RowStore) -> Iterator[Finding]:
             yield Finding("", None, f"the manifest says {name} = {said!r}, the arrays have {found!r}")
 
 
-def verify_unit(store: RowStore, unit: int) -> list[Finding]:
-    """Findings of one unit; none for a unit that is not written."""
-    if not store.storage.exists(chunk_key("status", unit, 1)):
-        return []
-    rows = store.partition.unit_rows(unit)
+def verify_units(store: RowStore, units: Sequence[int]) -> list[Finding]:
+    """Findings of finished units, ascending."""
+    findings: list[Finding] = []
+    whole: list[tuple[int, dict[str, np.ndarray]]] = []
+    for unit in units:
+        values, found = read_unit(store, unit)
+        findings += found
+        if len(values) == len(store.arrays):
+            whole.append((unit, values))
+    if whole:
+        findings += verify_values(store, whole)
+    return sorted(findings, key=lambda finding: finding.unit or 0)
+
+
+def read_unit(store: RowStore, unit: int) -> tuple[dict[str, np.ndarray], list[Finding]]:
+    """The rows of a finished unit by array, without those that cannot be read, and what is wrong with its files."""
     values: dict[str, np.ndarray] = {}
     findings: list[Finding] = []
+    digest = unit_digest.from_bytes(store.storage.get(unit_digest.digest_key(unit))) if store.has_digests else None
+    if store.has_digests and digest is None:
+        findings.append(Finding("status", unit, f"the digest {unit_digest.digest_key(unit)} is missing or damaged"))
+    num_rows = len(store.partition.unit_rows(unit))
     for name, array in store.arrays.items():
         key = chunk_key(name, unit, array.ndim)
-        if not store.storage.exists(key):
+        content = read_chunk(store.storage, key)
+        if content is None:
             findings.append(Finding(name, unit, f"the chunk {key} is missing"))
             continue
         try:
-            values[name] = np.asarray(array[rows.start : rows.stop])
+            values[name] = store.decoded(name, unit, content)[:num_rows]
         except Exception as error:  # zarr has no one class for what it cannot decode
             findings.append(Finding(name, unit, f"the chunk {key} is damaged ({str(error).partition('.')[0]})"))
-    if findings:
-        return findings
+            continue
+        if digest is not None and digest.get(name) != unit_digest.stated(content):
+            what = f"the chunk {key} is not the one that was written with its unit"
+            findings.append(Finding(name, unit, f"{what} (checksum {unit_digest.stated(content)}, {digest.get(name)})"))
+    return values, findings
+
+
+def read_chunk(storage: Storage, key: str) -> np.ndarray | None:
+    if storage.folder is not None:
+        return storage.folder.read_array(key)
+    try:
+        content = storage.get(key)
+    except ValueError:  # missing, and its unit is finished
+        return None
+    return None if content is None else np.frombuffer(content, np.uint8)
+
+
+def verify_values(store: RowStore, units: Sequence[tuple[int, dict[str, np.ndarray]]]) -> list[Finding]:
+    """What rows say, against their status: several units at once, since most of it costs as much for one as for all."""
+    values = {name: np.concatenate([found[name] for _, found in units]) for name in store.arrays}
+    rows = np.concatenate([np.asarray(store.partition.unit_rows(unit)) for unit, _ in units])
     checks = gradient_checks if isinstance(store, GradientStore) else score_checks
-    return [
-        Finding(name, unit, f"{what}: {describe_rows(np.flatnonzero(wrong) + rows.start)}")
-        for name, what, wrong in [*status_checks(values), *checks(values)]
-        if wrong.any()
-    ]
+    findings = []
+    for name, what, wrong in [*status_checks(values), *checks(values)]:
+        places = rows[wrong]
+        for unit in np.unique(places // store.partition.chunk_rows).tolist():
+            here = places[places // store.partition.chunk_rows == unit]
+            findings.append(Finding(name, unit, f"{what}: {describe_rows(here)}"))
+    return findings
 
 
 Check = tuple[str, str, np.ndarray]  # array, what is wrong, which rows

@@ -18,8 +18,8 @@ from jaxtyping import Int
 from rich.console import Console
 
 from icons.datamodules.records import open_records
+from icons.interruption import RESUME, Interruption
 from icons.models.warmup_folder import MANIFEST, open_warmup
-from icons.modules.interruption import RESUME, Interruption
 from icons.output import put, whole_file
 from icons.store.lease import Leases
 from icons.store.storage import Storage

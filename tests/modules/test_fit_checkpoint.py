@@ -11,7 +11,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from icons.modules.fit_checkpoint import FitCheckpoint, Interrupted
+from icons.modules.fit import check_resumable
+from icons.modules.fit_checkpoint import FitCheckpoint, Interrupted, checkpoint_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")
 
@@ -103,3 +104,70 @@ def test_it_is_saved_every_so_many_minutes(tmp_path: Path) -> None:
     assert not (tmp_path / "last.ckpt").exists()
     fit(tmp_path, minutes=0.0)
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 30
+
+
+def test_the_checkpoint_before_is_kept_and_taken_when_the_last_one_cannot_be_read(tmp_path: Path) -> None:
+    fit(tmp_path, minutes=0.0)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["before.ckpt", "last.ckpt"]
+    said: list[str] = []
+    assert checkpoint_of(tmp_path, said.append, check_resumable) == tmp_path / "last.ckpt" and not said
+    last = tmp_path / "last.ckpt"
+    for content in (b"", last.read_bytes()[:-100]):
+        last.write_bytes(content)
+        said.clear()
+        assert checkpoint_of(tmp_path, said.append, check_resumable) == tmp_path / "before.ckpt"
+        assert len(said) == 1 and said[0].startswith(f"{last}: cannot be read as the checkpoint of a fit (")
+    (tmp_path / "before.ckpt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"last.ckpt: cannot be read as the checkpoint of a fit"):
+        checkpoint_of(tmp_path, said.append, check_resumable)
+
+
+@pytest.mark.parametrize("killed_at", ["saving", "flush_tree", "replace"])
+def test_a_fit_that_is_killed_while_it_saves_keeps_a_checkpoint_that_can_be_read(
+    tmp_path: Path, killed_at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path, minutes=0.0)
+
+    class Killed(Exception):
+        pass
+
+    def kill(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    def half(self: Trainer, path: Path, *_: Any) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise Killed
+
+    if killed_at == "saving":
+        monkeypatch.setattr(Trainer, "save_checkpoint", half)
+    else:
+        monkeypatch.setattr(
+            "icons.modules.fit_checkpoint.flush_tree"
+            if killed_at == "flush_tree"
+            else "icons.modules.fit_checkpoint.Path.replace",
+            kill,
+        )
+    with pytest.raises(Killed):
+        fit(tmp_path, minutes=0.0)
+    found = checkpoint_of(tmp_path, lambda said: None, check_resumable)
+    assert found is not None and torch.load(found, weights_only=True)["global_step"] in (29, 30)
+
+
+def test_sigusr1_stops_a_fit_as_sigterm_does_and_lightning_acts_on_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "1", "SLURM_JOB_NAME": "icons"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+
+    class Usr1(Terminate):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if (trainer.current_epoch, batch_idx) == self.at:
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+    whole = fit(tmp_path / "whole")
+    first = fit(tmp_path / "fit", Usr1(1, 4))
+    rest = fit(tmp_path / "fit", resume=True)
+    assert first.seen + rest.seen == whole.seen and not list(tmp_path.rglob("hpc_ckpt*"))
+    for name, value in rest.state_dict().items():
+        assert torch.equal(value, whole.state_dict()[name]), name

@@ -16,6 +16,7 @@ import torch
 import xarray
 import zarr
 
+from icons import select
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store import GradientStore, ScoreStore, check_compatible, fitting_chunk_rows, open_store
@@ -95,14 +96,14 @@ def test_missing_failed_and_counts_follow_the_status(tmp_path: Path) -> None:
 
 
 def test_chunks_written_without_zarr_are_byte_for_byte_zarrs(tmp_path: Path) -> None:
-    store = filled(tmp_path / "ours", "int8", num_rows=8)
-    group = zarr.open_group(filled(tmp_path / "zarrs", "int8", num_rows=8).path, mode="r+")
+    store = filled(tmp_path / "ours", "int8", num_rows=10)
+    group = zarr.open_group(filled(tmp_path / "zarrs", "int8", num_rows=10).path, mode="r+")
     for name in store.arrays:
         array = group[name]
         array[:] = np.zeros_like(array[:])  # zarr now deletes or rewrites every chunk
         array.with_config({"write_empty_chunks": True})[:] = store.arrays[name][:]
     files = sorted(path.relative_to(store.path) for path in Path(store.path).rglob("*") if path.is_file())
-    assert len(files) == 7 + 6 * 2
+    assert len(files) == 7 + 7 * 3
     for file in files:
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "zarrs" / file).read_bytes(), file
 
@@ -335,8 +336,8 @@ def test_what_is_no_store_is_named(tmp_path: Path) -> None:
         GradientStore.open(tmp_path / "scores")
     filled(tmp_path / "newer")
     text = (tmp_path / "newer/zarr.json").read_text()
-    (tmp_path / "newer/zarr.json").write_text(text.replace('"format": 1', '"format": 9'))
-    with pytest.raises(ValueError, match="newer: has format 9; expected 1: read it with a newer version"):
+    (tmp_path / "newer/zarr.json").write_text(text.replace('"format": 2', '"format": 9'))
+    with pytest.raises(ValueError, match="newer: has format 9; expected 2: read it with a newer version"):
         GradientStore.open(tmp_path / "newer")
 
 
@@ -345,7 +346,9 @@ def test_damaged_metadata_and_chunks_are_named(tmp_path: Path) -> None:
     for array, read in [("status", store.missing), ("gradients", lambda: store.rows(slice(0, 10)))]:
         path = next(path for path in (tmp_path / "s" / array / "c").rglob("*") if path.is_file())
         path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(ValueError, match=f"{array} cannot be read, a chunk is damaged .*run `icons verify"):
+        with pytest.raises(
+            ValueError, match=f"{array} cannot be read, a chunk is damaged or missing .*run `icons verify"
+        ):
             read()
     (tmp_path / "s/norm/zarr.json").write_text("{")
     with pytest.raises(ValueError, match=r"norm/zarr.json is missing or damaged"):
@@ -353,6 +356,49 @@ def test_damaged_metadata_and_chunks_are_named(tmp_path: Path) -> None:
     (tmp_path / "s/zarr.json").write_text("{")
     with pytest.raises(ValueError, match=r"zarr.json is damaged .*; expected JSON: restore it"):
         GradientStore.open(tmp_path / "s")
+
+
+@pytest.mark.parametrize("codec", [None, "zstd"])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_missing_chunk_of_a_finished_unit_is_an_error_wherever_it_is_read(
+    tmp_path: Path, dtype: str, codec: str | None
+) -> None:
+    store = filled(tmp_path / "s", dtype, codec=codec)
+    (tmp_path / "s/gradients/c/1/0").unlink()
+    reads: list[Callable[[], Any]] = [
+        lambda: store.rows(slice(0, 10)),
+        lambda: store.rows(slice(0, 10, 3)),
+        lambda: store.rows([9, 5]),
+        lambda: store.tensor(slice(5, 6)),
+        lambda: store.read_unit(1),
+        lambda: store.stored("gradients", slice(4, 8)),
+        lambda: store.gradients[:],
+        lambda: store.gradients[6],
+    ]
+    for read in reads:
+        with pytest.raises(ValueError, match="gradients/c/1/0: is missing, and its unit is finished"):
+            read()
+    assert store.rows(slice(0, 4)).any(), "what is there can be read"
+    store.unwrite([1])
+    for read in reads:
+        read()
+
+
+def test_a_missing_chunk_of_scores_is_an_error_wherever_it_is_read(tmp_path: Path) -> None:
+    store = ScoreStore.create(tmp_path / "s", num_rows=4, tasks=["a"], chunk_rows=2)
+    for unit in range(2):
+        store.write_unit(unit, np.ones((2, 1)), np.ones((2, 1)), np.ones(2, np.uint8))
+    (tmp_path / "s/influence/c/1/0").unlink()
+    for read in (lambda: store.influence[:], lambda: store.stored("influence", slice(0, 4)), lambda: select(store)):
+        with pytest.raises(ValueError, match="influence/c/1/0: is missing, and its unit is finished"):
+            read()
+
+
+def test_a_status_of_another_version_is_named(tmp_path: Path) -> None:
+    store = filled(tmp_path / "s")
+    store.status[5] = 77
+    with pytest.raises(ValueError, match=r"rows have the status 77, which this version does not know; expected one of"):
+        store.failed()
 
 
 def test_repr_shows_shape_progress_size_projector_and_model(tmp_path: Path) -> None:

@@ -96,9 +96,11 @@ def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monke
     monkeypatch.setattr(icons.store.folder, "write_file", writing)
     monkeypatch.setattr(icons.store.folder, "flush_path", flushing)
     store.write_unit(1, results(np.arange(4, 8)))
-    rows = ["gradients/c/1/0", "norm/c/1", "loss/c/1", "tokens/c/1"]
-    assert events[:4] == [f"write {key}" for key in rows] and events[-1] == "write status/c/1"
-    assert {f"flush {key}" for key in [*rows, "gradients/c/1", "gradients/c", "norm/c"]} <= set(events[4:-1])
+    rows = ["gradients/c/1/0", "norm/c/1", "loss/c/1", "tokens/c/1", "status/digest/1"]
+    assert events[:5] == [f"write {key}" for key in rows] and events[-1].startswith("flush status/c/.1.")
+    folders = ["gradients/c/1", "gradients/c", "gradients", "norm/c", "."]
+    assert {f"flush {key}" for key in [*rows, *folders]} <= set(events[5:-1])
+    assert (tmp_path / "s/status/c/1").is_file(), "which has its name once it is durable"
     events.clear()
     store.write_unit(1, results(np.arange(4, 8)))
     assert events[0] == "flush status/c", "a unit that is written again is first, durably, not written"
@@ -223,7 +225,7 @@ def test_an_object_store_holds_the_same_store_in_the_same_order(
     remote, local = GradientStore.open(f"{bucket}/train.zarr"), stores[1]
     assert remote.missing() == [] and list(verify(remote)) == [] and remote.storage.list("status/lease") == []
     keys = local.storage.list("")
-    assert remote.storage.list("") == keys and len(keys) == 21
+    assert remote.storage.list("") == keys and len(keys) == 24
     assert all(remote.storage.get(key) == local.storage.get(key) for key in keys)
     np.testing.assert_array_equal(remote.read_unit(1).gradient, results(np.arange(4, 8))["gradient"])
     with pytest.raises(ValueError, match=rf"model.fingerprint: the store {bucket}.* has 'm', this run has 'n'"):

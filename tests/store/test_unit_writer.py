@@ -160,11 +160,11 @@ def test_what_was_written_before_an_error_is_finished(
 ) -> None:
     original, written, two = store.write_rows, [], threading.Event()
 
-    def two_units_find_space(unit: int, columns: Any) -> None:
+    def two_units_find_space(unit: int, columns: Any, guard: Any) -> None:
         if unit >= 2:
             two.wait(20)
             no_space()
-        original(unit, columns)
+        original(unit, columns, guard)
         written.append(unit)
         if len(written) == 2:
             two.set()
@@ -179,7 +179,7 @@ def test_a_disk_that_has_lost_something_is_not_asked_again(
 ) -> None:
     asked: list[Any] = []
 
-    def lost(statuses: Any) -> None:
+    def lost(statuses: Any, guards: Any) -> None:
         asked.append(statuses)
         no_space()
 
@@ -205,6 +205,15 @@ def test_each_units_rows_are_durable_before_its_status_is_written_however_many_w
         flush(path)
         events.append(("durable", str(path.relative_to(store.path))))
 
+    folder = store.storage.folder
+    assert folder is not None
+    whole = folder.set_whole
+
+    def named(values: Any, guards: Any) -> list[str]:
+        events.extend(("written", key) for key in values)
+        return whole(values, guards)
+
+    monkeypatch.setattr(folder, "set_whole", named)
     monkeypatch.setattr(icons.store.folder, "write_file", writing)
     monkeypatch.setattr(icons.store.folder, "flush_path", flushing)
     writer = make(store, queue_units=6)
@@ -226,7 +235,7 @@ def test_collecting_waits_for_the_disk_so_that_memory_is_bounded(
     store = GradientStore.create(tmp_path / "store", num_rows=400, dim=6, chunk_rows=4)
     writer = make(store, queue_units=2)
     disk = threading.Event()
-    monkeypatch.setattr(store, what, lambda *_: disk.wait(20))
+    monkeypatch.setattr(store, what, lambda *_: disk.wait(20) and [])
     passed: list[int] = []
 
     def compute() -> None:

@@ -1,6 +1,9 @@
 """Verify finds and names what a disk can do to a store, and repair marks just the units that need it."""
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,7 +102,7 @@ def test_numbers_that_are_not_finite_are_found(tmp_path: Path) -> None:
     store.write_unit(0, results(range(6)))
     store.gradients[3, 2] = np.nan
     store.gradients[5] = np.inf
-    assert found(store) == ["gradients, unit 0: status says done, and numbers are not finite: rows 3, 5"]
+    assert "gradients, unit 0: status says done, and numbers are not finite: rows 3, 5" in found(store)
 
 
 def test_shapes_that_do_not_agree_with_the_manifest_are_found(tmp_path: Path) -> None:
@@ -112,8 +115,86 @@ def test_shapes_that_do_not_agree_with_the_manifest_are_found(tmp_path: Path) ->
 
 
 def test_arrays_of_different_lengths_are_found(store: GradientStore) -> None:
+    format_1(store.path)
     store.arrays["norm"].resize((29,))
-    assert found(GradientStore.open(store.path))[0] == "norm: has 29 rows in chunks of 6; status has others"
+    opened = GradientStore.open(store.path, "r+")
+    assert found(opened) == ["norm: has 29 rows in chunks of 6; status has others"]
+    assert repair(opened, verify(opened)) == [] and store.counts()["missing"] == 6, "no row is thrown away for it"
+
+
+def format_1(path: str) -> None:
+    """Makes a store one of the first format: without layout and digests."""
+    document = json.loads((Path(path) / "zarr.json").read_text())
+    document["attributes"]["icons"]["format"] = 1
+    del document["attributes"]["icons_layout"]
+    (Path(path) / "zarr.json").write_text(json.dumps(document))
+    shutil.rmtree(Path(path) / "status/digest")
+
+
+def test_a_store_of_the_first_format_is_read_gone_on_with_and_verified(store: GradientStore) -> None:
+    before = store.rows(slice(None))
+    format_1(store.path)
+    old = GradientStore.open(store.path, "r+")
+    np.testing.assert_array_equal(old.rows(slice(None)), before)
+    old.write_unit(4, results(range(24, 30)))
+    assert found(old) == [] and old.missing() == [] and not (Path(store.path) / "status/digest").exists()
+    damage(Path(store.path) / "norm/c/1", "flipped bit")
+    assert [finding.unit for finding in verify(old)] == [1]
+
+
+def swap(one: Path, other: Path) -> None:
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("gradients/c/0/0", "gradients/c/1/0"), ("norm/c/2", "loss/c/2"), ("gradients/c/3/0", "gradients/c/1/0")],
+)
+def test_chunks_that_have_been_swapped_are_found_although_each_is_whole(
+    store: GradientStore, one: str, other: str
+) -> None:
+    swap(Path(store.path) / one, Path(store.path) / other)
+    findings = list(verify(store))
+    for key in (one, other):
+        assert any(f"the chunk {key} is not the one that was written with its unit" in str(each) for each in findings)
+    units = sorted({int(key.split("/")[2]) for key in (one, other)})
+    assert repair(store, findings) == units
+    for unit in units:
+        store.write_unit(unit, results(Partition(30, 6).unit_rows(unit)))
+    assert found(store) == []
+
+
+def test_a_digest_that_is_missing_is_found(store: GradientStore) -> None:
+    (Path(store.path) / "status/digest/3").unlink()
+    assert found(store) == ["status, unit 3: the digest status/digest/3 is missing or damaged"]
+
+
+@pytest.mark.parametrize(
+    ("array", "entry", "value", "message"),
+    [
+        ("norm", "shape", [29], r"has shape \[29\]; expected \[30\], as the store was made"),
+        ("status", "fill_value", 1, "has fill_value 1; expected 0, as the store was made"),
+        ("gradients", "data_type", "float64", "has data_type 'float64'; expected '"),
+        ("loss", None, None, "is missing or damaged; expected the array's metadata"),
+    ],
+)
+def test_metadata_that_have_changed_are_refused_and_restored_and_no_row_is_thrown_away(
+    store: GradientStore, array: str, entry: str | None, value: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, path = store.counts(), Path(store.path) / array / "zarr.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {entry: value}) if entry else "{")
+    with pytest.raises(ValueError, match=rf"{array}/zarr.json {message}.*verify .*--repair`, which touches no row"):
+        GradientStore.open(store.path)
+    assert main(["verify", store.path]) == 1
+    assert "1 findings; --repair restores the metadata as the store was made, and no row" in capsys.readouterr().out
+    assert main(["verify", store.path, "--repair"]) == 0
+    assert f"restored: the metadata of {array}; no row was touched" in capsys.readouterr().out
+    assert json.loads(path.read_text()) == content
+    restored = GradientStore.open(store.path)
+    assert restored.counts() == before and found(restored) == []
 
 
 def test_scores_are_verified_too(tmp_path: Path) -> None:
@@ -122,7 +203,7 @@ def test_scores_are_verified_too(tmp_path: Path) -> None:
     store.write_unit(0, scores, scores, np.array([1, 1, 3, 1], np.uint8))
     assert found(store) == []
     store.influence[1, 1] = np.nan
-    assert found(store) == ["influence, unit 0: status says done, and a number is not finite: row 1"]
+    assert found(store)[1:] == ["influence, unit 0: status says done, and a number is not finite: row 1"]
 
 
 def test_repair_removes_what_killed_runs_left(store: GradientStore) -> None:

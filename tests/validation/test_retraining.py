@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icons.modules.interruption import RESUME
+from icons.interruption import RESUME
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 from icons.validation import retraining

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions:
-    """Reads the whole store: checksums, missing chunks, shapes, rows against their status, NaN, rows of zeros.
+    """Reads the whole store: metadata, checksums, missing and swapped chunks, rows against their status, NaN, zeros.
 
     $ icons verify train.zarr
 
@@ -17,5 +17,6 @@ class VerifyOptions:
     store: str
     """gradient or score store: a folder, or a URL"""
     repair: bool = False
-    """mark the units in which something is wrong as not written; the line that made the store, run again, then
+    """restore metadata as the store was made, mark units in which something is wrong as not written; the line that made
+    the store, run again, then
     computes just those"""
