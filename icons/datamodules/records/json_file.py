@@ -18,6 +18,7 @@ from icons.output import put, whole_file
 
 KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
 SAMPLES, SAMPLE_BYTES = 64, 4096
+SCAN = 2  # raised when the scan finds other records in the same file
 OTHER_FORMS = (".parquet", ".arrow", ".tar")
 
 
@@ -146,7 +147,7 @@ def stamp(path: Path) -> str:
         for place in np.linspace(0, max(0, about.st_size - SAMPLE_BYTES), SAMPLES).astype(int).tolist():
             file.seek(place)
             digest.update(file.read(SAMPLE_BYTES))
-    return f"{about.st_size} {about.st_mtime_ns} {digest.hexdigest()}"
+    return f"{SCAN} {about.st_size} {about.st_mtime_ns} {digest.hexdigest()}"
 
 
 def read_cache(file: Path, stamp: str) -> Layout | None:

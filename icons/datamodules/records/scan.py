@@ -72,6 +72,9 @@ def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"
     try:
         first = msgspec.json.decode(content[begin : end if end >= 0 else len(content)])
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply: its row's affair
+        following = content[end + 1 : end + 1 + LOOKED_AT].splitlines() if end >= 0 else []
+        if any(line[:1] == b"{" and is_value(line) for line in following):
+            return "lines"  # a record a line, of which the first is broken
         return "object" if content[begin : begin + 1] == b"{" and looks_nested(content, begin) else "lines"
     if not isinstance(first, dict):
         raise ValueError(

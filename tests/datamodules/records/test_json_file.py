@@ -104,6 +104,32 @@ def test_a_broken_first_line_does_not_make_it_another_form(tmp_path: Path) -> No
     assert (len(index), index[1]) == (2, record(1))
 
 
+@pytest.mark.parametrize(
+    "first", ['{"a": {"b": ', '{"a":' * 5000 + "1" + "}" * 5000, '{"meta": {"kind": NaN}, "id": "r0"}'], ids=len
+)
+def test_a_first_line_with_an_object_inside_costs_its_row_alone(tmp_path: Path, first: str) -> None:
+    (tmp_path / "data.jsonl").write_text("\n".join([first, json.dumps(record(1)), json.dumps(record(2))]))
+    index = RecordIndex.open(tmp_path / "data.jsonl")
+    assert len(index) == 3 and [index[row] for row in (1, 2)] == [record(1), record(2)]
+    assert index.id(0) == ("r0" if "NaN" in first else "")
+
+
+def test_nan_and_bad_text_cost_their_record_at_most(tmp_path: Path) -> None:
+    lines = [
+        b'{"id": NaN, "text": "a"}',
+        b'{"id": "b", "score": Infinity}',
+        b'{"id": "\xff"}',
+        b'{"id": [1]}',
+        b'{"id": ""}',
+    ]
+    (tmp_path / "data.jsonl").write_bytes(b"\n".join(lines))
+    index = RecordIndex.open(tmp_path / "data.jsonl")
+    assert index[0]["text"] == "a" and index[1]["score"] == float("inf")
+    with pytest.raises(RecordError, match="not valid JSON"):
+        index[2]
+    assert [index.id(row) for row in range(5)] == ["", "b", "", "", ""]
+
+
 def test_a_record_of_a_list_that_is_no_object_keeps_its_row(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([record(0), None, "text", 7, [], record(5)]))
     index = RecordIndex.open(tmp_path / "data.json")
