@@ -31,7 +31,7 @@ def refuse_unknown(model: nn.Module) -> None:
     """Refuses what can be told without a pass.
 
     Raises:
-        ValueError: an encoder-decoder, outputs without names, or weights that are not there.
+        ValueError: an encoder-decoder, outputs without names, or weights that are not there, or not whole.
     """
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "return_dict", True) is False:
@@ -43,6 +43,15 @@ def refuse_unknown(model: nn.Module) -> None:
         raise ValueError(
             f"per-sample gradients: {kind} is an encoder-decoder, whose labels are not its input's next tokens; "
             "expected a causal or image-text model"
+        )
+    sharded = next((name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")), None)
+    kinds = {type(part).__name__: name for name, part in model.named_modules()}
+    wrapped = kinds.get("FullyShardedDataParallel")
+    if sharded is not None or wrapped is not None:
+        raise ValueError(
+            f"per-sample gradients: {kind} is sharded over devices ({sharded or wrapped}), where a layer's own weights "
+            "are seen as pieces; expected whole weights on each device: the strategy auto or ddp, and for a model that "
+            "does not fit a device its base weights in 4 bits (--quantize 4bit)"
         )
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if empty is not None:

@@ -1,6 +1,7 @@
 """Models and batches outside the contract are told in one line, before a row is made."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from small_models import SMALL, assert_rows_close, llama, one_by_one, text_batch, trainable, with_lora
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -145,3 +148,17 @@ def test_a_model_without_weights_is_named() -> None:
         model = trainable(llama(), "q_proj")
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no weights \(.* is on the meta device\)"):
         per_sample_gradients(model, text_batch())
+
+
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    """FSDP2 swaps a layer's weights for whole ones while it runs: no tap would know them, and rows would be zeros."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        model = with_lora(llama(), ["q_proj"])
+        mesh = init_device_mesh("cpu", (1,))
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        with pytest.raises(ValueError, match=r"PeftModel is sharded over devices \(.*\).*expected whole weights"):
+            per_sample_gradients(model, text_batch())
+    finally:
+        torch.distributed.destroy_process_group()
