@@ -12,4 +12,5 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 .venv/bin/ruff format --check --quiet .
 .venv/bin/mypy --no-error-summary
 bash scripts/bare.sh
+NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet --site-dir build/site
 exec .venv/bin/python -m pytest -n 2 --dist loadfile "$@"

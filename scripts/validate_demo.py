@@ -1,4 +1,4 @@
-"""Does influence predict, on the demo's model and data? Makes the README's tables, with the package's own commands.
+"""Does influence predict, on the demo's model and data? Makes the tables of docs/measured.md with `icons` commands.
 
 python scripts/validate_demo.py --out validation_demo --workers 2
 

@@ -56,7 +56,7 @@ def test_imports_point_down(file: Path) -> None:
     own = name_of(file)
     if own in ("__init__", "__main__"):
         return
-    assert layer_of(own) >= 0, f"{own} stands in no layer: add it to LAYERS and to the README"
+    assert layer_of(own) >= 0, f"{own} stands in no layer: add it to LAYERS and to docs/why.md"
     for imported in imports(file):
         top, *rest = imported.split(".")
         if top == "icons" and rest:
@@ -109,6 +109,7 @@ def test_no_file_names_a_machine() -> None:
     for file in [
         *FILES,
         *ROOT.glob("*.md"),
+        *ROOT.glob("docs/*.md"),
         *(ROOT / "scripts").rglob("*.[!p]*"),
         *(ROOT / "scripts").rglob("*.py"),
         *(ROOT / "tests").rglob("*.py"),

@@ -96,7 +96,7 @@ class GradientStore(RowStore):
             dtype: float16 or int8 (one scale per row each), or float32.
             chunk_rows: rows per chunk, which is the unit of writing; default: chunks of 2 to 16 MB.
             manifest: what the rows are made from; `dtype` is added.
-            codec: compressor for the rows. Default none: gradients are noise to a compressor (see the README).
+            codec: compressor for the rows. Default none: gradients are noise to a compressor (see docs/why.md).
             overwrite: also beside files that are not a store's; they stay.
 
         Raises:

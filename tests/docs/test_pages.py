@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,10 +87,3 @@ def test_the_readme_fits_a_few_screens() -> None:
 def test_every_command_has_its_section() -> None:
     text = (ROOT / "docs" / "commands.md").read_text()
     assert re.findall(r"^## icons (\w+)$", text, re.MULTILINE) == list(command_line.COMMANDS)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif("mkdocs" not in sys.modules and not shutil.which("mkdocs"), reason="needs the extra docs")
-def test_mkdocs_builds_without_a_warning() -> None:
-    """`mkdocs build --strict` is a line of scripts/test.sh of its own; here only its configuration is read."""
-    assert "strict: true" in (ROOT / "mkdocs.yml").read_text()
