@@ -13,7 +13,7 @@ given=(--data "$data/data.json" --images "$data" --quiet --trainer.accelerator c
 "$icons" warmup --model "$data/vicuna-tiny" --vision-tower "$data/clip" --mm-projector "$data/mm_projector.bin" \
   "${given[@]}" --lora-rank 2 --held-out 0 --out start
 "$icons" gradients --checkpoint start "${given[@]}" --dim 32 --out train.zarr
-"$icons" influence --train train.zarr --task a=train.zarr --accelerator cpu --quiet --out scores.zarr
+"$icons" influence --train train.zarr --task a=train.zarr --preconditioned-tasks --accelerator cpu --quiet --out scores.zarr
 "$icons" select --scores scores.zarr --data "$data/data.json" --fraction 0.4 --quiet --out selected.json
 said=$("$icons" report --scores scores.zarr --selection selected.json --data "$data/data.json" 2>&1) && exit 1
 [ "$said" = "icons report: error: needs matplotlib, which is not installed: pip install 'icons-lightning[report]'" ]
