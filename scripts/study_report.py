@@ -1,6 +1,6 @@
-"""The tables of the study of rules, from its CSV file, as Markdown.
+"""The tables of the study of rules, from its CSV files, as Markdown.
 
-    python scripts/study_report.py scripts/study_selection.csv
+    python scripts/study_report.py scripts/study_selection.csv --health scripts/study_health.csv
 
 Paired differences are over pools, each the mean of its fine-tunes: 95 % intervals by Student's t, p-values after Holm's
 correction for all comparisons of a table.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from icons.validation.paired import corrected, paired_difference
 
@@ -28,13 +29,18 @@ REFERENCES = ("random", "vote", "filtered_random")
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("table", type=Path)
-    rows = list(csv.DictReader(parser.parse_args().table.open()))
+    parser.add_argument("--health", type=Path, help="what study_health.py wrote")
+    given = parser.parse_args()
+    rows = list(csv.DictReader(given.table.open()))
     for name, belongs in SETS.items():
         for fraction in sorted({float(row["fraction"]) for row in rows if belongs(row)}):
             chosen = [row for row in rows if belongs(row) and float(row["fraction"]) == fraction]
             print(f"\n## {name}, {100 * fraction:g} %\n")
             print("\n".join(accuracies(chosen)), "\n")
             print("\n".join(differences(chosen)))
+    if given.health is not None:
+        print("\n## Health: which measures foretell\n")
+        print("\n".join(foretelling(rows, list(csv.DictReader(given.health.open())))))
 
 
 def by_pool(rows: Sequence[Row], column: str = "mean") -> dict[str, dict[int, list[float]]]:
@@ -87,6 +93,56 @@ def differences(rows: Sequence[Row]) -> list[str]:
             cells.append(f"{one.mean:+.1f} ({one.low:+.1f} to {one.high:+.1f}){star}" if one is not None else "")
         lines.append(f"| {rule} | {' | '.join(cells)} |")
     return lines
+
+
+def foretelling(rows: Sequence[Row], health: Sequence[Row]) -> list[str]:
+    """Per measure: its rank correlation with the gain over random rows of the same pool, and what a threshold flags.
+
+    The threshold is chosen on the pools for choosing: the one that flags most failures (accuracy below random's mean)
+    with at most 10 % false alarms. Measures are turned so that higher is worse. Random selections are left out.
+    """
+    gains = {}
+    for data_set in {row["data_set"] for row in rows}:
+        found = by_pool([row for row in rows if row["data_set"] == data_set and float(row["fraction"]) == 0.2])
+        for rule, pools in found.items():
+            for pool, values in pools.items():
+                if rule != "random" and pool in found["random"]:
+                    gains[data_set, pool, rule] = float(np.mean(values) - np.mean(found["random"][pool]))
+    measures = [name for name in health[0] if name.endswith(("_up", "_down"))]
+    lines = [
+        "| measure | rank correlation: choosing | held-out | digits | threshold | failures flagged, false alarms: "
+        "choosing | held-out and digits |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    parts: dict[str, dict[tuple[str, int, str], Row]] = {name: {} for name in SETS}
+    for row in health:
+        key = (row["data_set"], int(row["pool"]), row["rule"])
+        for name, belongs in SETS.items():
+            if belongs(row) and float(row["fraction"]) == 0.2 and key in gains:
+                parts[name][key] = row
+    for measure in measures:
+        sign = 1 if measure.endswith("_up") else -1
+        columns = [
+            (np.array([sign * float(row[measure]) for row in part.values()]), np.array([gains[key] for key in part]))
+            for part in parts.values()
+        ]
+        cells = [f"{stats.spearmanr(*column).statistic:+.2f}" if len(column[0]) > 2 else "" for column in columns]
+        threshold = chosen_threshold(*columns[0])
+        later = [np.concatenate(both) for both in zip(*columns[1:], strict=True)]
+        flagged = [flags(value, gain, threshold) for value, gain in (columns[0], later)]
+        lines.append(f"| {measure} | {' | '.join(cells)} | {sign * threshold:.3g} | {flagged[0]} | {flagged[1]} |")
+    return lines
+
+
+def chosen_threshold(value: np.ndarray, gain: np.ndarray) -> float:
+    """The lowest threshold with at most 10 % of the good selections at or above it: it flags most of the failures."""
+    good = np.sort(value[gain >= 0])
+    return float(np.nextafter(good[int(np.ceil(0.9 * len(good))) - 1], np.inf))
+
+
+def flags(value: np.ndarray, gain: np.ndarray, threshold: float) -> str:
+    failed, flagged = gain < 0, value >= threshold
+    return f"{(failed & flagged).sum()} of {failed.sum()}, {(~failed & flagged).sum()} of {(~failed).sum()}"
 
 
 if __name__ == "__main__":

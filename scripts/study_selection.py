@@ -53,6 +53,7 @@ class Job:
     data_set: str
     pool: int
     rule: str
+    """a method of `icons select`, or METHOD@dropN: by scores made with `--drop-axes N`"""
     fraction: float
     seed: int
 
@@ -181,12 +182,21 @@ def prepared(folder: Path, data_set: str, number: int, options: DemoSettings) ->
             "gradients", checkpoint=folder / "warmup", data=file, images=data.images, out=str(folder / f"{name}.zarr"),
             dim=options.dim, batch_size=32, preconditioner="adam" if name == "train" else "none", trainer=TRAINER,
         )  # fmt: skip
-    done(
-        "influence", train=[str(folder / "train.zarr")], out=str(folder / "scores.zarr"),
-        task=[f"{task}={folder / f'{task}.zarr'}" for task in data.validation],
-    )  # fmt: skip
+    scored(folder, 0)
     (folder / "scored").touch()
     return data
+
+
+def scored(folder: Path, drop_axes: int) -> Path:
+    """The pool's scores, without so many leading axes of the validation rows (`icons influence --drop-axes`)."""
+    out = folder / (f"scores-{drop_axes}.zarr" if drop_axes else "scores.zarr")
+    tasks = json.loads((folder / "data.json").read_text())["validation"]
+    if not (out.exists() and not icons.ScoreStore.open(str(out)).missing()):
+        done(
+            "influence", train=[str(folder / "train.zarr")], out=str(out), drop_axes=drop_axes,
+            task=[f"{task}={folder / f'{task}.zarr'}" for task in tasks],
+        )  # fmt: skip
+    return out
 
 
 def done(command: str, **options: Any) -> None:
@@ -200,14 +210,15 @@ def selection(folder: Path, job: Job) -> np.ndarray | None:
     file = folder / "selections" / job.selection
     if file.exists():
         return np.array(json.loads(file.read_text()))
-    store = icons.ScoreStore.open(str(folder / "scores.zarr"))
-    if job.rule == "filtered_random":
+    rule, _, drop = job.rule.partition("@drop")
+    store = icons.ScoreStore.open(str(scored(folder, int(drop or 0))))
+    if rule == "filtered_random":  # drawn here, as it was before the package had it: the table's rows stay the same
         mean = np.asarray(store.influence[:]).mean(axis=1)
         better = np.argsort(-mean, kind="stable")[: len(mean) // 2]
         rows = np.sort(np.random.default_rng(job.seed).permutation(better)[: int(job.fraction * len(mean))])
     else:
         try:
-            rows = icons.select(store, job.fraction, job.rule, seed=job.seed).rows
+            rows = icons.select(store, job.fraction, rule, seed=job.seed).rows
         except ValueError as error:
             print(f"{job}: {error}", flush=True)
             return None

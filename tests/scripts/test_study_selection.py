@@ -13,7 +13,7 @@ from icons.cli import call
 from icons.cli.demo import QUICK
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PLAN = "easy-vqa 2 vote,filtered_random,unheard_of 0.2 0,1\n"
+PLAN = "easy-vqa 2 vote,filtered_random,unheard_of 0.2 0,1\neasy-vqa 2 coverage@drop1 0.2 0\n"
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +62,20 @@ def test_a_fine_tune_is_that_of_the_warmup_command_to_the_last_bit(out: Path) ->
 def test_the_table_has_a_row_per_fine_tune_and_says_what_was_selected(out: Path) -> None:
     rows = list(csv.DictReader((out / "study_selection.csv").open()))
     assert [(row["rule"], row["seed"]) for row in rows] == [
-        ("filtered_random", "0"), ("filtered_random", "1"), ("vote", "0"), ("vote", "1"),
+        ("coverage@drop1", "0"), ("filtered_random", "0"), ("filtered_random", "1"), ("vote", "0"), ("vote", "1"),
     ]  # fmt: skip
     results = {name: json.loads((out / "easy-vqa/02/results" / f"{name}-0.2-0.json").read_text()) for name in ("vote",)}
     records = json.loads((out / "easy-vqa/02/pool.json").read_text())
     chosen = [records[row] for row in results["vote"]["rows"]]
-    assert float(rows[2]["yes"]) == sum(r["conversations"][1]["value"] == "yes" for r in chosen) / len(chosen)
-    assert float(rows[2]["wrong"]) == sum(r["provenance"] == "wrong" for r in chosen) / len(chosen)
-    assert len(results["vote"]["rows"]) == int(rows[2]["rows"]) == 32
+    assert float(rows[3]["yes"]) == sum(r["conversations"][1]["value"] == "yes" for r in chosen) / len(chosen)
+    assert float(rows[3]["wrong"]) == sum(r["provenance"] == "wrong" for r in chosen) / len(chosen)
+    assert len(results["vote"]["rows"]) == int(rows[3]["rows"]) == 32
 
 
 def test_rows_that_are_drawn_differ_by_seed_and_others_do_not(out: Path) -> None:
     names = {path.name for path in (out / "easy-vqa/02/selections").iterdir()}
-    assert names == {"vote-0.2-0.json", "filtered_random-0.2-0.json", "filtered_random-0.2-1.json"}
+    drawn = {"filtered_random-0.2-0.json", "filtered_random-0.2-1.json"}
+    assert names == {"vote-0.2-0.json", "coverage@drop1-0.2-0.json"} | drawn
 
 
 def test_it_goes_on_where_it_was_stopped_and_takes_selections_made_elsewhere(
