@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from icons.consensus.composition import composition
 from icons.consensus.health import Health
-from icons.datamodules.traits import read_traits
-
 from icons.consensus.origin import scorer_of
 from icons.datamodules.records import open_records
+from icons.datamodules.traits import read_traits
 from icons.store import ScoreStore
 
 
