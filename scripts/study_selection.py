@@ -39,8 +39,10 @@ DATA_SETS: dict[str, Callable[..., DemoData]] = {
     "digits": make_digits_data,
 }
 PLAN = """
-easy-vqa 0,1,3,4,5,7 random,vote,filtered_random,mean,rank 0.2 0
-easy-vqa 8-19 random,vote,filtered_random 0.2 0,1,2
+easy-vqa 0,1,3,4,5,7 random,vote,filtered_random,balanced,vote@drop3,coverage@drop3 0.2 0
+easy-vqa 8-19 random,vote,filtered_random,vote@drop3,coverage@drop3 0.2 0
+digits 0-3 random,vote,filtered_random,vote@drop3,coverage@drop3 0.2 0
+easy-vqa 8-11 random,vote,coverage@drop3 0.05 0
 """
 DRAWN = ("random", "filtered_random")
 """Rules that draw anew for every fine-tune; the others' selections are one and the same."""
