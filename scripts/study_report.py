@@ -79,7 +79,7 @@ def differences(rows: Sequence[Row]) -> list[str]:
     for rule in found:
         for reference in REFERENCES:
             both = sorted(set(found[rule]) & set(found.get(reference, ())))
-            if rule != reference and len(both) > 1:
+            if rule != reference and (reference, rule) not in compared and len(both) > 1:  # each pair once
                 ours, theirs = (np.array([[np.mean(found[name][pool])] for pool in both]) for name in (rule, reference))
                 compared.append((rule, reference))
                 pairs.append(paired_difference(ours, theirs))
