@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch
-from icons.gradients.chance import refuse_dropout
+from icons.gradients.chance import refuse_dropout, without_chance
 from icons.gradients.output_layer import SupervisedPositions, output_layer
 
 
@@ -20,12 +20,12 @@ def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     """The samples' losses, as `projected_gradients` gives them, without a backward pass.
 
     Raises:
-        ValueError: dropout is active.
+        ValueError: the model drops out, or draws random numbers in whatever way.
     """
     refuse_dropout(model)
     if len(batch["labels"]) == 0:
         return torch.zeros(0, device=batch["labels"].device, dtype=torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), without_chance(model):
         return SupervisedPositions(model, batch["labels"]).run(model, batch)
 
 
@@ -35,13 +35,17 @@ def representations(model: nn.Module, batch: Batch) -> Float[Tensor, "batch widt
     The original takes the first token's, which under causal attention has seen nothing of the sample.
 
     Raises:
-        ValueError: dropout is active, or the model does not tell its output layer.
+        ValueError: the model drops out, draws random numbers in whatever way, or does not tell its output layer.
     """
     return represented(model, batch)[0]
 
 
 def represented(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]]:
-    """The samples' `representations` and `losses`, from one forward pass."""
+    """The samples' `representations` and `losses`, from one forward pass.
+
+    Raises:
+        ValueError: as `representations` does.
+    """
     width = width_of(model)
     refuse_dropout(model)
     if len(batch["labels"]) == 0:

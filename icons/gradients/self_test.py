@@ -16,11 +16,16 @@ from icons.gradients.knowledge import Knowledge
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.proof import is_text
 
+ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
 LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
 class SeesItsTargetWarning(UserWarning):
     """The model is not causal where tokens are supervised."""
+
+
+class RouterLossWarning(UserWarning):
+    """The model is trained with a loss of its routers too, which is no sample's own."""
 
 
 class WholeLogitsWarning(UserWarning):
@@ -70,6 +75,7 @@ def self_test(model: nn.Module, batch: Batch, known: Knowledge) -> None:
     Warns:
         WholeLogitsWarning: logits are mixed or scaled by position after the output layer: it cannot be narrowed.
         SeesItsTargetWarning: a loss depends on the token that it is to predict.
+        RouterLossWarning: the model's config asks for the loss of its routers.
     """
     mask = batch.get("attention_mask")
     left = mask is not None and bool((mask[:, 0] == 0).any())
@@ -77,6 +83,8 @@ def self_test(model: nn.Module, batch: Batch, known: Knowledge) -> None:
     if side in known.tested:
         return
     kind = type(model).__name__
+    if not known.tested:
+        tell_router_loss(model)
     with torch.no_grad():
         with without_chance(model):
             losses = SupervisedPositions(model, batch["labels"]).run(model, batch)
@@ -99,6 +107,21 @@ def self_test(model: nn.Module, batch: Batch, known: Knowledge) -> None:
             stacklevel=4,
         )
     known.tested.add(side)
+
+
+def tell_router_loss(model: nn.Module) -> None:
+    """Says that the balance of a mixture of experts, where training asks for it, is left out: it is a batch's."""
+    config: Any = getattr(model, "config", None)
+    for part in (config, getattr(config, "text_config", None)):
+        share = next((getattr(part, name) for name in ROUTER_SHARES if hasattr(part, name)), None)
+        if getattr(part, "output_router_logits", False) and share != 0:
+            warnings.warn(
+                f"{type(model).__name__}: the router's loss is not part of the sample's loss: its config asks for one "
+                f"(output_router_logits, with a share of {share}), which is the whole batch's",
+                RouterLossWarning,
+                stacklevel=5,
+            )
+            return
 
 
 def refuse(model: nn.Module, losses: Tensor, changed: Tensor | None, cause: str) -> None:

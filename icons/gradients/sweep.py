@@ -244,13 +244,14 @@ class Sweep:
         self.listening = False
         blocks: dict[str, list[Tensor]] = {name: [] for name in self.slow}
         factors = torch.ones_like(losses) if self.factors is None else self.factors.to(losses.device)
-        for loss, factor in zip(losses, factors, strict=True):
-            if loss.requires_grad and bool(loss.isfinite()):
-                loss.backward(factor, retain_graph=True)
+        # samples are chosen by what is differentiated: under no_grad, as in predict, a part of `losses` has no graph
+        for chosen, whole in zip(factors.diag(), losses.isfinite().tolist(), strict=True):
+            if losses.requires_grad and whole:
+                torch.autograd.backward(losses, chosen, retain_graph=True)
             for name in self.slow:
                 parameter = self.parameters[name]
                 found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                blocks[name].append(widen(found) if bool(loss.isfinite()) else widen(torch.full_like(found, torch.nan)))
+                blocks[name].append(widen(found if whole else torch.full_like(found, torch.nan)))
             for parameter in self.parameters.values():
                 parameter.grad = None
         for name, samples in blocks.items():

@@ -1,5 +1,8 @@
 """Losses, representations and image ablation against plain forward passes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,6 +63,21 @@ def test_a_representation_is_the_last_tokens_hidden_state() -> None:
 def test_a_model_without_output_layer_has_no_representation() -> None:
     with pytest.raises(ValueError, match=r"Linear has no output layer.*expected a causal or image-text model"):
         representations(nn.Linear(2, 2), batch())
+
+
+class Wavering(LlamaForCausalLM):
+    """In eval mode too it draws random numbers, and without any module for it."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        found = super().forward(*args, **options)
+        found.logits = found.logits * (1 + 0.1 * torch.rand(()))
+        return found
+
+
+@pytest.mark.parametrize("measure", [losses, representations])
+def test_chance_is_refused(measure: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"Wavering drew random numbers .*expected a pass without: call model.eval"):
+        measure(Wavering(model().config).eval(), batch())
 
 
 def test_noise_is_the_same_image_whatever_the_batch() -> None:

@@ -104,6 +104,33 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     assert_rows_close(per_sample_gradients(model, batch), expected)
 
 
+def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})  # type: ignore[operator]
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("broken", [False, True])
+def test_checkpointed_layers_with_parameters_on_the_slower_path(reentrant: bool, broken: bool) -> None:
+    """A tower with LoRA: its rows are images. Under no_grad, as in `Trainer.predict`."""
+    model, batch = with_lora(llava(), r".*(vision_tower|language_model).*(q_proj|v_proj)$"), image_batch()
+    if broken:
+        batch["pixel_values"][2] = torch.inf
+    oracle = one_by_one(model, batch)
+    with pytest.warns(SlowerPathWarning), torch.no_grad():
+        plain = per_sample_gradients(model, batch)
+    checkpointed(model, reentrant)
+    with torch.no_grad():
+        found = per_sample_gradients(model, batch)
+    for rows in (plain, found):
+        assert_rows_close(rows[: 3 - broken], oracle[: 3 - broken])
+        assert bool(rows[2].isfinite().all()) != broken
+
+
 def test_bfloat16_weights_give_float32_rows_near_the_float32_ones() -> None:
     model, batch = with_lora(llama()), text_batch()
     expected = per_sample_gradients(model, batch)

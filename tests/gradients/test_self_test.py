@@ -21,12 +21,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
 )
 
 from icons.gradients import per_sample_gradients
-from icons.gradients.self_test import SeesItsTargetWarning, WholeLogitsWarning
+from icons.gradients.self_test import RouterLossWarning, SeesItsTargetWarning, WholeLogitsWarning
 
 
 def padded_left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +111,22 @@ def test_a_model_that_sees_its_targets_is_told() -> None:
     model, batch = with_lora(Bidirectional(LlamaConfig(**SMALL))), text_batch()
     with pytest.warns(SeesItsTargetWarning, match="loss depends on the very token that it is to predict"):
         found = per_sample_gradients(model, batch)
+    assert_rows_close(found, one_by_one(model, batch))
+
+
+@pytest.mark.parametrize(("asks", "share"), [(True, 0.02), (True, 0.0), (False, 0.02)])
+def test_the_loss_of_routers_is_told_where_training_asks_for_it(asks: bool, share: float) -> None:
+    sizes = {"num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = MixtralConfig(**SMALL, **sizes, output_router_logits=asks, router_aux_loss_coef=share)
+    torch.manual_seed(0)
+    model, batch = with_lora(MixtralForCausalLM(config), ["q_proj"]), text_batch()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = per_sample_gradients(model, batch)
+        assert torch.equal(per_sample_gradients(model, batch), found)
+    told = [str(one.message) for one in caught if one.category is RouterLossWarning]
+    assert len(told) == int(asks and share > 0)
+    assert all("PeftModel: the router's loss is not part of the sample's loss" in line for line in told)
     assert_rows_close(found, one_by_one(model, batch))
 
 
