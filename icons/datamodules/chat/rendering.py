@@ -8,7 +8,8 @@ template that takes neither form, is an error, never a sample of empty questions
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from icons.datamodules.chat.endless import EndlessError, ending
 from icons.datamodules.chat.skeleton import (
     IMAGE_PART,
     SENTINEL,
@@ -73,7 +75,7 @@ class ChatTemplate:
         mark: the one of the marks that stands for an image.
 
     Raises:
-        ValueError: in neither form they do.
+        ValueError: in neither form they do, or it does not come to an end.
     """
 
     def __init__(self, source: Any, what: str, marks: Sequence[str] = ()) -> None:
@@ -86,7 +88,13 @@ class ChatTemplate:
             for mark in marks or ("",):
                 self.form, self.mark = form, mark
                 self.skeletons.clear()
-                problem = self.problem()
+                try:
+                    problem = self.problem()
+                except EndlessError as error:
+                    raise ValueError(
+                        f"{what}: its chat template is endless: {error} for two short turns; expected one that ends: "
+                        "mend chat_template.jinja, or name a --template"
+                    ) from None
                 if problem is None:
                     return
                 reasons.setdefault(form, problem)
@@ -126,6 +134,8 @@ class ChatTemplate:
             if self.mark and (count := len(self(SHORT).images)) != 1:
                 return f"{count} times {self.mark!r} for one image"
         except TemplateError as error:
+            if isinstance(error.__cause__, EndlessError):
+                raise error.__cause__ from None
             return str(error)
         return None
 
@@ -135,13 +145,10 @@ class ChatTemplate:
         Raises:
             TemplateError: it refuses them.
         """
-        try:
+        with refusals(self.template):
             text: str = self.source.apply_chat_template(
                 list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=ask
             )
-        except FAILURES as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise TemplateError(f"the chat template refuses the turns: {reason}") from None
         return text
 
     def contents(self, messages: Sequence[Message], texts: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -226,12 +233,13 @@ class ChatTemplate:
     def generated(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """What stands between the template's generation marks."""
         tokenizer = getattr(self.source, "tokenizer", self.source)
-        found: Any = render_jinja_template(
-            [self.contents(messages)],
-            chat_template=self.template,
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
+        with refusals(self.template):
+            found: Any = render_jinja_template(
+                [self.contents(messages)],
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
+            )
         (rendered,), (spans,) = found
         assert rendered == text, "marks write nothing"
         return [(begin, end) for begin, end in spans if end > begin]
@@ -265,6 +273,17 @@ class ChatTemplate:
             return ""
         common = common_prefix(without, asked)
         return asked[len(common if common == without else whole_tokens(common, strip=False)) :]
+
+
+@contextmanager
+def refusals(template: str) -> Iterator[None]:
+    """What the template raises, or that it takes too long, as a TemplateError."""
+    try:
+        with ending(template):
+            yield
+    except FAILURES as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TemplateError(f"the chat template refuses the turns: {reason}") from error
 
 
 def own_template(source: Any, what: str) -> str:
