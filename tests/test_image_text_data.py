@@ -19,6 +19,8 @@ from transformers import (
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessorPil,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -32,6 +34,7 @@ from icons.batch import IGNORE_INDEX, model_inputs, sample_losses
 from icons.cli import main
 from icons.datamodules.chat.processor import load_processor
 from icons.datamodules.datamodule import ConversationDataModule
+from icons.datamodules.preprocessing import Preprocessing
 from icons.gradients import per_sample_gradients
 from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
@@ -260,3 +263,52 @@ def test_a_processor_that_needs_a_package_names_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "smolvlm"}))
     with pytest.raises(ValueError, match=r"needs a package that is not installed .*(num2words|torchvision)"):
         load_processor(tmp_path)
+
+
+def test_processor_options_set_the_resolution_and_are_recorded(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "qwen"
+    qwen2_vl(folder).save_pretrained(folder)
+    line = ["inspect", str(data), "--images", str(data.parent), "--model", str(folder), "--row", "0"]
+    assert main(line) == 0
+    wide = pixels_shown(capsys.readouterr().out)
+    for asked in (["--processor.max_pixels", "64"], ["--processor", "{max_pixels: 64}"]):
+        assert main([*line, *asked]) == 0
+        assert pixels_shown(capsys.readouterr().out) < wide
+    assert main([*line, "--processor.max_pixel", "64"]) == 1
+    error = capsys.readouterr().err
+    assert "--processor.max_pixel: Qwen2VLImageProcessor" in error and "has no such setting; expected one of" in error
+    assert main([*line, "--processor.size", "[1, 2]"]) == 1
+    assert "does not take size [1, 2]" in capsys.readouterr().err
+
+    settings = Preprocessing(processor={"max_pixels": 64})
+    module = ConversationDataModule(data, data.parent, model_folder=ModelFolder.open(folder), preprocessing=settings)
+    assert module.describe()["preprocessing"]["processor"] == {"max_pixels": 64}
+    assert Preprocessing.from_dict(settings.as_dict()) == settings
+    assert "processor" not in Preprocessing().as_dict()
+    images = Qwen2VLImageProcessorPil.from_pretrained(folder, max_pixels=64)
+    record = module.dataset.conversation(0)
+    oracle = images([module.dataset.images.open(image) for image in record.images], return_tensors="pt")
+    assert torch.equal(module.dataset[0]["pixel_values"], oracle["pixel_values"])
+
+    text = LlamaForCausalLM(LlamaConfig(**TEXT, vocab_size=300))
+    tokenizer_of(chatml(""), []).save_pretrained(tmp_path / "text")
+    text.save_pretrained(tmp_path / "text")
+    with pytest.raises(ValueError, match=r"--processor .*: .*text is a text model"):
+        ConversationDataModule(data, None, model_folder=ModelFolder.open(tmp_path / "text"), preprocessing=settings)
+
+
+def test_a_row_whose_image_is_cut_names_the_options_that_help(data: Path, tmp_path: Path) -> None:
+    qwen2_vl(tmp_path / "qwen").save_pretrained(tmp_path / "qwen")
+    short = Preprocessing(max_length=12)
+    module = ConversationDataModule(
+        data, data.parent, model_folder=ModelFolder.open(tmp_path / "qwen"), preprocessing=short
+    )
+    reason = module.dataset[0]["reason"]
+    assert "cuts an image: raise --max-length" in reason and "(--processor.max_pixels)" in reason
+
+
+def pixels_shown(said: str) -> int:
+    """Rows of `pixel_values` that `icons inspect` names."""
+    return int(said.partition("pixel_values [")[2].partition(",")[0])

@@ -41,7 +41,12 @@ def gradients(options: GradientsOptions) -> int:
         mm_projector=options.mm_projector,
         adapter=options.adapter,
         optimizer_state=options.optimizer_state,
-        preprocessing={"template": options.template, "max_length": options.max_length, "preset": options.preset},
+        preprocessing={
+            "template": options.template,
+            "max_length": options.max_length,
+            "preset": options.preset,
+            "processor": options.processor,
+        },
     )
     if source.warning:
         warn(source.warning)

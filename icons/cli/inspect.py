@@ -33,7 +33,12 @@ def inspect(options: InspectOptions) -> int:
         mm_projector=options.mm_projector,
         adapter=options.adapter,
         optimizer_state=None,
-        preprocessing={"template": options.template, "max_length": options.max_length, "preset": options.preset},
+        preprocessing={
+            "template": options.template,
+            "max_length": options.max_length,
+            "preset": options.preset,
+            "processor": options.processor,
+        },
     )
     dataset = ConversationDataModule(
         options.data,

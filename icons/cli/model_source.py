@@ -40,13 +40,13 @@ class ModelSource:
         """Checks that either `checkpoint` or `model` is given, and fills in what the checkpoint knows.
 
         Args:
-            preprocessing: what the user asked for (`template`, `max_length`, `preset`); None, and the template "auto",
-                mean: as the warm-up did, or the default.
+            preprocessing: what the user asked for (`template`, `max_length`, `preset`, `processor`); None, and the
+                template "auto", mean: as the warm-up did, or the default.
 
         Raises:
             ValueError: neither or both are given, or the preprocessing differs from the warm-up's.
         """
-        asked = {name: value for name, value in preprocessing.items() if value not in (None, "auto")}
+        asked = {name: value for name, value in preprocessing.items() if value not in (None, "auto", {})}
         if (checkpoint is None) == (model is None):
             got = "neither" if model is None else "both"
             raise ValueError(f"model: got {got} of --checkpoint and --model; give one: a warm-up folder, or the parts")

@@ -67,6 +67,7 @@ def warmup(options: WarmupOptions) -> int:
             template=folder.template if options.template == "auto" else options.template,
             max_length=options.max_length,
             preset=options.preset,
+            processor=options.processor or {},
         ),
         batch_size=options.batch_size,
         num_workers=options.num_workers,

@@ -97,8 +97,15 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                     f"template {name!r}: {folder.model} has a processor of its own; expected chat (or auto), "
                     "the template that the processor brings"
                 )
-            self.processor = ProcessorSamples(folder.model, folder.image_token_id, trust_remote_code)
+            self.processor = ProcessorSamples(
+                folder.model, folder.image_token_id, trust_remote_code, preprocessing.processor
+            )
             self.tokenizer = self.processor.tokenizer
+        elif preprocessing.processor:
+            raise ValueError(
+                f"--processor {preprocessing.processor}: {folder.model} is a {folder.kind} model, and its images, if "
+                "any, have one size; expected an image-text model with a processor of its own: leave the option out"
+            )
         else:
             self.tokenizer = load_tokenizer(folder.model, trust_remote_code)
         if name != CHAT_TEMPLATE:

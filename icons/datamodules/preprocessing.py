@@ -1,6 +1,6 @@
 """Preprocessing: the one setting that warm-up, gradients and fine-tune share, so that they cannot differ unnoticed."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 PRESETS = ("llava-train", "icons-release")
@@ -15,11 +15,13 @@ class Preprocessing:
         max_length: tokens at which a conversation is cut, before images are expanded and again after.
         preset: "llava-train" moves `<image>` to the front of its turn and pads images to a square, as LLaVA is trained;
             "icons-release" does neither (images are centre-cropped), as the released ICONS scripts do.
+        processor: settings of an image-text model's image processor, `max_pixels` say, in place of its folder's.
     """
 
     template: str = "auto"
     max_length: int = 2048
     preset: str = "llava-train"
+    processor: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -40,7 +42,8 @@ class Preprocessing:
         return self.max_length if self.preset == "llava-train" else max(self.max_length, tokenizer_max_length)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For manifests; without `processor` where none of it is set, as former versions wrote it."""
+        return {name: value for name, value in asdict(self).items() if name != "processor" or value}
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "Preprocessing":

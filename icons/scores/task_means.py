@@ -18,7 +18,7 @@ Normalize: TypeAlias = Literal["projected", "exact", "none"]
 NORMALIZE = ("projected", "exact", "none")
 MUST_AGREE = (
     "collect", "projector", "model.fingerprint", "adapter.fingerprint", "target", "preprocessing.template",
-    "preprocessing.preset", "reader",
+    "preprocessing.preset", "preprocessing.processor", "reader",
 )  # fmt: skip
 LATER = ("preprocessing.template", "preprocessing.preset", "reader")  # which former versions' stores may lack
 SAMPLE_ROWS = 256

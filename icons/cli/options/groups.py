@@ -85,6 +85,9 @@ class PreprocessingOptions:
     preset: Preset | None = None
     """llava-train prepares data as LLaVA is trained, icons-release as the released ICONS scripts do; default: as in
     the warm-up, or llava-train"""
+    processor: dict[str, Any] | None = None
+    """a setting of an image-text model's image processor, as --processor.max_pixels 400000; default: as in the warm-up,
+    or the model folder's"""
 
 
 @dataclass(frozen=True, kw_only=True)

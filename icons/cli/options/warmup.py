@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from icons.choices import ModelDtype, Preset
 from icons.cli.options.groups import DATA, RUN, SPEED, DataOptions, LoadingOptions, PartsOptions, TrainerOptions
@@ -40,6 +41,9 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     """tokens at which a conversation is cut"""
     preset: Preset = field(default="llava-train", metadata=DATA)
     """llava-train prepares data as LLaVA is trained, icons-release as the released ICONS scripts do"""
+    processor: dict[str, Any] | None = field(default=None, metadata=DATA)
+    """a setting of an image-text model's image processor, as --processor.max_pixels 400000; default: the model
+    folder's"""
     epochs: int = field(default=1, metadata={**LEARNING, "least": 1})
     """passes over the chosen rows"""
     batch_size: int = field(default=16, metadata={**LEARNING, "least": 1})

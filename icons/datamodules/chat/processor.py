@@ -23,6 +23,13 @@ from icons.datamodules.conversation import IMAGE
 from icons.datamodules.failed_row import FailedRowError
 from icons.models.folder import own_code
 
+SMALLER = ("max_pixels", "max_image_size", "max_patches", "max_dynamic_patch", "size")
+# of a single call, or the class's name
+NO_SETTINGS = {
+    "return_tensors", "data_format", "input_data_format", "device", "disable_grouping", "image_processor_type",
+    "processor_class", "auto_map",
+}  # fmt: skip
+
 
 class ProcessorSamples:
     """Turns and images -> ids, labels, and whatever else the model's processor gives.
@@ -33,13 +40,23 @@ class ProcessorSamples:
         folder: the model's folder.
         image_token_id: id at image positions, to see whether the maximal length cuts an image; None: unknown.
         trust_remote_code: whether the processor may be code of the folder's own.
+        options: settings of its image processor, in place of the folder's.
 
     Raises:
-        ValueError: the processor needs what is not there, or its chat template leaves texts or images out.
+        ValueError: the processor needs what is not there or does not take an option, or its chat template leaves texts
+            or images out.
     """
 
-    def __init__(self, folder: Path, image_token_id: int | None, trust_remote_code: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        image_token_id: int | None,
+        trust_remote_code: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.processor = load_processor(folder, trust_remote_code)
+        if options:
+            self.processor.image_processor = with_options(self.processor, options, folder)
         self.tokenizer = self.processor.tokenizer
         self.image_token_id = image_token_id
         self.template = ChatTemplate(self.processor, f"template chat: {folder}", self.image_marks())
@@ -72,7 +89,11 @@ class ProcessorSamples:
         if len(ids) > max_length and images:
             cut = ids[max_length:]
             if self.image_token_id is None or bool((cut == self.image_token_id).any()):
-                raise FailedRowError(Status.TOO_LARGE, f"{len(ids)} tokens; the limit of {max_length} cuts an image")
+                raise FailedRowError(
+                    Status.TOO_LARGE,
+                    f"{len(ids)} tokens; the limit of {max_length} cuts an image: raise --max-length, or let images "
+                    f"become fewer tokens{self.smaller()}",
+                )
         per_token = {
             name: value[0, :max_length]
             for name, value in inputs.items()
@@ -84,6 +105,11 @@ class ProcessorSamples:
             **{name: value for name, value in inputs.items() if name not in per_token},
             **per_token,
         }
+
+    def smaller(self) -> str:
+        """How the image processor is told to make less of an image, for messages."""
+        name = next((name for name in SMALLER if name in settings_of(self.processor.image_processor)), None)
+        return f" (--processor.{name})" if name else ""
 
     def image_marks(self) -> list[str]:
         """What may stand for an image in a prompt, the likeliest first."""
@@ -189,6 +215,36 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         elif isinstance(error, ValueError):
             raise
         raise ValueError(f"{folder}: its processor needs a package that is not installed ({reason})") from None
+
+
+def with_options(processor: Any, options: Mapping[str, Any], folder: Path) -> Any:
+    """The image processor of `processor` with other settings.
+
+    Raises:
+        ValueError: it has no such setting, or does not take the value.
+    """
+    former = processor.image_processor
+    known = settings_of(former)
+    asked = ", ".join(f"{name} {value}" for name, value in options.items())
+    if strange := sorted(set(options) - known):
+        raise ValueError(
+            f"--processor.{strange[0]}: {type(former).__name__} of {folder} has no such setting; expected one of "
+            f"{', '.join(sorted(known))}"
+        )
+    try:
+        made = former.from_dict(former.to_dict(), **options)
+        made(images=[Image.new("RGB", (64, 64))], return_tensors="pt")  # many a value is looked at only now
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--processor: {type(former).__name__} of {folder} does not take {asked}: {reason}") from None
+    return made
+
+
+def settings_of(image_processor: Any) -> set[str]:
+    """Names of what may be set of an image processor."""
+    documented = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
+    own = {name for name in image_processor.to_dict() if not name.startswith("_")}
+    return (set(documented) | own) - NO_SETTINGS
 
 
 def images_only(folder: Path, trust_remote_code: bool) -> Any:
