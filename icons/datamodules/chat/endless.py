@@ -45,11 +45,13 @@ def ending(template: str) -> Iterator[None]:
 def watched(environment: Environment, template: str) -> jinja2.Template:
     """The template with a look at the time in every loop and macro; writes the same."""
     tree = environment.parse(template)
-    for node in list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock))):
+    found: Any = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
+    for node in found:
         node.body.insert(0, nodes.Output([look()]))
         if isinstance(node, nodes.For) and node.test is not None:  # what it leaves out takes time too
             node.test = nodes.And(nodes.Not(look()), node.test)
-    return environment.from_string(tree.set_environment(environment))
+    tree.set_environment(environment)
+    return environment.from_string(tree)
 
 
 def look() -> nodes.Call:
