@@ -49,7 +49,8 @@ def fine_tune(folder: Path, pool: DemoData, rows: np.ndarray, seed: int, options
     module.yes_no = (answer_token(data.dataset, "yes"), answer_token(data.dataset, "no"))
     flags = trainer_flags(TRAINER, options.epochs, 1, "float32") | {"num_sanity_val_steps": 0}
     with quiet():
-        Trainer(**flags, callbacks=[FitCheckpoint(folder / "fit", 1e9, seed)]).fit(module, datamodule=data)
+        flags["callbacks"] = [FitCheckpoint(folder / "fit", 1e9, seed)]
+        Trainer(**flags).fit(module, datamodule=data)
     said, right, asked = module.counts.tolist()
     return {
         "accuracy": {task: found["accuracy"] for task, found in module.after.items()},

@@ -232,7 +232,20 @@ def test_gradients_through_the_whole_path_are_those_of_each_sample_alone(
 
 def test_warm_up_takes_every_kind_of_row_and_is_exported(folder: ModelFolder, data: Path, tmp_path: Path) -> None:
     """Batches with images, without, and mixed; the exit status tells that the fit went to its end."""
-    few = ["--lora-rank", "2", "--lora-alpha", "4", "--min-rows", "1", "--held-out", "0", "--seed", "1"]
+    few = [
+        "--lora-rank",
+        "2",
+        "--lora-alpha",
+        "4",
+        "--min-rows",
+        "1",
+        "--held-out",
+        "0",
+        "--seed",
+        "1",
+        "--max-failed",
+        "1",
+    ]
     words = ["--model", folder.model, "--data", data, "--images", tmp_path, "--out", tmp_path / "warmup"]
     for batch_size in (1, 4):
         out = tmp_path / f"warmup-{batch_size}"

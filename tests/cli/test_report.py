@@ -10,6 +10,7 @@ from PIL import Image
 
 from icons.cli import main
 from icons.cli.report import open_image
+from icons.datamodules.conversation import ImageRef
 from icons.datamodules.images import ImageSource
 from icons.store import ScoreStore
 
@@ -53,7 +54,7 @@ def test_the_page_is_one_file_and_the_same_each_time(run: Path, tmp_path: Path) 
     page = (tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>")
     assert "1 row failed and cannot be selected: 1 bad record." in page
-    assert page.count("data:image/jpeg;base64,") == 2 * 2 * 4
+    assert page.count("data:image/jpeg;base64,") == 3 * 2 * 4  # two tasks and the consensus, two ends of each
     assert "&lt;u&gt;red&lt;/u&gt;" in page and "<u>" not in page
     assert "coco" in page and "certain at 95 %" in page
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["report.html"]
@@ -67,7 +68,7 @@ def test_figures_are_written_beside_it_on_demand(run: Path, tmp_path: Path) -> N
     assert "votes.png" in written and "scores-gqa.png" in written and "border-pope.png" in written
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<title>My run</title>" in page
-    assert page.count("data:image/jpeg;base64,") == 2 * 2
+    assert page.count("data:image/jpeg;base64,") == 3 * 2
 
 
 def test_without_an_image_folder_the_texts_are_shown_alone(run: Path, tmp_path: Path) -> None:
@@ -87,10 +88,10 @@ def test_an_image_that_is_missing_or_outside_of_the_folder_is_told_from_a_broken
     source = ImageSource(run / "images")
     for name in ("../train.jsonl", "/etc/hostname", "coco/none.jpg"):
         with pytest.raises(FileNotFoundError, match="image"):
-            open_image(source, name)
+            open_image(source, ImageRef(name))
     (tmp_path / "broken.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken.jpg"):
-        open_image(ImageSource(tmp_path), "broken.jpg")
+        open_image(ImageSource(tmp_path), ImageRef("broken.jpg"))
 
 
 def test_images_may_lie_in_an_archive(run: Path, tmp_path: Path) -> None:

@@ -53,7 +53,8 @@ def test_the_verdict_names_the_k_that_would_help() -> None:
 
 def test_failed_rows_do_not_count() -> None:
     scores = np.concatenate([TRUTH, np.full((50, 6), np.nan, np.float32)])
-    found = border(select(scores, num_rows=400), scores, np.full_like(scores, np.nan))
+    errors = np.where(np.isnan(scores), np.nan, 0).astype(np.float32)
+    found = border(select(scores, num_rows=400), scores, errors)
     assert found is not None and found.certain == 400 and found.may_enter == 0
 
 

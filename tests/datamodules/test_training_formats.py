@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -73,6 +73,9 @@ class InMemory(list[Any]):
 
     def id(self, row: int) -> str:
         return str(row)
+
+    def check_out(self, out: Path) -> Literal["file", "folder"]:
+        return "file"
 
     def write_selection(self, rows: Any, out: Path) -> None:
         raise NotImplementedError

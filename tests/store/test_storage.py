@@ -96,10 +96,10 @@ def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monke
     monkeypatch.setattr(icons.store.folder, "write_file", writing)
     monkeypatch.setattr(icons.store.folder, "flush_path", flushing)
     store.write_unit(1, results(np.arange(4, 8)))
-    rows = ["gradients/c/1/0", "norm/c/1", "loss/c/1", "tokens/c/1", "status/digest/1"]
-    assert events[:5] == [f"write {key}" for key in rows] and events[-1].startswith("flush status/c/.1.")
+    rows = ["gradients/c/1/0", "scale/c/1", "norm/c/1", "loss/c/1", "tokens/c/1", "status/digest/1"]
+    assert events[:6] == [f"write {key}" for key in rows] and events[-1].startswith("flush status/c/.1.")
     folders = ["gradients/c/1", "gradients/c", "gradients", "norm/c", "."]
-    assert {f"flush {key}" for key in [*rows, *folders]} <= set(events[5:-1])
+    assert {f"flush {key}" for key in [*rows, *folders]} <= set(events[6:-1])
     assert (tmp_path / "s/status/c/1").is_file(), "which has its name once it is durable"
     events.clear()
     store.write_unit(1, results(np.arange(4, 8)))
@@ -221,11 +221,11 @@ def test_an_object_store_holds_the_same_store_in_the_same_order(
         writer.finish()
     for unit in range(3):
         order = [key.partition("/")[0] for key in requests if key.split("/")[1:3] == ["c", str(unit)]]
-        assert order == ["gradients", "norm", "loss", "tokens", "status"]
+        assert order == ["gradients", "scale", "norm", "loss", "tokens", "status"]
     remote, local = GradientStore.open(f"{bucket}/train.zarr"), stores[1]
     assert remote.missing() == [] and list(verify(remote)) == [] and remote.storage.list("status/lease") == []
     keys = local.storage.list("")
-    assert remote.storage.list("") == keys and len(keys) == 24
+    assert remote.storage.list("") == keys and len(keys) == 28
     assert all(remote.storage.get(key) == local.storage.get(key) for key in keys)
     np.testing.assert_array_equal(remote.read_unit(1).gradient, results(np.arange(4, 8))["gradient"])
     with pytest.raises(ValueError, match=rf"model.fingerprint: the store {bucket}.* has 'm', this run has 'n'"):
