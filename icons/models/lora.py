@@ -105,8 +105,6 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     values = json.loads(file.read_text())
     if values.get("peft_type") != "LORA":
         raise ValueError(f"{file}: peft_type is {values.get('peft_type')!r}; expected 'LORA', the only kind supported")
-    if values.get("use_dora"):
-        raise ValueError(f"{file}: is DoRA (use_dora); expected plain LoRA: its magnitudes are not linear layers")
     known = LoraConfig.__dataclass_fields__
     kept = {name: value for name, value in values.items() if name in known and value is not None}
     if values.get("target_parameters"):

@@ -2,7 +2,7 @@
 
 What PEFT loads is loaded with equal logits: LoRA on linear layers, embeddings and the output layer, of the language
 model and of the vision tower; whole modules that were trained (`modules_to_save`); single trained tokens; a vocabulary
-that was enlarged; a rank or scale of its own for some modules.
+that was enlarged; a rank or scale of its own for some modules; DoRA's magnitudes.
 """
 
 import re
@@ -174,6 +174,7 @@ def spellings(name: str, adapter: str) -> list[str]:
         name,
         f"{module}.{adapter}.{last}",
         f"{name}.{adapter}",  # of an embedding, a parameter and no module
+        f"{name}.{adapter}.weight",  # DoRA's magnitudes
         f"{module}.modules_to_save.{adapter}.{last}",
     ]
 
@@ -198,9 +199,11 @@ def merge_into(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]
     before the layers (`vision_model.`), which differs between versions.
 
     Raises:
-        ValueError: the adapter has weights for a layer that is not there.
+        ValueError: the adapter has weights for a layer that is not there, or is DoRA.
     """
     config = read_adapter_config(folder)
+    if config.use_dora:
+        raise ValueError(f"{folder}: is DoRA (use_dora); expected plain LoRA on a vision tower, to be merged into it")
     merged = dict(weights)
     tensors = read_tensors(adapter_file(folder))
     for name in [name for name in tensors if ".lora_A." in name]:

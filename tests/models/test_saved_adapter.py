@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from icons.gradients import per_sample_gradients
 from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
 
@@ -33,6 +34,8 @@ CASES: dict[str, dict[str, Any]] = {
         "rank_pattern": {"layers.0.self_attn.q_proj": 3, r"model\.language_model\.layers\.1\.self_attn\.v_proj": 4},
         "alpha_pattern": {r"layers\.\d+\.self_attn\.v_proj": 32, "q_proj": 5},
     },
+    "DoRA": {"target_modules": TEXT, "use_dora": True},
+    "DoRA on the embedding": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     "rank-stabilised": {"target_modules": TEXT, "use_rslora": True, "rank_pattern": {"v_proj": 4}},
 }
 
@@ -75,6 +78,30 @@ def test_what_peft_loads_we_load(name: str, huggingface_llava: Path, tmp_path: P
     found = logits(loaded(huggingface_llava, tmp_path / "adapter"))
     torch.testing.assert_close(found, logits(oracle), atol=1e-6, rtol=1e-5)
     assert (found - plain).abs().max() > 1e-2, "the adapter does something"
+
+
+@pytest.mark.parametrize("name", ["DoRA", "DoRA on the embedding"])
+def test_gradients_of_dora_are_those_of_each_sample_alone(name: str, huggingface_llava: Path, tmp_path: Path) -> None:
+    trained(huggingface_llava, tmp_path / "adapter", CASES[name])
+    base = LlavaForConditionalGeneration.from_pretrained(huggingface_llava)
+    oracle: Any = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True).eval()
+    ids = torch.tensor([[1, 5, 7, 8, 9, 11], [1, 6, 3, 2, 4, 12]])
+    labels = ids.clone()
+    labels[:, :3] = -100
+    wanted = {key: value for key, value in oracle.named_parameters() if value.requires_grad}
+    rows = []
+    for sample, label in zip(ids, labels, strict=True):
+        loss = oracle(input_ids=sample[None], labels=label[None]).loss
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, materialize_grads=True)
+        rows.append(dict(zip(wanted, found, strict=True)))
+    model: Any = load_model(ModelFolder.open(huggingface_llava), adapter=tmp_path / "adapter", target="lora")
+    names = [key for key, value in model.named_parameters() if value.requires_grad]
+    assert set(names) == set(wanted) and any("magnitude" in key for key in names)
+    expected = torch.stack([torch.cat([row[key].flatten() for key in names]) for row in rows])
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "row": torch.arange(2)}
+    torch.testing.assert_close(per_sample_gradients(model, batch), expected, atol=1e-6, rtol=1e-4)
+    before = logits(model)
+    torch.testing.assert_close(logits(model.merge_and_unload(safe_merge=True)), before, atol=1e-5, rtol=1e-4)
 
 
 OLD = {
