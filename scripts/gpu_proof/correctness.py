@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_gradients import IMAGE, bench_model, moments
+from bench_gradients import IMAGE, moments
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
-from gpu_proof.models import alone, fill_adapter, make_batch, tiny
+from gpu_proof.models import alone, fill_adapter, make_batch, tiny, tiny_base
 from gpu_proof.part import CannotRunError, Part, require
 from icons.gradients import ProjectedGradients, per_sample_gradients, projected_gradients
 from icons.models.folder import ModelFolder
@@ -101,10 +100,8 @@ class Correctness:
         """Against one plain backward pass per sample of the same 4-bit model."""
         require("bitsandbytes", "quantize")
         with tempfile.TemporaryDirectory() as folder:
-            base = bench_model(quick=True).unload()  # type: ignore[operator]
-            base.__class__ = LlavaForConditionalGeneration
-            base.save_pretrained(folder)
-            lora = LoraSettings(rank=4, alpha=8)
+            tiny_base().save_pretrained(folder)
+            lora = LoraSettings(rank=4, alpha=8.0)
             model: Any = load_model(ModelFolder.open(Path(folder)), dtype="float32", quantize="4bit", lora=lora)
         model.image_token = model.get_base_model().image_token = IMAGE
         fill_adapter(model)

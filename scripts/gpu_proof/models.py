@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from bench_gradients import IMAGE, bench_model
+from bench_gradients import IMAGE
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -16,13 +16,13 @@ from icons.models.lora import LoraSettings, add_lora
 
 
 def make_batch(model: Any, rows: int, length: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
-    """Rows of one image and text, right-padded by up to a tenth; the last half of the text is supervised."""
+    """Rows of one image and text, right-padded by up to a quarter of the text; its last half is supervised."""
     generator = torch.Generator().manual_seed(seed)
     vision = model.config.vision_config
     image = (vision.image_size // vision.patch_size) ** 2
     ids = torch.randint(3, 400, (rows, length), generator=generator)
     ids[:, 4 : 4 + image] = IMAGE
-    lengths = torch.randint(length - length // 10, length + 1, (rows, 1), generator=generator)
+    lengths = torch.randint(length - (length - image) // 4, length + 1, (rows, 1), generator=generator)
     mask = torch.arange(length) < lengths
     labels = ids.masked_fill(~mask, -100)
     labels[:, : (length + image + 4) // 2] = -100
@@ -36,11 +36,24 @@ def make_batch(model: Any, rows: int, length: int, device: torch.device, seed: i
 
 def tiny(device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
     """The same tiny LLaVA each time: frozen weights of this dtype, adapter float32."""
-    model = bench_model(quick=True)
+    model = add_lora(Llava.of(tiny_base(), IMAGE), LoraSettings(rank=4, alpha=8.0))
+    fill_adapter(model)
     for parameter in model.parameters():  # buffers stay: rotary frequencies are float32 in half models too
         parameter.data = parameter.data.to(dtype)
     choose_trainable(model, "lora")
-    return model.to(device)
+    return model.to(device).eval()
+
+
+def tiny_base() -> LlavaForConditionalGeneration:
+    """Every width is one that half-precision and 4-bit kernels take."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8
+    )
+    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=511))
 
 
 def large(device: torch.device) -> Any:

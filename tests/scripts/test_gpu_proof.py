@@ -1,4 +1,4 @@
-"""The proof on a GPU runs in its small form, so that it works the day a card is there, and calls nothing passed there."""
+"""The proof on a GPU runs in its small form, so that it works the day a card is there; nothing has passed then."""
 
 import importlib.util
 import json
