@@ -1,9 +1,11 @@
 """The rules that keep the package small: imports point down, files stay short, public names are a list."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,14 @@ def test_no_file_names_a_machine() -> None:
         *(ROOT / "tests").rglob("*.py"),
     ]:
         assert not path.search(file.read_text()), file
+
+
+def test_no_name_is_undefined() -> None:
+    """Ruff's F821 is off, since jaxtyping's shapes look like names; here it counts wherever no text is."""
+    command = [Path(sys.executable).with_name("ruff"), "check", "--isolated", "--select", "F821", "--target-version"]
+    run = subprocess.run([*command, "py311", "--output-format", "json", PACKAGE], capture_output=True, text=True)
+    for found in json.loads(run.stdout):
+        place = (found["location"]["row"], found["location"]["column"] - 1)
+        with Path(found["filename"]).open("rb") as file:
+            texts = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.STRING]
+        assert any(text.start <= place < text.end for text in texts), f"{found['filename']}: {found['message']}"
