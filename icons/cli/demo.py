@@ -46,6 +46,10 @@ class DemoSettings:
     """meant to keep Adam's first moment, which every row shares, small beside a row's own gradient (not measured)"""
     warmup_learning_rate: float = 1e-3
     fraction: float = 0.2
+    method: str = "coverage"
+    """the rule that did best on pools that it was not chosen on: docs/selection_study.md"""
+    drop_axes: int = 3
+    """of its scores; the paper's vote, beside it, has all"""
     epochs: int = 12
     """of every fine-tune, whatever its rows, as in the paper"""
     batch_size: int = 64
@@ -117,10 +121,15 @@ class Demo:
                 preconditioner="none",
             )  # fmt: skip
         scores, selected = self.out / "scores.zarr", self.out / "selected.json"
-        self.stage("Influence", "influence", train=[str(train)], task=named(stores), out=str(scores))
-        chosen: dict[str, Any] = {"scores": str(scores), "data": data.pool, "fraction": options.fraction}
-        self.stage("Consensus", "select", **chosen, out=selected)
-        subsets = {"selected": [selected], "random": [], "full": [data.pool]}
+        plain, voted = self.out / "scores-plain.zarr", self.out / "vote.json"
+        products: dict[str, Any] = {"train": [str(train)], "task": named(stores)}
+        self.stage("Influence", "influence", **products, out=str(scores), drop_axes=options.drop_axes)
+        self.stage("Influence, as in the paper", "influence", **products, out=str(plain))
+        chosen: dict[str, Any] = {"data": data.pool, "fraction": options.fraction}
+        self.stage("Selection", "select", **chosen, scores=str(scores), out=selected, method=options.method)
+        self.stage("Selection by vote, as in the paper", "select", **chosen, scores=str(plain), out=voted)
+        chosen["scores"] = str(plain)
+        subsets = {"selected": [selected], "vote": [voted], "random": [], "full": [data.pool]}
         for seed in range(self.seeds):
             subsets["random"].append(self.out / f"random-{seed}.json")
             self.stage(f"Random rows {seed}", "select", **chosen, out=subsets["random"][-1], method="random", seed=seed)

@@ -28,11 +28,11 @@ def outcome(
         records: the pool, with `provenance`.
         rows: the selection.
         votes: of every row of the pool.
-        runs: subset's name (`selected`, `random`, `full`) -> one mapping per run, task -> test accuracy.
+        runs: subset's name (`selected`, `vote`, `random`, `full`) -> one mapping per run, task -> test accuracy.
         note: stands under the table.
     """
     provenance = np.array([record["provenance"] for record in records])
-    sizes = {"selected": len(rows), "random": len(rows), REFERENCE: len(records)}
+    sizes = {name: len(records) if name == REFERENCE else len(rows) for name in runs}
     return {
         "tasks": list(runs[REFERENCE][0]),
         "reference": REFERENCE,

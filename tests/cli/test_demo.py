@@ -101,7 +101,7 @@ def test_the_whole_demo_at_a_small_setting(tmp_path: Path, capsys: pytest.Captur
     said = capsys.readouterr().out
     found = json.loads((out / "comparison.json").read_text())
     assert [(method["name"], method["rows"]) for method in found["methods"]] == [
-        ("selected", 32), ("random", 32), ("full", 160)
+        ("selected", 32), ("vote", 32), ("random", 32), ("full", 160)
     ]  # fmt: skip
     assert sum(found["votes"]) == 160
     assert sum(share["selection"] for share in found["shares"]) == pytest.approx(1)
