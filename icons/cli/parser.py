@@ -153,7 +153,7 @@ def shown_as(hint: Any) -> str:
     """What stands behind an option in the help: its choices, or a word for its kind; nothing behind a flag."""
     if choices := choices_of(hint):
         return "{" + ",".join(map(str, choices)) + "}"
-    kinds = {bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
+    kinds = {dict: "{NAME: VALUE}", bool: "", int: "N", float: "X", Path: "PATH", str: "TEXT"}
     return next((shown for kind, shown in kinds.items() if accepts(hint, kind)), "VALUE")
 
 

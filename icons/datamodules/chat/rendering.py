@@ -42,7 +42,10 @@ FIXED_DATE = (
 MOST_SKELETONS = 64
 SHORT = (Message("user", (IMAGE_PART, "?")), Message("assistant", (".",)))
 # what a template written by others may raise when it runs
-FAILURES = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+FAILURES = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
+    MemoryError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

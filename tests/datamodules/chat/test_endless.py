@@ -54,3 +54,10 @@ def test_a_row_that_makes_a_template_endless_fails_in_any_thread_and_the_next_do
             with pytest.raises(TemplateError, match=r"refuses the turns: it does not come to an end within 0.1 s"):
                 run(made, "for ever")
             assert run(made, "Is it?") == run(plain, "Is it?")
+
+
+def test_a_row_whose_text_would_not_fit_into_memory_fails(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{% if messages[0].content == 'big' %}{{ 'a' * 10 ** 17 }}{% endif %}" + CHATML
+    made = OwnTemplate(tokenizer, "the model")
+    with pytest.raises(TemplateError, match="refuses the turns: MemoryError"):
+        made(tokenizer, [Turn(True, "big"), Turn(False, "Yes")], False, 99)
