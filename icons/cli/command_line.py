@@ -83,7 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         from icons.cli.extras import missing
 
-        said = missing(error.name or "", name)
+        # without a name it is no import that failed: a library says in a sentence what a flag of its own needs
+        said = missing(error.name, name) if error.name else str(error)
         if said is None or os.environ.get("ICONS_TRACEBACK"):
             raise
         return user_error(name, said)

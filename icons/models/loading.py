@@ -79,6 +79,7 @@ def load_model(
     else:
         # said in so many words: by default transformers asks, and waits, where there is a terminal
         model = load_huggingface(folder, torch_dtype(dtype), options | {"trust_remote_code": trust_remote_code})
+    keep_unpacked(model)
     return prepare(model, folder, adapter, lora, target, gradient_checkpointing)
 
 
@@ -130,6 +131,17 @@ def prepare(
     if gradient_checkpointing:
         checkpoint_layers(model)
     return model.eval()
+
+
+def keep_unpacked(model: nn.Module) -> None:
+    """Keeps 4-bit weights in the layout that a pass with gradients reads.
+
+    On CPUs with AVX512-BF16 bitsandbytes packs them anew, for good, at the first pass without gradients in eval mode;
+    a later pass with gradients takes the packed numbers for plain ones, and all that it gives is wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def choose_trainable(model: nn.Module, target: Target) -> None:

@@ -1,6 +1,8 @@
 """The rows that `icons gradients` writes against autograd's: in halves, and of a trained tower, checkpointed or not."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +29,9 @@ def gradients(out: Path, *words: object) -> GradientStore:
     return GradientStore.open(out)
 
 
-def one_by_one(folder: ModelFolder, adapter: Path) -> tuple[np.ndarray, np.ndarray]:
+def one_by_one(folder: ModelFolder, adapter: Path, quantize: Any = None) -> tuple[np.ndarray, np.ndarray]:
     """Sketches and norms of one `autograd.grad` per record, each in a batch of its own."""
-    model = load_model(folder, adapter=adapter, target="lora")
+    model = load_model(folder, adapter=adapter, quantize=quantize, target="lora")
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     shapes = {name: value.shape for name, value in trained.items()}
     data = ConversationDataModule(DATA / "data.json", DATA, model_folder=folder, batch_size=1)
@@ -78,3 +80,21 @@ def test_rows_of_a_trained_tower_are_autograds_with_checkpointed_layers_and_with
     for number, (words, tolerance) in enumerate([([], 1e-5), (checkpointing, 1e-5), (checkpointing + half, 0.03)]):
         store = gradients(tmp_path / f"rows{number}.zarr", "--checkpoint", out, *words)
         assert_near(store, expected, tolerance)
+
+
+@pytest.mark.parametrize("quantize", ["4bit", "8bit"])
+def test_rows_of_quantized_base_weights_are_autograds(quantize: Any, tmp_path: Path) -> None:
+    """bitsandbytes multiplies in half precision: other batches, other roundings."""
+    pytest.importorskip("bitsandbytes", reason="the extra `quantize` is not installed")
+    folder = ModelFolder.open(DATA / "vicuna-tiny", DATA / "clip", DATA / "mm_projector.bin")
+    adapter = DATA / "llava-tiny-lora"
+    store = gradients(tmp_path / "rows.zarr", *PARTS, "--adapter", adapter, "--quantize", quantize)
+    assert_near(store, one_by_one(folder, adapter, quantize), 0.03)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="needs it not to be installed")
+def test_a_precision_whose_package_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*PARTS, *RECORDS, *ROWS, "--trainer.precision", "transformer-engine", "--out", tmp_path / "rows.zarr"]
+    assert main(["gradients", *map(str, words)]) == 1
+    assert "icons gradients: error: Requirement 'transformer_engine" in capsys.readouterr().err
+    assert not (tmp_path / "rows.zarr").exists()
