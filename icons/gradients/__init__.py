@@ -11,6 +11,7 @@ layers.py           turned into per-sample gradients
 output_layer.py     only supervised positions reach the output layer; each token's cross-entropy
 loss_scale.py       float16 loses no small gradient, and
 chance.py           chance is refused
+packing.py          4-bit weights on a CPU
 features.py         what else can be collected of a sample
 """
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from icons.batch import Batch
 from icons.gradients.chance import refuse_dropout, without_chance
 from icons.gradients.output_layer import SupervisedPositions, output_layer
+from icons.gradients.packing import keep_unpacked
 
 
 def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
@@ -23,6 +24,7 @@ def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         ValueError: the model drops out, or draws random numbers in whatever way.
     """
     refuse_dropout(model)
+    keep_unpacked(model)
     if len(batch["labels"]) == 0:
         return torch.zeros(0, device=batch["labels"].device, dtype=torch.float32)
     with torch.no_grad(), without_chance(model):

@@ -14,6 +14,7 @@ from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
 from icons.gradients.chance import without_chance
 from icons.gradients.knowledge import Knowledge
 from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.packing import keep_unpacked
 from icons.gradients.proof import is_text
 
 ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
@@ -36,7 +37,7 @@ def refuse_unknown(model: nn.Module) -> None:
     """Refuses what can be told without a pass.
 
     Raises:
-        ValueError: an encoder-decoder, outputs without names, or weights that are not there, or not whole.
+        ValueError: an encoder-decoder, outputs without names, or weights that are not there, not whole, or packed.
     """
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "return_dict", True) is False:
@@ -49,6 +50,7 @@ def refuse_unknown(model: nn.Module) -> None:
             f"per-sample gradients: {kind} is an encoder-decoder, whose labels are not its input's next tokens; "
             "expected a causal or image-text model"
         )
+    keep_unpacked(model)
     sharded = next((name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")), None)
     kinds = {type(part).__name__: name for name, part in model.named_modules()}
     wrapped = kinds.get("FullyShardedDataParallel")

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from icons.gradients.packing import keep_unpacked
 from icons.models.base_weights import AUTO, PROJECTOR, language_config, load_huggingface, load_original
 from icons.models.folder import ModelFolder, own_code
 from icons.models.llava import Llava, assemble
@@ -131,17 +132,6 @@ def prepare(
     if gradient_checkpointing:
         checkpoint_layers(model)
     return model.eval()
-
-
-def keep_unpacked(model: nn.Module) -> None:
-    """Keeps 4-bit weights in the layout that a pass with gradients reads.
-
-    On CPUs with AVX512-BF16 bitsandbytes packs them anew, for good, at the first pass without gradients in eval mode;
-    a later pass with gradients takes the packed numbers for plain ones, and all that it gives is wrong.
-    """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def choose_trainable(model: nn.Module, target: Target) -> None:

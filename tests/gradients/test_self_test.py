@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from icons.gradients import per_sample_gradients
+from icons.gradients.features import losses
 from icons.gradients.self_test import RouterLossWarning, SeesItsTargetWarning, WholeLogitsWarning
 
 
@@ -180,3 +182,15 @@ def test_sharded_weights_are_refused(tmp_path: Path) -> None:
             per_sample_gradients(model, text_batch())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("measure", [per_sample_gradients, losses])
+def test_weights_that_bitsandbytes_has_packed_are_refused_and_others_stay_as_they_are(measure: Any) -> None:
+    model = with_lora(llama(), ["q_proj"])
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    layer.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+    measure(model, text_batch())
+    assert layer.support_avx512bf16_for_cpu is False
+    layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match=r"4-bit weights of .*down_proj are packed .* load it again"):
+        measure(model, text_batch())
