@@ -226,7 +226,7 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     With a shard, what other shards have still to do is not missing.
 
     Raises:
-        ValueError: every row (of the shard) failed; with the first one's reason.
+        ValueError: every row (of the shard) failed, with the first one's reason; or, with `strict`, any.
     """
     console.print(repr(store), markup=False, highlight=False, soft_wrap=True)
     for line in told(failures_of(store)):
@@ -241,7 +241,14 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     index, count = (0, 1) if shard is None else parse_shard(shard)
     units = assign(range(store.partition.num_units), count, index)
     check_some_done(store, np.concatenate([store.partition.unit_rows(unit) for unit in units or [0]]))
-    return int(bool(set(units) & set(store.missing())) or (strict and store.counts()["failed"] > 0))
+    if set(units) & set(store.missing()):
+        return 1
+    if strict and (failed := store.counts()["failed"]):
+        raise ValueError(
+            f"store {store.path}: {failed:,} of {store.num_rows:,} rows failed; expected none (--strict): mend the "
+            "records and give another --out, or the same line with --retry-failed"
+        )
+    return 0
 
 
 def silent_rows(store: GradientStore | ScoreStore) -> np.ndarray:

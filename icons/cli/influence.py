@@ -16,6 +16,7 @@ from icons.output import check_output
 from icons.store import ScoreStore
 from icons.store.failures import failures_of, told
 from icons.store.former import holds_store
+from icons.terminal import Console
 
 
 def influence(options: InfluenceOptions) -> int:
@@ -54,7 +55,8 @@ def influence(options: InfluenceOptions) -> int:
     )
     fabric.launch()
     columns = (TextColumn("influence"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not fabric.is_global_zero) as progress:
+    terminal, hidden = Console(stderr=True), not fabric.is_global_zero
+    with Progress(*columns, console=terminal, transient=True, disable=hidden) as progress:
         bar = progress.add_task("rows", total=None)
 
         def advance(rows: int) -> None:

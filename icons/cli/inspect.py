@@ -81,7 +81,8 @@ def spread(rows: int, count: int) -> list[int]:
 def show(dataset: ConversationDataset, row: int) -> None:
     """Prints one sample: its numbers, then its tokens in order."""
     sample = dataset[row]
-    head = f"row {row} (id {dataset.records.id(row)})"
+    name = dataset.records.id(row)
+    head = f"row {row}{f' (id {name})' if name else ''}"
     if "failed" in sample:
         status = Status(sample["failed"]).name.lower()
         console.print(f"\n{head}: FAILED {status}: {sample['reason']}", markup=False, highlight=False, soft_wrap=True)
@@ -154,7 +155,8 @@ def summary(samples: Sequence[Mapping[str, Any]]) -> int:
     for (status, reason), rows in failures.items():
         kinds[status].append((reason, rows))
     for status, reasons in sorted(kinds.items()):
-        lines.append(f"  {status}: {sum(len(rows) for _, rows in reasons)} rows")
+        count = sum(len(rows) for _, rows in reasons)
+        lines.append(f"  {status}: {count} {'row' if count == 1 else 'rows'}")
         for reason, rows in reasons[:EXAMPLES]:
             lines.append(f"    row {rows[0]}: {reason}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -42,6 +42,10 @@ def select(options: SelectOptions) -> int:
     inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": places(options.task or [])}
     index = open_records(options.data)
     check_outputs(options, inputs, index)
+    if options.format is not None and options.images is not None and not options.images.is_dir():
+        raise FileNotFoundError(
+            f"--images {options.images}: no such folder; expected the one that image names start from"
+        )
     store = ScoreStore.open(options.scores)
     check_data(store, index, options.data)
     loaded = Loaded(
@@ -78,6 +82,11 @@ def select(options: SelectOptions) -> int:
             chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
             num_near = len(np.setdiff1d(before.rows, chosen.rows))
         health = measure(chosen, loaded, index, options.source_field, options.seed) if options.health else None
+    if len(chosen.rows) == 0:
+        raise ValueError(
+            f"selection: has none of {store.num_rows:,} rows; expected one or more: raise --fraction, --num-rows or "
+            "--max-tokens"
+        )
     found = border(chosen, loaded.influence, loaded.stderr, store.manifest.get("dim"))
     if options.table is not None:
         write_table(options.table, columns(chosen, loaded, index))

@@ -165,7 +165,8 @@ def warmup(options: WarmupOptions) -> int:
         for line in lines:
             warn(line)
         show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
-        say(f"{ended.global_step:,} steps; the adapter and Adam's moments are in {options.out}")
+        steps = "1 step" if ended.global_step == 1 else f"{ended.global_step:,} steps"
+        say(f"{steps}; the adapter and Adam's moments are in {options.out}")
     return 0
 
 

@@ -135,6 +135,8 @@ def select(
     rule = rule_of(method)
     matrix, names = matrix_of(scores)
     columns = Columns(matrix, names)
+    if num_rows is not None and vote_fraction is None and not 0 <= num_rows <= columns.num_rows:
+        raise ValueError(f"number of rows: got {num_rows:,}; expected 0 to {columns.num_rows:,}, which the scores have")
     size = int(fraction * columns.num_rows) if num_rows is None else num_rows
     share = fraction if num_rows is None else num_rows / columns.num_rows
     share = share if vote_fraction is None else vote_fraction

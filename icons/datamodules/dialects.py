@@ -53,7 +53,8 @@ def read_conversation(record: Any, dialect: Dialect) -> Conversation:
         raise bad_record(f"is {type(record).__name__}; expected an object with {dialect.expects}")
     if not dialect.fits(record):
         other = dialect_of(record)
-        found = f"is written as {other.name}" if other else f"has {', '.join(map(str, list(record)[:8])) or 'no field'}"
+        named = [f"{name}{'' if given(value) else ' (empty)'}" for name, value in list(record.items())[:8]]
+        found = f"is written as {other.name}" if other else f"has {', '.join(named) or 'no field'}"
         raise bad_record(f"{found}; expected {dialect.name}: {dialect.expects}")
     for medium in OTHER_MEDIA:
         if given(record.get(medium)):

@@ -22,8 +22,13 @@ def entries_of(path: Path) -> list[int | str]:
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: a folder.
         ValueError: an entry is something else.
     """
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"list {path}: is a folder; expected a selection, row numbers (.txt), or ids or records (.json, .jsonl)"
+        )
     if not path.is_file():
         raise FileNotFoundError(
             f"list {path}: no such file; expected row numbers (.txt), or ids or records (.json, .jsonl)"

@@ -98,13 +98,15 @@ class WarmupModule(LightningModule):
         """Turns the sums of all ranks into means.
 
         Raises:
-            ValueError: a task has no row that could be read.
+            ValueError: a task has no row that can be used.
         """
         measured: dict[str, dict[str, float]] = {}
         for task, sums in zip(self.tasks, self.sums, strict=True):
             loss, matches, rows = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
             if not rows:
-                raise ValueError(f"task {task}: none of its rows could be read; expected one at least: see its file")
+                raise ValueError(
+                    f"task {task}: none of its rows can be used; expected one at least: `icons inspect` says why"
+                )
             measured[task] = {"loss": loss / rows, "accuracy": matches / rows, "rows": int(rows)}
         if self.trainer.sanity_checking:
             self.before = measured

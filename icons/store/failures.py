@@ -194,5 +194,5 @@ def kinds(failures: Iterable[Failure]) -> list[FailureKind]:
 def told(failures: Iterable[Failure]) -> Iterator[str]:
     """Failures by kind as lines of text: how many, and up to three of them."""
     for kind in kinds(failures):
-        yield f"failed {kind.count:,} rows: {kind.status.name.lower()}"
+        yield f"failed {kind.count:,} {'row' if kind.count == 1 else 'rows'}: {kind.status.name.lower()}"
         yield from (f"  {failure}" for failure in kind.examples)

@@ -61,9 +61,12 @@ def test_a_broken_record_fails_alone(mixed: Path, tmp_path: Path) -> None:
     assert np.isnan(store.norm[:][1])
 
 
-def test_failed_rows_change_the_exit_status_only_with_strict(mixed: Path, tmp_path: Path) -> None:
+def test_failed_rows_change_the_exit_status_only_with_strict(
+    mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(mixed, tmp_path / "a.zarr") == 0
     assert run(mixed, tmp_path / "a.zarr", "--strict") == 1
+    assert "a.zarr: 6 of 9 rows failed; expected none (--strict)" in capsys.readouterr().err
 
 
 def test_the_summary_and_the_store_say_why_rows_failed(

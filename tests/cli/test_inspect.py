@@ -45,7 +45,7 @@ def test_failures_are_counted_by_kind_with_examples(data: list[str], capsys: pyt
     said = capsys.readouterr().out
     assert "row 1 (id b): FAILED image_missing" in said
     assert "of 4 rows tried, 2 are good" in said
-    assert "image_missing: 1 rows" in said and "    row 1: " in said
+    assert "image_missing: 1 row\n" in said and "    row 1: " in said
 
 
 def test_colours_stand_in_place_of_brackets(

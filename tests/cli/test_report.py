@@ -124,7 +124,7 @@ def test_what_the_user_can_mend_is_one_line(
 def test_other_data_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = (run / "train.jsonl").read_text(encoding="utf-8")
     for name, text, message in (
-        ("short.jsonl", '{"id": 1}\n', "short.jsonl: has records 1, the selection was made from"),
+        ("short.jsonl", '{"id": 1}\n', "short.jsonl: has 1 records, the selection was made from"),
         ("changed.jsonl", lines.replace("red", "tan"), "changed.jsonl: has the fingerprint"),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -148,7 +148,11 @@ def test_other_data_and_unfinished_scores_are_refused(folder: Path, capsys: pyte
 CASES = [
     (["--weight", "pope=much"], "--weight pope=much: expected NAME=NUMBER"),
     (["--include", "nowhere.txt"], "list nowhere.txt: no such file"),
+    (["--include", "."], "list .: is a folder; expected a selection, row numbers"),
     (["--table", "table.xlsx"], "expected .csv or .parquet"),
+    (["--num-rows", "100"], "number of rows: got 100; expected 0 to 60, which the scores have"),
+    (["--fraction", "0.01"], "selection: has none of 60 rows; expected one or more"),
+    (["--format", "swift", "--images", "nowhere"], "--images nowhere: no such folder"),
 ]
 
 
@@ -221,6 +225,7 @@ def test_rules_of_ones_own_and_options_of_rules_reach_the_selection(
         "    assert scores.stored('influence', slice(0, 2)).shape == (2, 3)\n"
         "    return np.arange(scores.num_rows)[::-1]\n"
         "def few(scores):\n    return [1, 2]\n"
+        "def broken(scores):\n    return scores.nothing\n"
     )
     monkeypatch.chdir(folder)
     assert run(folder, "--method", "my_rules:last_rows", "--num-rows", "50") == 0
@@ -229,6 +234,8 @@ def test_rules_of_ones_own_and_options_of_rules_reach_the_selection(
     assert saved.manifest["method"] == "my_rules:last_rows"
     assert run(folder, "--method", "my_rules:few") == 1
     assert "rule my_rules:few: gave 2 rows that can be selected; expected 12 or more" in capsys.readouterr().err
+    assert run(folder, "--method", "my_rules:broken") == 1
+    assert "rule my_rules:broken: raised AttributeError: " in capsys.readouterr().err
     assert run(folder, "--method", "my_rules:none") == 1
     assert "my_rules has no function 'none'" in capsys.readouterr().err
     assert run(folder, "--method", "no_rules:none") == 1

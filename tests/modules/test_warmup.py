@@ -158,7 +158,7 @@ def test_an_exact_match_needs_every_supervised_token() -> None:
 
 def test_a_task_without_a_readable_row_is_an_error(tmp_path: Path) -> None:
     fit = trainer(tmp_path, num_sanity_val_steps=-1)
-    with pytest.raises(ValueError, match="task gqa: none of its rows could be read"):
+    with pytest.raises(ValueError, match="task gqa: none of its rows can be used"):
         fit.fit(WarmupModule(Projected(), tasks=["gqa"]), loader([batch(0)]), [loader([nothing()])])
 
 

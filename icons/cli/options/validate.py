@@ -16,7 +16,7 @@ class ValidateOptions(PartsOptions, TrainerOptions):
     """Trains the start on random subsets and on data without its best, worst and random rows; writes a table.
 
     $ icons validate --model M --data pool.json --images images/ --scores ours=scores.zarr --task gqa=gqa.json --out v
-    $ icons validate --model M --data pool.json --scores scores.zarr --task gqa=gqa.json --rule mean --out bake-off
+    $ icons validate --model M --data pool.json --scores ours=scores.zarr --task gqa=gqa.json --rule mean --out b
 
     With --rule it trains on what the rules select instead, and on random rows and the vote's, and prints the paired
     differences with 95 % intervals; the table is OUT/bakeoff.json. Files to measure on should be others than those the

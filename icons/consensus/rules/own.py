@@ -51,10 +51,13 @@ def ordered_by(rule: OwnRule, evidence: Evidence) -> Int[np.ndarray, " scored"]:
 
     Raises:
         ValueError: what the rule gave is no order of rows: other things than row numbers, rows that are not there,
-            rows named twice; or it has too few.
+            rows named twice; it has too few; or the rule raised something itself.
     """
     what, num_rows = f"rule {name_of(rule)}", evidence.columns.num_rows
-    order = np.asarray(rule(evidence.scores))
+    try:
+        order = np.asarray(rule(evidence.scores))
+    except Exception as error:  # the user's code: whatever it raises is theirs to mend
+        raise ValueError(f"{what}: raised {type(error).__name__}: {error}; ICONS_TRACEBACK=1 shows where") from error
     if order.ndim != 1 or (order.dtype.kind not in "iu" and len(order)):
         raise ValueError(
             f"{what}: gave {order.dtype} of shape {order.shape}; expected row numbers, the best first (such as "
