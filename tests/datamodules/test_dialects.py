@@ -156,6 +156,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "no object": ([1], "the record is list; expected an object with `conversations` of `from` and `value`"),
     "another dialect": (chat("a", "b"), "is written as messages; expected llava"),
     "other fields": ({"id": 1, "text": "a"}, "has id, text; expected llava"),
+    "no turns": ({"id": 1, "conversations": []}, "has id, conversations (empty); expected llava"),
     "a video": (llava("<video>\na", "b", video="a.mp4"), "has video; only texts and images"),
     "audio": (llava("a", "b", audios=["a.wav"]), "has audios; only texts and images"),
     "too few images": (llava("<image>", "b", "<image>", "d", image="a.png"), "has 2 <image> marks for 1 images"),
