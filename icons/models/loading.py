@@ -28,7 +28,8 @@ from icons.models.parameter_names import current_name
 from icons.models.saved_adapter import load_adapter
 
 MERGED = "icons_export.json"
-NEVER_QUANTIZED = ["lm_head", "vision_tower", "multi_modal_projector"]
+NEVER_QUANTIZED = ["lm_head", r".*vision_tower", r".*vision_model", r".*visual", r".*multi_modal_projector"]
+"""Matched from a module's whole name's start to a dot: LLaVA's tower lies under `model.` in Hugging Face's layout."""
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from icons.batch import model_inputs, sample_losses
 from icons.models.adam_state import load_adam_state
 from icons.models.folder import ModelFolder
-from icons.models.loading import MERGED, adapter_fingerprint, empty_model, load_model
+from icons.models.loading import MERGED, NEVER_QUANTIZED, adapter_fingerprint, empty_model, load_model
 from icons.models.lora import LoraSettings
 
 Batches = Callable[..., dict[str, Any]]
@@ -344,3 +344,13 @@ def test_quantized_base_weights(
     assert all(parameter.grad is not None for parameter in trainable(model).values())
     whole = load_model(llava, adapter=adapter)(**batch).logits
     assert 0 < (logits - whole).norm() < near * whole.norm()
+
+
+@pytest.mark.parametrize("tower", ["vision_tower", "model.vision_tower", "model.visual", "model.multi_modal_projector"])
+def test_towers_and_projectors_stay_whole_under_any_name(tower: str) -> None:
+    """transformers' own rule, which matches whole names, decides."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    assert not should_convert_module(f"{tower}.encoder.layers.0.self_attn.q_proj", NEVER_QUANTIZED)
+    assert not should_convert_module("lm_head", NEVER_QUANTIZED)
+    assert should_convert_module("model.language_model.layers.0.self_attn.q_proj", NEVER_QUANTIZED)
