@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from icons.cli import main
 from icons.cli.estimate import plan_gradients_run
@@ -39,6 +41,16 @@ def read(name: str) -> dict[str, str]:
     return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
+def bytewise() -> PreTrainedTokenizerFast:
+    """A token per byte, and those that Llama 3's template writes."""
+    alphabet = {sign: place for place, sign in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    core = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "extra_special_tokens": special}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=4096, **names)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which all that the recipes name exists, but for the weights."""
@@ -51,6 +63,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         config["num_key_value_heads"] = config["num_key_value_heads"] or config["num_attention_heads"]
         config = {"vocab_size": 32000} | config if "vocab_size" in text else config | {"vocab_size": 32000}
         config.pop("head_dim", None)
+        if recipe.get("template") == "llama_3":
+            (model / "tokenizer.model").unlink()
+            bytewise().save_pretrained(model)
         (model / "config.json").write_text(json.dumps(config))
         shutil.copytree(LLAVA / "clip", tower, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin"))
         vision = json.loads((tower / "config.json").read_text()) | {"image_size": 336, "patch_size": 14} | CLIP
