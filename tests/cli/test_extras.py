@@ -70,14 +70,15 @@ def test_every_command_runs_without_extras_or_names_them(tmp_path: Path) -> None
     model = ["--model", str(DATA / "vicuna-tiny"), *parts]
     plain = ["--preconditioner", "none", "--dim", "32"]
     tasks = ["--task", f"a={data}:{images}"]
+    choose = ["select", "--scores", str(scores), "--data", data, "--fraction", "0.4", "--out", str(selected)]
     runs: list[list[str]] = [
         ["warmup", *model, *given, "--lora-rank", "2", "--held-out", "0", "--out", str(start)],
         ["gradients", "--checkpoint", str(start), *given, "--dim", "32", "--out", str(train)],
         ["gradients", "--checkpoint", str(start), *given, *plain, "--out", str(task)],
         ["influence", "--train", str(train), "--task", f"a={task}", "--accelerator", "cpu", "--out", str(scores)],
         ["score", "--checkpoint", str(start), *given, *tasks, "--out", str(tmp_path / "x.zarr")],
-        ["select", "--scores", str(scores), "--data", data, "--fraction", "0.4", "--out", str(selected)],
-        ["select", "--scores", str(scores), "--data", data, "--out", str(selected), "--table", str(tmp_path / "t.csv")],
+        choose,
+        [*choose, "--table", str(tmp_path / "t.csv")],
         ["compare", str(selected), str(selected)],
         ["export", "--checkpoint", str(start), "--out", str(tmp_path / "merged")],
         ["validate", *model, *given, "--scores", f"s={scores}", *tasks, "--subsets", "3",

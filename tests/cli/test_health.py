@@ -63,8 +63,8 @@ def test_a_one_sided_selection_is_warned_of_and_a_balanced_one_is_not(
     said = " ".join(capsys.readouterr().out.split())
     assert "validation rows hurt by" in said and "│ qa │ 40 %" in said
     assert "more of answer “yes”: 100.0 % of the selection, 33.3 % of the pool, 60.0 % of the tasks' rows" in said
-    assert "warning: the selection has lost an answer that tasks ask for: “no” has 0 % of the selection" in said
-    assert "Compare with --method filtered_random or balanced" in said
+    assert "warning: the selection is full of one answer: “yes” has 100 % of the selection" in said
+    assert "Compare with --method coverage on scores made with" in said
     saved = Health.from_plain(open_selection(folder / "selected.json").manifest["health"])
     assert saved.hurt["qa"].value == 0.4 and saved.effective is not None and saved.notes == []
     assert run(folder, "--method", "balanced") == 0

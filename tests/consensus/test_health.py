@@ -107,7 +107,8 @@ def test_marks_of_failure_are_warned_of_and_measures_are_numbers() -> None:
         Compared(3.0, 10.0, 9.0, 11.0),
         kinds(),
     )
-    said = found.warnings()
+    said = found.warnings(Limits(scarce=0.4))
+    assert len(found.warnings()) == 3, "scarce answers are left out by default"
     assert said[0] == "the selection hurts 60 % of the validation rows of qa; random sets hurt 30 % (20 to 40 %)"
     assert said[1].startswith("the selection is redundant: 1,000 of its rows are worth 3, of random rows 10")
     assert "the selection is full of one answer: “yes” has 75 % of the selection, 25 % of the pool, 25 %" in said[2]
