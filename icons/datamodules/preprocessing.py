@@ -21,7 +21,7 @@ class Preprocessing:
     template: str = "auto"
     max_length: int = 2048
     preset: str = "llava-train"
-    processor: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:

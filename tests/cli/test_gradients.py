@@ -77,7 +77,9 @@ def test_the_summary_and_the_store_say_why_rows_failed(
     assert cli.main(["status", str(tmp_path / "a.zarr")]) == 0
     for said in (summary, capsys.readouterr().out):
         assert f"row 1 (id {good()[0]['id']}): image nowhere.png is not in {DATA}" in said
-        assert "row 2 (id none): the record has id; expected llava: `conversations` of `from` and `value`" in said
+        assert (
+            "row 2 (id none): the record has id (empty); expected llava: `conversations` of `from` and `value`" in said
+        )
         assert "row 7: the record cannot be read: not valid JSON" in said
 
 
