@@ -131,9 +131,11 @@ class DurableLocalStore(LocalStore):
     def set_whole(self, values: Mapping[str, Sequence[Any]], guards: Mapping[str, Guard]) -> list[str]:
         """Writes files each of which is durable before it has its name; the keys for which no guard has objected."""
         self._check_writable()
-        partials = {key: write_partial(self.root, key, parts) for key, parts in values.items()}
+        partials: dict[str, Path] = {}
         written = []
         try:
+            for key, parts in values.items():
+                partials[key] = write_partial(self.root, key, parts)
             list(self.pool.map(flush_path, partials.values()))
             for key, partial in partials.items():
                 with suppress(LostUnit):

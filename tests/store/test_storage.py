@@ -263,3 +263,20 @@ def test_a_bucket_of_somebody_else_is_refused_and_not_touched(bucket: str) -> No
 def test_an_object_store_that_is_absent_is_named(bucket: str) -> None:
     with pytest.raises(FileNotFoundError, match=rf"store {bucket}/absent.zarr: has no zarr.json"):
         GradientStore.open(f"{bucket}/absent.zarr")
+
+
+def test_of_files_written_together_none_is_left_beside_when_the_disk_fills_in_between(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    folder, write = icons.store.folder.DurableLocalStore(tmp_path / "store"), icons.store.folder.write_partial
+
+    def fill(root: Path, key: str, parts: Any) -> Path:
+        if key == "status/c/2":
+            raise OSError(28, "No space left on device")
+        return write(root, key, parts)
+
+    monkeypatch.setattr(icons.store.folder, "write_partial", fill)
+    with pytest.raises(OSError, match="No space left"):
+        folder.set_whole({f"status/c/{unit}": [b"\1"] for unit in range(4)}, {})
+    assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
