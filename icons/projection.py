@@ -199,7 +199,7 @@ class Identity:
         return {"kind": self.kind, "dim": self.dim, "seed": self.seed}
 
 
-class Several:
+class ConcatProjector:
     """Several projections in one backward pass, side by side in one row; `split` takes them apart.
 
     Args:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from icons.projection import CountSketch, Gaussian, Identity, Rademacher, Several
+from icons.projection import ConcatProjector, CountSketch, Gaussian, Identity, Rademacher
 
 KINDS = [CountSketch, Rademacher, Gaussian]
 SHAPES = {"q.lora_A": torch.Size([8, 48]), "q.lora_B": torch.Size([96, 8]), "bias": torch.Size([40])}
@@ -129,7 +129,7 @@ def test_identity_lays_parameters_one_after_the_other() -> None:
 def test_several_projections_are_each_as_if_alone() -> None:
     rows = {name: torch.randn(2, *shape) for name, shape in SHAPES.items()}
     parts = [CountSketch(16), CountSketch(64, seed=2), Rademacher(8), Identity()]
-    several = Several(parts)
+    several = ConcatProjector(parts)
     found = several.split(project(several, rows))
     for projector, part in zip(parts, found, strict=True):
         torch.testing.assert_close(part, project(projector, rows))

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from icons.cli import main
-from icons.cli.estimate import plan_gradients_run
+from icons.cli.estimate import estimate_gradients_run
 from icons.cli.options.gradients import GradientsOptions
 from icons.cli.options.influence import InfluenceOptions
 from icons.cli.options.select import SelectOptions
@@ -134,7 +134,7 @@ def test_gradients(workplace: Path, recipe: str, model: str) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 128, "target_modules": ["q_proj", "v_proj"]}))
     same = ("target", "dim", "preconditioner", "batch_size", "max_tokens", "model_dtype", "attention", "quantize",
             "gradient_checkpointing", "trust_remote_code", "chunk_rows", "shard", "trainer")  # fmt: skip
-    plan = plan_gradients_run(
+    plan = estimate_gradients_run(
         ModelFolder.open(**parts),
         adapter,
         FewRows(),

@@ -1,4 +1,4 @@
-"""Plan: what a run would do, worked out without loading a weight or writing a byte (`--dry-run`)."""
+"""RunEstimate: what a run would do, worked out without loading a weight or writing a byte (`--dry-run`)."""
 
 import json
 import math
@@ -33,7 +33,7 @@ ROW_BYTES = 4 + 4 + 4 + 1  # norm, loss, tokens, status
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunEstimate:
     """What a run would do."""
 
     settings: dict[str, Any]
@@ -64,7 +64,7 @@ class Plan:
         console.print("dry run: nothing was written")
 
 
-def plan_warmup(
+def estimate_warmup(
     model: ModelSize,
     load: Workload,
     *,
@@ -73,7 +73,7 @@ def plan_warmup(
     accumulate: int,
     epochs: int,
     settings: dict[str, Any],
-) -> Plan:
+) -> RunEstimate:
     """The plan of `icons warmup` over `num_rows` rows.
 
     Frozen weights take part in the forward pass and in the backward pass towards the adapter, not in one towards
@@ -84,7 +84,7 @@ def plan_warmup(
     batches = math.ceil(max(per_rank) / load.batch_size)
     memory = weights(model, load) | {"gradients and moments": 12 * model.trainable} | activations(model, load)
     speed, said = device_speed(load.dtype)
-    return Plan(
+    return RunEstimate(
         settings=settings,
         rows_per_rank=per_rank,
         steps=epochs * math.ceil(batches / accumulate),
@@ -99,7 +99,7 @@ def plan_warmup(
     )
 
 
-def plan_gradients(
+def estimate_gradients(
     model: ModelSize,
     load: Workload,
     *,
@@ -113,7 +113,7 @@ def plan_gradients(
     signs: int = 0,
     differentiates: bool = True,
     settings: dict[str, Any],
-) -> Plan:
+) -> RunEstimate:
     """The plan of `icons gradients` over a file of `num_rows` rows.
 
     Ranks own whole units of `chunk_rows` rows. Work as in training; in place of the optimizer there are Adam's moments
@@ -132,7 +132,7 @@ def plan_gradients(
     operations = row_operations(model, load) / (1 if differentiates else 2)
     speed, said = device_speed(load.dtype)
     scale = 0 if store_dtype == "float32" else 4
-    return Plan(
+    return RunEstimate(
         settings=settings,
         rows_per_rank=per_rank,
         steps=math.ceil(max(per_rank) / load.batch_size),
@@ -143,7 +143,7 @@ def plan_gradients(
     )
 
 
-def plan_gradients_run(
+def estimate_gradients_run(
     folder: ModelFolder,
     adapter: Path | None,
     dataset: Any,
@@ -165,7 +165,7 @@ def plan_gradients_run(
     shard: str | None,
     trainer: Mapping[str, Any] | None,
     settings: dict[str, Any],
-) -> Plan:
+) -> RunEstimate:
     """The plan of one `icons gradients`, from its options: counts the model from its configuration alone.
 
     Args:
@@ -185,7 +185,7 @@ def plan_gradients_run(
     differentiates = collect in DIFFERENTIATED
     whole = [size_of_model.hidden if collect == "representations" else 1]
     dims = whole if not differentiates else [dim] if isinstance(dim, int) else list(dim)
-    return plan_gradients(
+    return estimate_gradients(
         size_of_model,
         Workload(lengths, batch_size, max_tokens, dtype, quantize, attention, gradient_checkpointing),
         num_rows=num_rows,

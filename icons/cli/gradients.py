@@ -11,7 +11,7 @@ from rich.markup import escape
 from icons.batch import Status
 from icons.choices import Preconditioning
 from icons.cli.console import bars, console, warn
-from icons.cli.estimate import plan_gradients_run
+from icons.cli.estimate import estimate_gradients_run
 from icons.cli.model_source import ModelSource
 from icons.cli.options.gradients import GradientsOptions
 from icons.datamodules.datamodule import ConversationDataModule
@@ -22,7 +22,7 @@ from icons.modules.writer import GradientWriter
 from icons.output import check_output
 from icons.partition import assign, parse_shard
 from icons.preconditioner import AdamPreconditioner
-from icons.projection import PROJECTORS, Several
+from icons.projection import PROJECTORS, ConcatProjector
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 from icons.store.failures import check_some_done, failures_of, told
 from icons.store.former import holds_store
@@ -86,7 +86,7 @@ def gradients(options: GradientsOptions) -> int:
     )
     console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
     if options.dry_run:
-        plan = plan_gradients_run(
+        plan = estimate_gradients_run(
             source.folder,
             source.adapter,
             datamodule.dataset,
@@ -128,7 +128,9 @@ def gradients(options: GradientsOptions) -> int:
     state = source.preconditioner(preconditioner, network) if differentiates else None
     if isinstance(state, AdamPreconditioner):
         state.compiled = options.compile
-    extractor = collector(options.collect, network, several[0] if len(several) == 1 else Several(several), state)
+    extractor = collector(
+        options.collect, network, several[0] if len(several) == 1 else ConcatProjector(several), state
+    )
     writing: dict[str, Any] = {
         "dtype": options.dtype,
         "chunk_rows": options.chunk_rows,

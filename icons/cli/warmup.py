@@ -11,7 +11,7 @@ from rich.table import Table
 
 from icons.cli.console import bars, console, warn
 from icons.cli.cost import ModelSize, Workload
-from icons.cli.estimate import evenly, plan_warmup
+from icons.cli.estimate import estimate_warmup, evenly
 from icons.cli.options.warmup import WarmupOptions
 from icons.cli.pairs import file_and_images
 from icons.datamodules.datamodule import ConversationDataModule
@@ -111,7 +111,7 @@ def warmup(options: WarmupOptions) -> int:
         )
         work = {"num_rows": len(rows), "ranks": ranks, "accumulate": options.accumulate, "epochs": options.epochs}
         files = {"model": options.model, "data": options.data, "images": options.images, "out": options.out}
-        plan_warmup(size, load, **work, settings=files | settings).show(console)
+        estimate_warmup(size, load, **work, settings=files | settings).show(console)
         return 0
     if options.resume and already_done(options.out, settings):
         say(f"{options.out} holds this very fit, finished: nothing to do (--resume false to start again)")

@@ -4,8 +4,8 @@ per_sample.py       whole, projected as they stream by, or scored against tasks;
 capture.py          each parameter's gradients, sample by sample, block by block: once
 self_test.py        a sample's loss is known to depend on the sample alone, and
 proof.py            every layer's blocks have agreed with autograd; what is
-knowledge.py        known of a model is kept with it; each of these from
-sweep.py            one forward and backward pass, in which
+paths.py            known of a model is kept with it; each of these from
+backward_pass.py    one forward and backward pass, in which
 tap.py              a layer's inputs and its output's gradient are seen, and
 layers.py           turned into per-sample gradients
 output_layer.py     only supervised positions reach the output layer; each token's cross-entropy

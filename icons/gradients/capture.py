@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch
+from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, UnprovenError, device_of
 from icons.gradients.chance import refuse_dropout
-from icons.gradients.knowledge import SLOW, Knowledge, knowledge_of
 from icons.gradients.loss_scale import LossScale
+from icons.gradients.paths import SLOW, Paths, paths_of
 from icons.gradients.proof import prove
 from icons.gradients.self_test import refuse_unknown, self_test
-from icons.gradients.sweep import OverflowedError, Receiver, Sweep, UnprovenError, device_of
 
 
 class SlowerPathWarning(UserWarning):
@@ -64,7 +64,7 @@ def per_sample_blocks(model: nn.Module, batch: Batch, begin: Callable[[], Receiv
             receive(name, torch.zeros(0, *parameter.shape, device=device, dtype=torch.float32))
         return torch.zeros(0, device=device, dtype=torch.float32)
     refuse_unknown(model)
-    known = knowledge_of(model, parameters)
+    known = paths_of(model, parameters)
     self_test(model, batch, known)
     slow = known.slow(parameters)
     try:
@@ -77,7 +77,7 @@ def run(
     model: nn.Module,
     batch: Batch,
     parameters: dict[str, nn.Parameter],
-    known: Knowledge,
+    known: Paths,
     begin: Callable[[], Receiver],
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
@@ -86,7 +86,7 @@ def run(
         this_time = prove(model, batch, parameters, known)
     while True:
         try:
-            return Sweep(model, batch, parameters, known, begin(), scale=scale, slow=this_time).run()
+            return BackwardPass(model, batch, parameters, known, begin(), scale=scale, slow=this_time).run()
         except OverflowedError:
             continue
         except UnprovenError as error:

@@ -22,11 +22,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
+from icons.gradients.backward_pass import Receiver
 from icons.gradients.capture import per_sample_blocks, trainable_parameters
-from icons.gradients.knowledge import knowledge_of
 from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions
-from icons.gradients.sweep import Receiver
+from icons.gradients.paths import paths_of
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector
 
@@ -256,7 +256,7 @@ def weighted_gradient(
         per_sample_blocks(model, batch, begin)
         return {name: sums[name] for name in parameters}
     with torch.enable_grad():
-        losses = SupervisedPositions(model, batch["labels"], knowledge_of(model, parameters).narrows).run(model, batch)
+        losses = SupervisedPositions(model, batch["labels"], paths_of(model, parameters).narrows).run(model, batch)
         total = (losses * weights.to(losses.device)).sum()
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {

@@ -18,12 +18,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
+from icons.gradients.backward_pass import BackwardPass, OverflowedError, finite
 from icons.gradients.chance import without_chance
-from icons.gradients.knowledge import SLOW, Knowledge, owners_of, parts_of
 from icons.gradients.layers import FOREIGN
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
-from icons.gradients.sweep import OverflowedError, Sweep, finite
+from icons.gradients.paths import SLOW, Paths, owners_of, parts_of
 from icons.gradients.tap import NarrowInputs, enclosing
 
 WEIGHTS = (1.0, -2.0, 4.0, -1.0, 2.0, -4.0, 0.5, -0.5)
@@ -39,7 +39,7 @@ class Truth:
     gradients: dict[str, Tensor | None]
 
 
-def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Knowledge) -> set[str]:
+def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> set[str]:
     """Finds, for each parameter, the quickest path that is right on this batch, and writes it down.
 
     Costs one pass for the truth, and one for each path that has to be tried.
@@ -54,17 +54,17 @@ def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], k
     truth, scale = truth_of(model, batch, parameters, known), LossScale(batch["labels"])
     while True:
         verdict = Verdict(truth)
-        sweep = Sweep(model, batch, parameters, known, verdict.receive, scale=scale, proving=True)
+        backward_pass = BackwardPass(model, batch, parameters, known, verdict.receive, scale=scale, proving=True)
         try:
-            sweep.run()
+            backward_pass.run()
         except OverflowedError:
             continue
-        wrong, silent, unknown = verdict.of(sweep, parameters)
+        wrong, silent, unknown = verdict.of(backward_pass, parameters)
         for name in wrong:
             known.worsen(name)
         if not wrong:
             for name in set(parameters) - known.slow(parameters) - unknown:
-                known.record(name, sweep.met[name], size, name in silent)
+                known.record(name, backward_pass.met[name], size, name in silent)
             return unknown
 
 
@@ -85,34 +85,36 @@ class Verdict:
         spread = (weights[:, None] * flat).norm()
         self.found[name] = torch.stack([(total - true).norm(), true.norm(), spread])
 
-    def of(self, sweep: Sweep, parameters: dict[str, nn.Parameter]) -> tuple[set[str], set[str], set[str]]:
+    def of(
+        self, backward_pass: BackwardPass, parameters: dict[str, nn.Parameter]
+    ) -> tuple[set[str], set[str], set[str]]:
         """Names found wrong; names without any gradient; names whose gradient is not finite."""
         wrong: set[str] = set()
         silent: set[str] = set()
         unknown: set[str] = set()
         for name, numbers in self.found.items():
             error, true, spread = numbers.tolist()
-            rounding = FLOOR * 4 * float(sweep.size_of.get(name, 0))
+            rounding = FLOOR * 4 * float(backward_pass.size_of.get(name, 0))
             if not all(map(torch.isfinite, numbers.cpu())):
                 unknown.add(name)
-            elif error > tolerance(sweep, parameters[name]) * max(true, spread) + rounding:
+            elif error > tolerance(backward_pass, parameters[name]) * max(true, spread) + rounding:
                 wrong.add(name)
             elif true == spread == 0:
                 # a call that is not tapped would stay silent when it no longer is
-                (wrong if FOREIGN in sweep.met[name] else silent).add(name)
+                (wrong if FOREIGN in backward_pass.met[name] else silent).add(name)
         return wrong, silent, unknown
 
 
-def tolerance(sweep: Sweep, parameter: nn.Parameter) -> float:
+def tolerance(backward_pass: BackwardPass, parameter: nn.Parameter) -> float:
     """Relative error below which two ways of summing agree; kernels of GPUs do not repeat bit for bit."""
-    dtypes = {value.dtype for value in sweep.model.parameters() if value.is_floating_point()}
+    dtypes = {value.dtype for value in backward_pass.model.parameters() if value.is_floating_point()}
     half = bool(dtypes & {torch.float16, torch.bfloat16}) or torch.is_autocast_enabled(parameter.device.type)
     if not half:
         return 1e-4
     return 2**-8 if parameter.device.type == "cpu" else 2**-6
 
 
-def truth_of(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Knowledge) -> Truth:
+def truth_of(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> Truth:
     """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
     its activations in the CPU's."""
     try:
@@ -122,7 +124,7 @@ def truth_of(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter]
             return ordinary_pass(model, batch, parameters, known)
 
 
-def ordinary_pass(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Knowledge) -> Truth:
+def ordinary_pass(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> Truth:
     grads = {name: parameter.grad for name, parameter in parameters.items()}
     inputs = NarrowInputs(model, parts_of(model, parameters, known), known.narrow)
     inputs.checking = True

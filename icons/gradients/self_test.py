@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
 from icons.gradients.chance import without_chance
-from icons.gradients.knowledge import Knowledge
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.packing import keep_unpacked
+from icons.gradients.paths import Paths
 from icons.gradients.proof import is_text
 
 ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
@@ -68,7 +68,7 @@ def refuse_unknown(model: nn.Module) -> None:
         )
 
 
-def self_test(model: nn.Module, batch: Batch, known: Knowledge) -> None:
+def self_test(model: nn.Module, batch: Batch, known: Paths) -> None:
     """Runs once per model, and once more when padding first stands on the left; costs three forward passes.
 
     Raises:
@@ -136,7 +136,7 @@ def refuse(model: nn.Module, losses: Tensor, changed: Tensor | None, cause: str)
         )
 
 
-def whole_losses(model: nn.Module, batch: Batch, known: Knowledge, narrowed: Tensor) -> Float[Tensor, " batch"]:
+def whole_losses(model: nn.Module, batch: Batch, known: Paths, narrowed: Tensor) -> Float[Tensor, " batch"]:
     """The losses from all logits. Where they are others, the model is not narrowed any more."""
     whole = SupervisedPositions(model, batch["labels"], narrow=False).run(model, batch)
     if differ(model, whole, narrowed):

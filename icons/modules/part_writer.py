@@ -7,11 +7,11 @@ from typing import Any
 from lightning import LightningModule
 
 from icons.modules.writer import GradientWriter
-from icons.projection import Several
+from icons.projection import ConcatProjector
 
 
 class PartWriter(GradientWriter):
-    """Stores one projector's part of what a `GradientExtractor` with `Several` projectors predicts.
+    """Stores one projector's part of what a `GradientExtractor` with `ConcatProjector` projectors predicts.
 
     The store is bit for bit the one that this projector alone would fill. A unit is computed if it is missing in one of
     the stores, so that runs that were stopped, and stores that were begun alone, are gone on with.
@@ -36,8 +36,8 @@ class PartWriter(GradientWriter):
         return {**outputs, "gradient": projectors(pl_module).split(outputs["gradient"])[self.part]}
 
 
-def projectors(module: Any) -> Several:
-    assert isinstance(module.projector, Several)
+def projectors(module: Any) -> ConcatProjector:
+    assert isinstance(module.projector, ConcatProjector)
     return module.projector
 
 

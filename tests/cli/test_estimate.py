@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from icons.cli.cost import ModelSize, Workload, activations, device_speed
-from icons.cli.estimate import plan_gradients, plan_warmup, split
+from icons.cli.estimate import estimate_gradients, estimate_warmup, split
 from icons.cli.options.gradients import GradientsOptions
 from icons.gradients import per_sample_gradients
 from icons.modules.fit import ranks_of
@@ -47,7 +47,7 @@ def test_a_vision_tower_is_counted_apart() -> None:
 
 def test_the_papers_warmup(vicuna: ModelSize) -> None:
     load = Workload(lengths=[600, 1000], batch_size=16, gradient_checkpointing=True)
-    plan = plan_warmup(vicuna, load, num_rows=33_265, ranks=8, accumulate=1, epochs=1, settings={"dim": 1})
+    plan = estimate_warmup(vicuna, load, num_rows=33_265, ranks=8, accumulate=1, epochs=1, settings={"dim": 1})
     assert plan.rows_per_rank == [4159, *[4158] * 7]
     assert plan.steps == 260  # 33,265 / 128, rounded up
     assert plan.files == {
@@ -61,13 +61,13 @@ def test_the_papers_warmup(vicuna: ModelSize) -> None:
 
 def test_accumulation_and_epochs_count_steps(vicuna: ModelSize) -> None:
     load = Workload(lengths=[10], batch_size=4)
-    plan = plan_warmup(vicuna, load, num_rows=50, ranks=2, accumulate=3, epochs=2, settings={})
+    plan = estimate_warmup(vicuna, load, num_rows=50, ranks=2, accumulate=3, epochs=2, settings={})
     assert plan.steps == 2 * 3  # 25 rows a rank: 7 batches, 3 steps an epoch
 
 
 @pytest.mark.parametrize(("dtype", "bytes_per_row"), [("float16", 64 * 2 + 17), ("float32", 269), ("int8", 64 + 17)])
 def test_a_gradient_store_is_sized(vicuna: ModelSize, dtype: str, bytes_per_row: int) -> None:
-    plan = plan_gradients(
+    plan = estimate_gradients(
         vicuna,
         Workload(lengths=[100], batch_size=8),
         num_rows=1000,
@@ -87,7 +87,7 @@ def test_a_gradient_store_is_sized(vicuna: ModelSize, dtype: str, bytes_per_row:
 def test_what_saves_memory_saves_memory(vicuna: ModelSize) -> None:
     def total(**options: object) -> int:
         load = Workload(lengths=[2048], batch_size=8, **options)  # type: ignore[arg-type]
-        plan = plan_warmup(vicuna, load, num_rows=8, ranks=1, accumulate=1, epochs=1, settings={})
+        plan = estimate_warmup(vicuna, load, num_rows=8, ranks=1, accumulate=1, epochs=1, settings={})
         return sum(plan.memory.values())
 
     plain = total()
@@ -127,7 +127,7 @@ def test_the_time_says_what_it_is_based_on() -> None:
 
 def test_a_plan_is_printed(vicuna: ModelSize, capsys: pytest.CaptureFixture[str]) -> None:
     load = Workload(lengths=[600], batch_size=16)
-    plan = plan_warmup(vicuna, load, num_rows=100, ranks=8, accumulate=1, epochs=1, settings={"fraction": 0.05})
+    plan = estimate_warmup(vicuna, load, num_rows=100, ranks=8, accumulate=1, epochs=1, settings={"fraction": 0.05})
     plan.show(Console(width=120))
     text = capsys.readouterr().out
     for part in (
@@ -146,7 +146,7 @@ def test_a_plan_is_printed(vicuna: ModelSize, capsys: pytest.CaptureFixture[str]
 def test_the_default_batches_of_a_7b_model_fit_their_card(vicuna: ModelSize, checkpointing: bool, card: float) -> None:
     options = {option.name: option.default for option in fields(GradientsOptions)}
     load = Workload([2048], options["batch_size"], options["max_tokens"], gradient_checkpointing=checkpointing)
-    plan = plan_gradients(
+    plan = estimate_gradients(
         vicuna, load, num_rows=100, ranks=1, shards=1, chunk_rows=100, dim=options["dim"], store_dtype="float16",
         moments=True, signs=1, settings={},
     )  # fmt: skip

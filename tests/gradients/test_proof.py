@@ -23,7 +23,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from icons.gradients import per_sample_gradients, projected_gradients
 from icons.gradients.capture import SlowerPathWarning
-from icons.gradients.knowledge import KNOWN
+from icons.gradients.paths import KNOWN
 from icons.projection import CountSketch
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.gradients import per_sample_gradients
-from icons.gradients.knowledge import KNOWN
-from icons.gradients.sweep import Sweep
+from icons.gradients.backward_pass import BackwardPass
+from icons.gradients.paths import KNOWN
 from icons.gradients.tap import NarrowInputs, Tap
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -61,14 +61,14 @@ def test_the_inputs_of_an_adapter_are_kept_as_the_layer_got_them(monkeypatch: py
 
 
 def test_nothing_of_a_pass_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[weakref.ref[Sweep]] = []
-    begun = Sweep.__init__
+    passes: list[weakref.ref[BackwardPass]] = []
+    begun = BackwardPass.__init__
 
-    def remembered(self: Sweep, *args: Any, **options: Any) -> None:
+    def remembered(self: BackwardPass, *args: Any, **options: Any) -> None:
         begun(self, *args, **options)
         passes.append(weakref.ref(self))
 
-    monkeypatch.setattr(Sweep, "__init__", remembered)
+    monkeypatch.setattr(BackwardPass, "__init__", remembered)
     model = half_model()
     for _ in range(2):
         per_sample_gradients(model, text())

@@ -15,7 +15,7 @@ module around it run again; one backward pass of the whole model per sample."""
 
 
 @dataclass
-class Knowledge:
+class Paths:
     """What passes over a model have shown.
 
     Attributes:
@@ -56,14 +56,14 @@ class Knowledge:
         return {name for name in parameters if self.path[name] == SLOW}
 
 
-KNOWN: WeakKeyDictionary[nn.Module, Knowledge] = WeakKeyDictionary()
+KNOWN: WeakKeyDictionary[nn.Module, Paths] = WeakKeyDictionary()
 Place = tuple[nn.Module, str, str]  # a module that holds a parameter, the module's name, the parameter's name in it
 
 
-def knowledge_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Knowledge:
+def paths_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Paths:
     """What is known of the model as it stands now. A parameter that is new, or whose modules are others than before or
     have other hooks, begins on its quickest path."""
-    known = KNOWN.setdefault(model, Knowledge())
+    known = KNOWN.setdefault(model, Paths())
     for name, places in owners_of(model, parameters).items():
         now = tuple(
             (id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks), kind)
@@ -98,7 +98,7 @@ def is_linear(module: nn.Module, kind: str) -> bool:
     return isinstance(module, nn.Linear) and kind in ("weight", "bias")
 
 
-def parts_of(model: nn.Module, parameters: Mapping[str, nn.Parameter], known: Knowledge) -> dict[nn.Module, list[Part]]:
+def parts_of(model: nn.Module, parameters: Mapping[str, nn.Parameter], known: Paths) -> dict[nn.Module, list[Part]]:
     """The modules to tap, with the parameters that each serves."""
     modules = dict(model.named_modules())
     found: dict[nn.Module, list[Part]] = {}

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients.chance import without_chance
-from icons.gradients.knowledge import Knowledge, parts_of
 from icons.gradients.layers import FOREIGN, Call, Layout, Part, widen
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.paths import Paths, parts_of
 from icons.gradients.tap import NarrowInputs, Tap
 
 Receiver = Callable[[str, Tensor], None]  # parameter name, its per-sample gradients [B, *shape] in float32
@@ -41,7 +41,7 @@ class OverflowedError(Exception):
     """Samples whose loss is finite overflowed in float16; the pass starts again with a smaller scale for them."""
 
 
-class Sweep:
+class BackwardPass:
     """One forward and backward pass over one batch.
 
     Args:
@@ -60,7 +60,7 @@ class Sweep:
         model: nn.Module,
         batch: Batch,
         parameters: dict[str, nn.Parameter],
-        known: Knowledge,
+        known: Paths,
         receive: Receiver,
         *,
         scale: LossScale | None = None,
