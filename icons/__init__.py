@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from icons.gradients import projected_gradients as projected_gradients
     from icons.models.adam_state import load_adam_state as load_adam_state
     from icons.modules.extractor import GradientExtractor as GradientExtractor
+    from icons.modules.gradient_writer import GradientWriter as GradientWriter
     from icons.modules.metrics import ConsensusVotes as ConsensusVotes
     from icons.modules.metrics import RelativePerformance as RelativePerformance
     from icons.modules.metrics import TaskOverlap as TaskOverlap
     from icons.modules.warmup import WarmupModule as WarmupModule
-    from icons.modules.writer import GradientWriter as GradientWriter
     from icons.preconditioner import AdamPreconditioner as AdamPreconditioner
     from icons.projection import CountSketch as CountSketch
     from icons.projection import Gaussian as Gaussian
@@ -51,7 +51,7 @@ HOME = {
     "Gaussian": "icons.projection",
     "GradientExtractor": "icons.modules.extractor",
     "GradientStore": "icons.store",
-    "GradientWriter": "icons.modules.writer",
+    "GradientWriter": "icons.modules.gradient_writer",
     "Identity": "icons.projection",
     "Rademacher": "icons.projection",
     "RelativePerformance": "icons.modules.metrics",

@@ -5,7 +5,7 @@ unit from the lengths of its rows alone, so that what is stored does not depend 
 which of them resumes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -65,7 +65,8 @@ class Claim(Protocol):
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """What one rank has to do: the seam between the writer, which knows, and the datamodule, which feeds.
+    """Who computes what: the units of one rank, and what must be asked before each. The writer makes it, the datamodule
+    is given it, and the sampler goes through it.
 
     Attributes:
         partition: rows -> units of the store.
@@ -76,6 +77,26 @@ class UnitPlan:
     partition: Partition
     units: Sequence[int]
     claim: Claim | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return sum(len(self.partition.unit_rows(unit)) for unit in self.units)
+
+    def claimed(self) -> Iterator[int]:
+        """The units that this rank gets, each claimed when its turn comes. Those that another run holds are asked for
+        once more at the end, patiently: by then their owners have been watched for some time."""
+        if self.claim is None:
+            yield from self.units
+            return
+        refused = []
+        for unit in self.units:
+            if self.claim(unit):
+                yield unit
+            else:
+                refused.append(unit)
+        for unit in refused:
+            if self.claim(unit, patient=True):
+                yield unit
 
     def union(self, other: "UnitPlan") -> "UnitPlan":
         """The units that are missing in one of two stores filled from one pass; each is asked whether it takes a unit.

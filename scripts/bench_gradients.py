@@ -33,7 +33,7 @@ from icons.gradients import TaskMatrix, per_sample_gradients, projected_gradient
 from icons.models.llava import Llava
 from icons.models.lora import LoraSettings, add_lora
 from icons.modules.extractor import GradientExtractor
-from icons.modules.writer import GradientWriter
+from icons.modules.gradient_writer import GradientWriter
 from icons.preconditioner import AdamPreconditioner
 from icons.projection import CountSketch, Projector, Rademacher
 

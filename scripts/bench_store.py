@@ -28,7 +28,7 @@ from zarr.registry import get_codec_class
 from zarr.storage import MemoryStore
 
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
-from icons.modules.writer import GradientWriter
+from icons.modules.gradient_writer import GradientWriter
 from icons.projection import CountSketch
 from icons.store import GradientStore
 from icons.store.encoding import FIELDS, encode_rows
@@ -207,7 +207,7 @@ class Rows(LightningDataModule):
 
     def predict_dataloader(self) -> object:
         assert self.plan is not None
-        sampler = UnitBatchSampler.of_plan(self.plan, lambda rows: [1] * len(rows), 8)
+        sampler = UnitBatchSampler(self.plan, lambda rows: [1] * len(rows), 8)
         return unit_dataloader(self.dataset, sampler, lambda rows: {"row": torch.tensor(rows)})
 
 

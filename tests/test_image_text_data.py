@@ -40,7 +40,7 @@ from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
 from icons.models.lora import LoraSettings
 from icons.modules.extractor import GradientExtractor
-from icons.modules.writer import GradientWriter
+from icons.modules.gradient_writer import GradientWriter
 from icons.projection import Identity
 from icons.store import GradientStore
 

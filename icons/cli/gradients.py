@@ -17,8 +17,8 @@ from icons.cli.options.gradients import GradientsOptions
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.collector import DIFFERENTIATED, collector
 from icons.modules.fit import quiet
+from icons.modules.gradient_writer import GradientWriter, GradientWriting
 from icons.modules.part_writer import PartWriter, part_path
-from icons.modules.writer import GradientWriter
 from icons.output import check_output
 from icons.partition import assign, parse_shard
 from icons.preconditioner import AdamPreconditioner
@@ -131,7 +131,7 @@ def gradients(options: GradientsOptions) -> int:
     extractor = collector(
         options.collect, network, several[0] if len(several) == 1 else ConcatProjector(several), state
     )
-    writing: dict[str, Any] = {
+    writing: GradientWriting = {
         "dtype": options.dtype,
         "chunk_rows": options.chunk_rows,
         "codec": options.codec,

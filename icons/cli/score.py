@@ -21,9 +21,9 @@ from icons.datamodules.records import open_records
 from icons.modules.exact_scorer import InfluenceScorer, ScoredTasks, columns_of
 from icons.modules.fit import quiet
 from icons.modules.former_scores import FormerScores
+from icons.modules.gradient_writer import GradientWriter
 from icons.modules.kept_task_vectors import describe_vectors, find_vectors
 from icons.modules.score_writer import ScoreWriter
-from icons.modules.writer import GradientWriter
 from icons.output import check_output, is_marked, mark
 from icons.projection import PROJECTORS
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows

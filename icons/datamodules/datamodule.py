@@ -39,7 +39,7 @@ class ConversationDataModule(LightningDataModule):
         allow_paths: folders beside `images` that the records' absolute paths may lie in.
         web_images: fetch images that the records name by http(s) addresses.
 
-    `plan` is what `predict_dataloader` goes through; GradientWriter sets it. Without one it is every row, as one unit.
+    `plan` is what `predict_dataloader` goes through, given by the writer. Without one it is every row, as one unit.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class ConversationDataModule(LightningDataModule):
 
     def predict_dataloader(self) -> "DataLoader[Any]":
         plan = self.plan or UnitPlan(Partition(len(self.dataset), max(1, len(self.dataset))), [0])
-        sampler = UnitBatchSampler.of_plan(plan, self.dataset.lengths, self.batch_size, self.max_tokens)
+        sampler = UnitBatchSampler(plan, self.dataset.lengths, self.batch_size, self.max_tokens)
         return unit_dataloader(self.dataset, sampler, self.dataset.collate, num_workers=self.num_workers)
 
     def describe(self) -> dict[str, Any]:

@@ -6,19 +6,17 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from icons.interruption import ignore
-from icons.partition import Claim, Partition, UnitPlan, form_batches
+from icons.partition import UnitPlan, form_batches
 
 
 class UnitBatchSampler(Sampler[list[int]]):
     """Batches of rows, formed inside one unit from the lengths of its rows alone.
 
     Args:
-        partition: rows -> units.
-        units: the units to go through, in this order.
+        plan: the units to go through, in its order.
         lengths: tokens of each of the given rows, as the model will see them (images expanded).
         batch_size: most rows per batch.
         max_tokens: most tokens per batch, padding included; None: no limit.
-        claim: asked when a unit begins; False leaves the unit out (another run is computing it).
 
     It has no `len()`: the number of batches follows from the length of every row, and to measure all rows of a large
     data file before the first is computed would take longer than it is worth. Progress is counted in
@@ -27,41 +25,17 @@ class UnitBatchSampler(Sampler[list[int]]):
 
     def __init__(
         self,
-        partition: Partition,
-        units: Sequence[int],
-        lengths: Callable[[Sequence[int]], list[int]],
-        batch_size: int,
-        max_tokens: int | None = None,
-        claim: Claim | None = None,
-    ) -> None:
-        self.partition, self.units, self.lengths = partition, list(units), lengths
-        self.batch_rows, self.max_tokens, self.claim = batch_size, max_tokens, claim
-
-    @classmethod
-    def of_plan(
-        cls,
         plan: UnitPlan,
         lengths: Callable[[Sequence[int]], list[int]],
         batch_size: int,
         max_tokens: int | None = None,
-    ) -> "UnitBatchSampler":
-        return cls(plan.partition, plan.units, lengths, batch_size, max_tokens, plan.claim)
-
-    def unit_batches(self, unit: int) -> list[list[int]]:
-        """The batches of one unit: every row of it once."""
-        rows = self.partition.unit_rows(unit)
-        return form_batches(rows, self.lengths(rows), self.batch_rows, self.max_tokens)
+    ) -> None:
+        self.plan, self.lengths, self.batch_rows, self.max_tokens = plan, lengths, batch_size, max_tokens
 
     def __iter__(self) -> Iterator[list[int]]:
-        deferred = []
-        for unit in self.units:
-            if self.claim is None or self.claim(unit):
-                yield from self.unit_batches(unit)
-            else:
-                deferred.append(unit)
-        for unit in deferred:  # by now their owners have been watched for some time
-            if self.claim is not None and self.claim(unit, patient=True):
-                yield from self.unit_batches(unit)
+        for unit in self.plan.claimed():
+            rows = self.plan.partition.unit_rows(unit)
+            yield from form_batches(rows, self.lengths(rows), self.batch_rows, self.max_tokens)
 
 
 class RowsDataset(Dataset[list[Any]]):

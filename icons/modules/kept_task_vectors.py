@@ -49,7 +49,7 @@ def find_vectors(
         for place, name in enumerate(todo):
             module, dataset = modules[name], modules[name].dataset
             plan = UnitPlan(Partition(len(dataset), len(dataset)), [0] if place in mine else [])
-            sampler = UnitBatchSampler.of_plan(plan, dataset.lengths, module.batch_size, module.max_tokens)
+            sampler = UnitBatchSampler(plan, dataset.lengths, module.batch_size, module.max_tokens)
             loaders.append(unit_dataloader(dataset, sampler, dataset.collate))
         vectorizer = TaskVectorizer(model, todo, unit)
         trainer.predict(vectorizer, loaders, return_predictions=False)

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Unpack
 
 from lightning import LightningModule
 
-from icons.modules.writer import GradientWriter
+from icons.modules.gradient_writer import GradientWriter, GradientWriting
 from icons.projection import ConcatProjector
 
 
@@ -22,7 +22,7 @@ class PartWriter(GradientWriter):
         options: as for `GradientWriter`; `chunk_rows` must be given, the same for all.
     """
 
-    def __init__(self, path: str, part: int, **options: Any) -> None:
+    def __init__(self, path: str, part: int, **options: Unpack[GradientWriting]) -> None:
         super().__init__(path, **options)
         self.part = part
 

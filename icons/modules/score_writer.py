@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from lightning import LightningModule, Trainer
+from lightning import LightningModule
 
 from icons.modules.exact_scorer import InfluenceScorer
 from icons.modules.former_scores import FormerScores
-from icons.modules.writer import GradientWriter, computation
+from icons.modules.store_writer import StoreWriter, Writing
 from icons.store import ScoreStore
 from icons.store.manifest import check_compatible
 
@@ -17,16 +17,16 @@ AGREE = (
 )  # fmt: skip
 
 
-class ScoreWriter(GradientWriter):
-    """Stores what an `InfluenceScorer` predicts, unit by unit, as `GradientWriter` stores gradients: the same units,
-    ranks, shards, leases and resume. Behind a `GradientWriter` among the callbacks, the two fill their stores from one
-    pass: a unit is computed if it is missing in either.
+class ScoreWriter(StoreWriter):
+    """Stores what an `InfluenceScorer` predicts; a store that exists is gone on with.
+
+    Behind a `GradientWriter` among the callbacks, the two fill their stores from one pass.
 
     Args:
         path: the store.
         former: columns that are taken over from another store, with all groups of the new one.
         groups: of the new store; only needed with `former`.
-        options: as for `GradientWriter`.
+        options: as for `StoreWriter`.
     """
 
     STORE = ScoreStore
@@ -37,10 +37,11 @@ class ScoreWriter(GradientWriter):
         *,
         former: FormerScores | None = None,
         groups: Mapping[str, Sequence[str]] | None = None,
-        **options: Any,
+        **options: Unpack[Writing],
     ) -> None:
         super().__init__(path, **options)
         self.former, self.groups = former, groups or {}
+        self.columns: list[str] = []
 
     def own(self, outputs: Mapping[str, Any], pl_module: LightningModule) -> Mapping[str, Any]:
         """The batch with what a former store has of its rows."""
@@ -49,24 +50,22 @@ class ScoreWriter(GradientWriter):
         assert isinstance(pl_module, InfluenceScorer)
         return self.former.widened(outputs, list(pl_module.tasks.columns))
 
-    def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> ScoreStore:
-        """The score store at `path`.
-
-        Raises:
-            ValueError: the store there was made from something else: the field and both values.
-        """
+    def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
+        """With what a former store adds: `columns` are those of the new one."""
         assert isinstance(pl_module, InfluenceScorer)
-        datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        manifest, columns = self.describe(pl_module, datamodule), list(pl_module.tasks.columns)
-        manifest |= computation(trainer, pl_module)
-        if self.former is not None:
-            manifest, columns = self.former.manifest(manifest, self.groups), list(self.former.columns)
+        manifest = super().describe(pl_module, datamodule)
+        self.columns = list(pl_module.tasks.columns)
+        if self.former is None:
+            return manifest
+        self.columns = list(self.former.columns)
+        return self.former.manifest(manifest, self.groups)
 
+    def open_or_create(self, manifest: dict[str, Any], num_rows: int) -> ScoreStore:
         def create() -> None:
             ScoreStore.create(
                 self.path,
-                num_rows=self.num_rows or len(datamodule.dataset),
-                tasks=columns,
+                num_rows=num_rows,
+                tasks=self.columns,
                 manifest=manifest,
                 chunk_rows=self.chunk_rows or 1024,
                 extra={"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])},

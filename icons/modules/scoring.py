@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 
 from icons.modules.ranks import Run
-from icons.partition import assign
+from icons.partition import UnitPlan, assign
 from icons.scores import Reduce, Scorer
 from icons.scores.task_means import Normalize, check_plain
 from icons.store import GradientStore, ScoreStore, check_compatible
@@ -147,18 +147,18 @@ class Scoring:
     ) -> None:
         """Computes units that no other run is computing; each is written while the next one is computed."""
         writer = UnitWriter(store, again=units)
+
+        def claim(unit: int, patient: bool = False) -> bool:
+            return part.stop_status is None and writer.claim(unit, patient)
+
         try:
             writer.sweep()
-            for patient in (False, True):
-                for unit in [unit for unit in units if not patient or unit in writer.elsewhere]:
-                    if part.stop_status is not None:
-                        return
-                    if writer.claim(unit, patient):
-                        values = self.unit(scorer, stores, store.partition.unit_rows(unit), advance)
-                        writer.store_unit(unit, values)
+            for unit in UnitPlan(store.partition, units, claim).claimed():
+                writer.store_unit(unit, self.unit(scorer, stores, store.partition.unit_rows(unit), advance))
         finally:
             writer.close()
-        writer.finish()
+        if part.stop_status is None:
+            writer.finish()
 
     def prepare(
         self,

@@ -23,7 +23,7 @@ from gpu_proof.part import Part
 from icons.gradients import projected_gradients
 from icons.models.loading import checkpoint_layers
 from icons.modules.extractor import GradientExtractor
-from icons.modules.writer import GradientWriter
+from icons.modules.gradient_writer import GradientWriter
 from icons.preconditioner import AdamPreconditioner
 from icons.projection import CountSketch
 from icons.scores import Scorer, influence

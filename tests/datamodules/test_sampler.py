@@ -11,7 +11,7 @@ def lengths(rows: object) -> list[int]:
 
 
 def test_every_batch_lies_inside_one_unit_and_units_come_in_order() -> None:
-    batches = list(UnitBatchSampler(PARTITION, [3, 0, 4], lengths, batch_size=2))
+    batches = list(UnitBatchSampler(UnitPlan(PARTITION, [3, 0, 4]), lengths, batch_size=2))
     units = [{PARTITION.unit_of(row) for row in batch} for batch in batches]
     assert all(len(unit) == 1 for unit in units)
     assert [unit.pop() for unit in units] == [3, 3, 3, 0, 0, 0, 4]
@@ -20,7 +20,9 @@ def test_every_batch_lies_inside_one_unit_and_units_come_in_order() -> None:
 def test_batches_of_a_unit_do_not_depend_on_the_other_units() -> None:
     def of(world: int) -> list[list[int]]:
         shares = [assign(range(5), world, rank) for rank in range(world)]
-        return sorted(batch for share in shares for batch in UnitBatchSampler(PARTITION, share, lengths, 3, 9))
+        return sorted(
+            batch for share in shares for batch in UnitBatchSampler(UnitPlan(PARTITION, share), lengths, 3, 9)
+        )
 
     assert of(1) == of(2) == of(3)
 
@@ -32,7 +34,7 @@ def test_units_held_elsewhere_are_left_out_and_asked_for_once_more_at_the_end() 
         asked.append((unit, patient))
         return unit != 1 and (unit != 0 or patient)
 
-    sampler = UnitBatchSampler.of_plan(UnitPlan(PARTITION, [0, 1, 2], claim), lengths, batch_size=5)
+    sampler = UnitBatchSampler(UnitPlan(PARTITION, [0, 1, 2], claim), lengths, batch_size=5)
     assert [PARTITION.unit_of(batch[0]) for batch in sampler] == [2, 0]
     assert asked == [(0, False), (1, False), (2, False), (0, True), (1, True)]
 
@@ -44,12 +46,12 @@ def test_a_unit_is_claimed_only_when_its_turn_comes() -> None:
         asked.append(unit)
         return True
 
-    batches = iter(UnitBatchSampler.of_plan(UnitPlan(PARTITION, [0, 1, 2], claim), lengths, batch_size=5))
+    batches = iter(UnitBatchSampler(UnitPlan(PARTITION, [0, 1, 2], claim), lengths, batch_size=5))
     next(batches)
     assert asked == [0]
 
 
 def test_dataloader_gives_whole_batches_to_collate() -> None:
-    sampler = UnitBatchSampler(PARTITION, [4], lengths, batch_size=5)
+    sampler = UnitBatchSampler(UnitPlan(PARTITION, [4]), lengths, batch_size=5)
     loader = unit_dataloader([f"sample {row}" for row in range(22)], sampler, " + ".join)
     assert list(loader) == ["sample 21 + sample 20"]

@@ -8,8 +8,8 @@ import toy_predict as toy
 from lightning import Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
 
+from icons.modules.gradient_writer import GradientWriter
 from icons.modules.progress import ProgressLines, RowProgress
-from icons.modules.writer import GradientWriter
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -13,7 +13,7 @@ from lightning import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
-from icons.modules.writer import GradientWriter
+from icons.modules.gradient_writer import GradientWriter
 from icons.partition import UnitPlan
 
 WIDTH = 24
@@ -46,7 +46,7 @@ class ToyData(LightningDataModule):
 
     def predict_dataloader(self) -> Any:
         assert self.plan is not None
-        sampler = UnitBatchSampler.of_plan(self.plan, self.lengths, self.batch_size)
+        sampler = UnitBatchSampler(self.plan, self.lengths, self.batch_size)
         return unit_dataloader(self.dataset, sampler, self.collate)
 
 

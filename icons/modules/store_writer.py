@@ -1,11 +1,12 @@
-"""GradientWriter: the callback that stores what `Trainer.predict` computes, and says which rows are still to do."""
+"""StoreWriter: the callback that stores what `Trainer.predict` computes, and says which rows are still to do."""
 
 import signal
 import sys
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -29,23 +30,38 @@ class NoInterval:
     on_batch = on_epoch = False
 
 
-class GradientWriter(BasePredictionWriter):
-    """Stores the rows that a `GradientExtractor` predicts; a store that exists is gone on with.
+class Writing(TypedDict, total=False):
+    """What every writer may be told; see `StoreWriter`."""
+
+    num_rows: int | None
+    chunk_rows: int | None
+    manifest: Mapping[str, Any] | None
+    shard: str | None
+    retry_failed: bool
+    mixed_batches: bool
+    overwrite: bool
+    queue_units: int
+    lease_timeout_s: float
+
+
+class StoreWriter(BasePredictionWriter):
+    """Stores the rows that a module predicts; a store that exists is gone on with. What kind of store, and how it is
+    made, is said by `GradientWriter` and `ScoreWriter`.
 
     Before the first batch rank 0 opens or creates the store and finds the units still to do; every rank gets its share
-    and passes it to the datamodule as `datamodule.plan` (a `UnitPlan`), from which `predict_dataloader` makes its
-    batches (`UnitBatchSampler.of_plan`). A finished unit is stored from a background thread while the next is computed.
+    as `plan`, which is passed to the datamodule as `datamodule.plan`: `predict_dataloader` makes its batches from it
+    (`UnitBatchSampler`). A finished unit is stored from a background thread while the next is computed.
     SIGTERM and SIGUSR1 finish the current unit and exit with status 75. All ranks end together: a rank that is done,
     has failed or was interrupted waits for the others, and then all have the same status.
+
+    Behind another writer among the callbacks, both fill their stores from one pass: a unit is computed if it is missing
+    in either.
 
     Args:
         path: the store: a folder, or a URL (s3://bucket/name).
         num_rows: records of the data file; default: `len(datamodule.dataset)`.
-        dim: numbers per row; default: the extractor's projector's.
-        dtype: float16, float32 or int8.
-        chunk_rows: rows per unit; default: chunks of 2 to 16 MB.
-        codec: compressor for the rows; default none.
-        manifest: further entries; they win over what extractor and datamodule say with their `describe()`.
+        chunk_rows: rows per unit; default: as suits the store.
+        manifest: further entries; they win over what module and datamodule say with their `describe()`.
         shard: "I/N": only the I-th (from 0) of N equal shares of all units, for jobs that do not know of each other.
         retry_failed: also compute the units with failed rows.
         mixed_batches: go on with a store although batch size or token limit are not those it was begun with: rows then
@@ -55,17 +71,14 @@ class GradientWriter(BasePredictionWriter):
         lease_timeout_s: after this time without a sign of life the unit of a run on another machine is taken over.
     """
 
-    STORE: type[GradientStore] | type[ScoreStore] = GradientStore
+    STORE: type[GradientStore] | type[ScoreStore]
 
     def __init__(
         self,
         path: str | Path,
         *,
         num_rows: int | None = None,
-        dim: int | None = None,
-        dtype: Literal["float16", "float32", "int8"] = "float16",
         chunk_rows: int | None = None,
-        codec: str | Mapping[str, Any] | None = None,
         manifest: Mapping[str, Any] | None = None,
         shard: str | None = None,
         retry_failed: bool = False,
@@ -76,31 +89,35 @@ class GradientWriter(BasePredictionWriter):
     ) -> None:
         super().__init__("batch")
         self.interval = NoInterval()  # type: ignore[assignment]
-        self.path, self.num_rows, self.dim, self.dtype = path, num_rows, dim, dtype
-        self.chunk_rows, self.codec, self.manifest = chunk_rows, codec, dict(manifest or {})
+        self.path, self.num_rows, self.chunk_rows, self.manifest = path, num_rows, chunk_rows, dict(manifest or {})
         self.shard = (0, 1) if shard is None else parse_shard(shard)
         self.retry_failed, self.queue_units, self.lease_timeout_s = retry_failed, queue_units, lease_timeout_s
         self.mixed_batches, self.overwrite = mixed_batches, overwrite
         self.store: GradientStore | ScoreStore | None = None
-        self.units: list[int] = []
+        self.plan: UnitPlan | None = None
         self.writer: UnitWriter | None = None
         self.failures: FailureLog | None = None
         self.progress: RowProgress | None = None
         self.run: Run | None = None  # of the last of several writers
         self.threads: int | None = None
 
+    @abstractmethod
+    def open_or_create(self, manifest: dict[str, Any], num_rows: int) -> GradientStore | ScoreStore:
+        """The store at `path`, checked against what this run would write.
+
+        Raises:
+            ValueError: the store there was made from something else: the field and both values.
+        """
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Opens the store and plans the work, on all ranks alike.
-
-        Behind another writer among the callbacks, both fill their stores from one pass: a unit is computed if it is
-        missing in either.
 
         Raises:
             ValueError: Trainer flags under which the rows would be wrong, a store made from something else, or one of
                 other units than the store beside it.
         """
         super().setup(trainer, pl_module, stage)
-        check_trainer(trainer)
+        check_trainer(trainer, type(self).__name__)
         own_signals(trainer)
         if writers(trainer)[-1] is self:
             self.run = Run(launched_by(trainer.strategy))
@@ -109,7 +126,6 @@ class GradientWriter(BasePredictionWriter):
             raise found
         self.store = self.STORE.open(self.path, mode="r+")
         self.adopt_threads(trainer)
-        self.units = assign(found["todo"], trainer.world_size, trainer.global_rank)
         again = found["again"]
         self.writer = UnitWriter(
             self.store, again=again, queue_units=self.queue_units, lease_timeout_s=self.lease_timeout_s
@@ -117,6 +133,8 @@ class GradientWriter(BasePredictionWriter):
         self.failures = FailureLog(self.store, again)
         if trainer.is_global_zero:
             self.writer.sweep()
+        mine = assign(found["todo"], trainer.world_size, trainer.global_rank)
+        self.plan = UnitPlan(self.store.partition, mine, self.writer.claim)
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is not None:
             datamodule.plan = self.plan if writers(trainer)[0] is self else self.beside(datamodule.plan)
@@ -135,14 +153,9 @@ class GradientWriter(BasePredictionWriter):
         self.threads = own
         torch.set_num_threads(begun)
 
-    @property
-    def plan(self) -> UnitPlan:
-        """What this rank has to do; known after `setup`."""
-        assert self.store is not None and self.writer is not None
-        return UnitPlan(self.store.partition, self.units, self.writer.claim)
-
     def beside(self, plan: UnitPlan) -> UnitPlan:
         """This rank's work with that of the writers before this one."""
+        assert self.plan is not None
         if plan.partition != self.plan.partition:
             raise ValueError(
                 f"store {self.path}: has units of {self.plan.partition.chunk_rows} rows, the store beside it "
@@ -153,12 +166,14 @@ class GradientWriter(BasePredictionWriter):
     def prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[int]] | Exception:
         """Opens or creates the store (rank 0); the units to do, or what went wrong."""
         try:
-            store = self.open_or_create(trainer, pl_module)
+            datamodule: Any = getattr(trainer, "datamodule", None)
+            manifest = self.describe(pl_module, datamodule) | computation(trainer, pl_module)
+            store = self.open_or_create(manifest, self.num_rows or len(datamodule.dataset))
             mine = set(assign(range(store.partition.num_units), self.shard[1], self.shard[0]))
             again = sorted(mine & set(store.failed_units())) if self.retry_failed else []
             todo = sorted(mine & set(store.missing()) | set(again))
             if todo:
-                self.check_batches(store, batches_of(getattr(trainer, "datamodule", None)))
+                self.check_batches(store, batches_of(datamodule))
             return {"todo": todo, "again": again}
         except Exception as error:
             return error
@@ -179,21 +194,6 @@ class GradientWriter(BasePredictionWriter):
             )
         store.amend(batches=MIXED)
 
-    def open_or_create(self, trainer: Trainer, pl_module: LightningModule) -> GradientStore | ScoreStore:
-        """The store at `path`, checked against what this run would write."""
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        manifest = self.describe(pl_module, datamodule) | computation(trainer, pl_module)
-        return GradientStore.open_or_create(
-            self.path,
-            num_rows=self.num_rows or len(datamodule.dataset),
-            dim=self.dim or manifest["projector"]["dim"] or manifest["adapter"]["parameters"],
-            dtype=self.dtype,
-            chunk_rows=self.chunk_rows,
-            manifest=manifest,
-            codec=self.codec,
-            overwrite=self.overwrite,
-        )
-
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
         """The manifest: what the rows are made from."""
         describes = [getattr(part, "describe", dict) for part in (datamodule, pl_module)]
@@ -206,9 +206,9 @@ class GradientWriter(BasePredictionWriter):
         if writers(trainer)[-1] is self:
             assert self.run is not None
             self.run.watch(lambda: ask_to_stop(trainer))
-        assert self.progress is not None
+        assert self.progress is not None and self.plan is not None
         plan: UnitPlan = getattr(getattr(trainer, "datamodule", None), "plan", None) or self.plan
-        self.progress.start(sum(len(plan.partition.unit_rows(unit)) for unit in plan.units))
+        self.progress.start(plan.num_rows)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -290,9 +290,9 @@ class GradientWriter(BasePredictionWriter):
             self.progress.stop()
 
 
-def writers(trainer: Trainer) -> list[GradientWriter]:
+def writers(trainer: Trainer) -> list[StoreWriter]:
     """All of a run, in order: the first plans anew; the last, which SIGTERM stops, has its rows when all have them."""
-    return [callback for callback in trainer.callbacks if isinstance(callback, GradientWriter)]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if isinstance(callback, StoreWriter)]  # type: ignore[attr-defined]
 
 
 def computation(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -314,15 +314,15 @@ def unit_writers(trainer: Trainer) -> list[UnitWriter]:
     return [each.writer for each in writers(trainer) if each.writer is not None]
 
 
-def check_trainer(trainer: Trainer) -> None:
+def check_trainer(trainer: Trainer, writer: str) -> None:
     if trainer.predict_loop.inference_mode:
         raise ValueError(
-            "GradientWriter: got Trainer(inference_mode=True), under which every gradient is a silent zero; expected "
+            f"{writer}: got Trainer(inference_mode=True), under which every gradient is a silent zero; expected "
             "Trainer(inference_mode=False)"
         )
     if trainer._accelerator_connector.use_distributed_sampler:
         raise ValueError(
-            "GradientWriter: got Trainer(use_distributed_sampler=True), under which ranks would share units; expected "
+            f"{writer}: got Trainer(use_distributed_sampler=True), under which ranks would share units; expected "
             "Trainer(use_distributed_sampler=False): the writer gives every rank its own units"
         )
 
