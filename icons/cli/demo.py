@@ -20,9 +20,10 @@ from icons.cli.command_line import call
 from icons.cli.console import console
 from icons.cli.extras import require
 from icons.cli.options.demo import DemoOptions
+from icons.consensus.rules import voted
 from icons.consensus.selection_file import open_selection
 from icons.datamodules.easy_vqa import POOL, DemoData, make_demo_data
-from icons.demo.comparison_tables import comparison_table, count_votes, outcome, shares_table, votes_table
+from icons.demo.comparison_tables import comparison_table, outcome, shares_table, votes_table
 from icons.models.pinned_settings import claim
 from icons.output import check_output, is_marked, mark, put
 from icons.store import ScoreStore
@@ -183,7 +184,7 @@ class Demo:
         """Writes `comparison.json` and the report, and prints the closing tables."""
         records, selection = msgspec.json.decode(data.pool.read_bytes()), open_selection(selected)
         store, by_task = ScoreStore.open(str(scores)), selection.manifest["thresholds"]
-        votes = count_votes(np.asarray(store.influence[:]), [by_task[task] for task in store.tasks])
+        votes = voted(np.asarray(store.influence[:]), np.array([by_task[task] for task in store.tasks])).sum(axis=1)
         content = outcome(records, selection.rows, votes, runs, self.settings.note)
         file = self.out / "comparison.json"
         put(file, json.dumps(content, indent=1) + "\n")

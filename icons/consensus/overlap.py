@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from icons.consensus.rules import Columns, threshold
+from icons.consensus.rules import Columns, threshold, voted
 from icons.consensus.votes import Scores, matrix_of
 
 BLOCK_ROWS = 1 << 20
@@ -67,7 +67,6 @@ def task_overlap(
     thresholds = np.array(columns.each(lambda column: threshold(column, fraction)))
     shared = np.zeros((len(tasks), len(tasks)))
     for start in range(0, len(matrix), BLOCK_ROWS):
-        part = slice(start, start + BLOCK_ROWS)
-        voted = (matrix[part][columns.scored[part]] >= thresholds).astype(np.float32)  # exact below 2^24 rows
-        shared += voted.T @ voted
+        votes = voted(matrix[start : start + BLOCK_ROWS], thresholds).astype(np.float32)  # exact below 2^24 rows
+        shared += votes.T @ votes
     return shared / np.maximum(np.diag(shared), 1)[:, None]

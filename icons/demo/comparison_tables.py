@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from rich.box import SIMPLE
 from rich.table import Table
 
-from icons.report.comparison import relative_performance
+from icons.report.accuracies import mean_and_spread, method_results
 
 REFERENCE = "full"
 Runs = Mapping[str, Sequence[Mapping[str, float]]]
@@ -58,33 +58,19 @@ def outcome(
     }
 
 
-def count_votes(influence: Float[np.ndarray, "rows tasks"], thresholds: Sequence[float]) -> Int[np.ndarray, " rows"]:
-    """Tasks whose threshold a row reaches; a row without scores (NaN) has none.
-
-    >>> count_votes(np.array([[0.3, 0.1], [0.2, 0.5], [np.nan, np.nan]]), [0.2, 0.4]).tolist()
-    [1, 2, 0]
-    """
-    return (influence >= np.asarray(thresholds)).sum(axis=1)
-
-
 def comparison_table(content: Mapping[str, Any]) -> Table:
     """Test accuracy (%) per task and subset, and Rel. (%): its mean over tasks, relative to full data."""
-    tasks, methods = content["tasks"], content["methods"]
-    accuracy = {method["name"]: [run["accuracy"] for run in method["runs"]] for method in methods}
-    whole = {task: float(np.mean([run[task] for run in accuracy[content["reference"]]])) for task in tasks}
     table = Table(
         title="Test accuracy (%) after fine-tuning the same start", caption=content["note"] or None, box=SIMPLE
     )
     table.add_column("trained on")
-    for heading in ("rows", *tasks, "Rel. (%)"):
+    for heading in ("rows", *content["tasks"], "Rel. (%)"):
         table.add_column(heading, justify="right")
-    for method in methods:
-        several = accuracy[method["name"]]
-        cells = [spread([100 * run[task] for run in several]) for task in tasks]
-        relative = spread([relative_performance(run, whole, tasks) for run in several])
-        style = "bold" if method.get("strong") else None
-        name = method["name"] + (f" ×{len(several)}" if len(several) > 1 else "")
-        table.add_row(name, f"{method['rows']:,}", *cells, relative, style=style)
+    for method in method_results(content, "comparison"):
+        several = len(method.relative)
+        name = method.name + (f" ×{several}" if several > 1 else "")
+        cells = [spread(values) for values in (*method.accuracy.values(), method.relative)]
+        table.add_row(name, f"{method.rows:,}", *cells, style="bold" if method.strong else None)
     return table
 
 
@@ -94,7 +80,7 @@ def spread(values: Sequence[float]) -> str:
     >>> spread([1.0, 3.0]), spread([2.0])
     ('2.0 ±1.4', '2.0')
     """
-    return f"{np.mean(values):.1f}" + (f" ±{np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
+    return " ±".join(part for part in mean_and_spread(values) if part)
 
 
 def shares_table(content: Mapping[str, Any]) -> Table:

@@ -1,16 +1,20 @@
 """Tensor files: weights read by name from safetensors and PyTorch files, whole or only what is asked for."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+SHOWN = 3
+AGAIN = "copy or download it again"
+
 
 @contextmanager
-def readable(what: Path, expected: str) -> Iterator[None]:
+def readable(what: Path, expected: str, remedy: str = AGAIN) -> Iterator[None]:
     """Around what reads a file or folder: whatever a library makes of a broken one is a single line.
 
     Raises:
@@ -21,14 +25,34 @@ def readable(what: Path, expected: str) -> Iterator[None]:
     except (OSError, MemoryError, ImportError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # pickle, safetensors, tokenizers and SentencePiece each have their own
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise ValueError(f"{what}: cannot be read as {expected} ({reason}); copy or download it again") from error
+        said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        reason = ", ".join(foreign_objects(what)[:SHOWN]) or said
+        raise ValueError(f"{what}: cannot be read as {expected} ({reason}); {remedy}") from error
+
+
+def foreign_objects(file: Path) -> list[str]:
+    """The kinds of Python objects in a PyTorch file for which it is not read."""
+    with suppress(Exception):  # whatever is wrong with the file: it cannot be read, which is said already
+        return [f"it holds a {name}" for name in torch.serialization.get_unsafe_globals_in_checkpoint(file)]
+    return []
+
+
+def load_data(file: Path, expected: str, remedy: str = AGAIN) -> Any:
+    """What a PyTorch file holds, read as data alone and mapped into memory, so that what is not looked at costs
+    nothing.
+
+    Raises:
+        ValueError: it is broken, or holds Python objects, which are named.
+    """
+    with readable(file, expected, remedy):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written by torch < 1.6: not mappable
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """The tensors of one file whose name is `wanted`.
-
-    PyTorch files are read with `weights_only=True` and mapped into memory, so that what is not wanted costs nothing.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -36,14 +60,10 @@ def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) 
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; expected weights")
-    with readable(file, "weights"):
-        if file.suffix == ".safetensors":
-            with safe_open(str(file), framework="pt") as stored:
-                return {name: stored.get_tensor(name) for name in stored.keys() if wanted(name)}  # noqa: SIM118
-        try:
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # written by torch < 1.6: not mappable
-            content = torch.load(file, map_location="cpu", weights_only=True)
+    if file.suffix == ".safetensors":
+        with readable(file, "weights"), safe_open(str(file), framework="pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys() if wanted(name)}  # noqa: SIM118
+    content = load_data(file, "weights")
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {name: value for name, value in content.items() if isinstance(value, Tensor) and wanted(name)}
 

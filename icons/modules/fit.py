@@ -14,6 +14,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
+from icons.models.tensor_files import load_data
 from icons.models.warmup_folder import MANIFEST
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of, remove
 from icons.modules.progress import FitProgress
@@ -158,17 +159,8 @@ def check_resumable(last: Path) -> None:
     Raises:
         ValueError: it is broken, or holds more than data.
     """
-    try:
-        if last.is_file():  # a folder is DeepSpeed's or FSDP's, which reads it
-            torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # pickle raises whatever a broken file leads it to
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(
-            f"{last}: cannot be read as the checkpoint of a fit ({reason}); restore it, or start again with "
-            "--resume false"
-        ) from error
+    if last.is_file():  # a folder is DeepSpeed's or FSDP's, which reads it
+        load_data(last, "the checkpoint of a fit", "restore it, or start again with --resume false")
 
 
 @rank_zero_only

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from icons.report import figures
+from icons.report.accuracies import mean_and_spread, method_results
 from icons.report.page import Cell, Fact, Picture, Section, Table
 
 NUM_FACTS = 2
@@ -50,18 +51,6 @@ def read(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
-def relative_performance(accuracy: Mapping[str, float], reference: Mapping[str, float], tasks: Sequence[str]) -> float:
-    """Mean over tasks of accuracy divided by the reference's, in percent: the paper's Rel. (%).
-
-    A task where the reference has 0 is left out; NaN when none is left.
-
-    >>> relative_performance({"a": 0.4, "b": 0.9}, {"a": 0.5, "b": 0.9}, ["a", "b"])
-    90.0
-    """
-    ratios = [accuracy[task] / reference[task] for task in tasks if reference[task]]
-    return 100 * sum(ratios) / len(ratios) if ratios else float("nan")
-
-
 def results(path: Path) -> tuple[Section, list[Fact]]:
     """The section with accuracies per task and method, and the shares for the page's head.
 
@@ -69,28 +58,20 @@ def results(path: Path) -> tuple[Section, list[Fact]]:
         ValueError: a method lacks a task, or the reference is not among the methods.
     """
     content = read(path, "tasks", "methods", "reference")
-    tasks, methods = list(content["tasks"]), list(content["methods"])
-    accuracies = {method["name"]: [run["accuracy"] for run in method["runs"]] for method in methods}
-    for name, runs in accuracies.items():
-        lost = sorted({task for task in tasks for run in runs if task not in run})
-        if lost or not runs:
-            raise ValueError(
-                f"{path}: method {name!r} has {len(runs)} runs; no accuracy for: {', '.join(lost) or 'any'}"
-            )
-    if content["reference"] not in accuracies:
-        raise ValueError(f"{path}: the reference {content['reference']!r} is none of {', '.join(accuracies)}")
-    whole = {task: float(np.mean([run[task] for run in accuracies[content["reference"]]])) for task in tasks}
-    relative = {name: [relative_performance(run, whole, tasks) for run in runs] for name, runs in accuracies.items()}
-    rows = []
-    for method in methods:
-        runs = accuracies[method["name"]]
-        per_task = [spread([100 * run[task] for run in runs]) for task in tasks]
-        count = Cell(f"{method['rows']:,}") if "rows" in method else Cell("")
-        rows.append([Cell(method["name"]), count, *per_task, spread(relative[method["name"]])])
-    best = [i for i, method in enumerate(methods) if method.get("strong")]
-    table = Table(["method", "rows", *tasks, "Rel. (%)"], rows, content.get("note", ""), best)
+    methods = method_results(content, path)
+    rows = [
+        [
+            Cell(method.name),
+            Cell("" if method.rows is None else f"{method.rows:,}"),
+            *(spread(method.accuracy[task]) for task in content["tasks"]),
+            spread(method.relative),
+        ]
+        for method in methods
+    ]
+    best = [number for number, method in enumerate(methods) if method.strong]
+    table = Table(["method", "rows", *content["tasks"], "Rel. (%)"], rows, content.get("note", ""), best)
     picture = Picture(
-        figures.dots(list(relative), list(relative.values()), 100.0),
+        figures.dots([method.name for method in methods], [method.relative for method in methods], 100.0),
         "Rel. (%) of each method: one dot per seed, a bar at the mean, a line at full data.",
         "Rel. (%): one dot per seed, a bar at the mean.",
     )
@@ -159,8 +140,8 @@ def spread(values: Sequence[float]) -> Cell:
     >>> spread([1.0, 3.0])
     Cell(value='2.0', note='± 1.4')
     """
-    note = f"± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return Cell(f"{np.mean(values):.1f}", note)
+    mean, deviation = mean_and_spread(values)
+    return Cell(mean, f"± {deviation}" if deviation else "")
 
 
 def measured(cell: object, places: int = 2) -> Cell:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from icons.batch import Status
 from icons.consensus.border import CERTAIN
+from icons.consensus.rules import voted
 from icons.store import ScoreStore
 
 BLOCK_ROWS = 1 << 18
@@ -93,7 +94,7 @@ def count(
         codes += np.bincount(status, minlength=256)
         rows = start + np.flatnonzero(np.isfinite(influence).all(axis=1))
         values, errors = influence[rows - start], stderr[rows - start]
-        votes_for = values >= thresholds
+        votes_for = voted(values, thresholds)
         chosen = selected[rows]
         row_votes[rows] = votes_for.sum(axis=1)
         votes += np.bincount(row_votes[rows], minlength=num_tasks + 1)

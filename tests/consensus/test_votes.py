@@ -7,7 +7,7 @@ from hypothesis.extra.numpy import arrays
 
 from icons.consensus import METHODS, Selection, select
 from icons.consensus.budget import Sources
-from icons.consensus.rules import RULES
+from icons.consensus.rules import RULES, voted
 
 RNG = np.random.default_rng(0)
 SCORES = RNG.normal(size=(200, 5)).astype(np.float32)
@@ -229,3 +229,12 @@ def test_a_selection_remembers_what_it_was_asked() -> None:
     assert isinstance(chosen, Selection) and chosen.method == "vote"
     assert chosen.settings["num_rows"] == 10 and chosen.settings["vote_fraction"] == 0.05
     assert chosen.thresholds.tolist() == [np.percentile(column, 95) for column in SCORES.T]
+
+
+def test_votes_for_given_thresholds_are_those_of_a_loop() -> None:
+    scores = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
+    scores[4, 1] = np.nan  # no score for one task: no vote for any
+    thresholds = np.array([0.1, 0.2, scores[7, 2].item()])  # a row at the threshold votes
+    expected = [sum(bool(value >= limit) for value, limit in zip(row, thresholds, strict=True)) for row in scores]
+    expected[4] = 0
+    assert voted(scores, thresholds).sum(axis=1).tolist() == expected

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from icons.demo.comparison_tables import comparison_table, count_votes, outcome, shares_table, spread, votes_table
+from icons.demo.comparison_tables import comparison_table, outcome, shares_table, spread, votes_table
 
 RECORDS = [{"provenance": name} for name in ("good", "good", "wrong", "good")]
 RUNS = {
@@ -53,15 +53,6 @@ def test_comparison_table_has_accuracies_and_rel_to_full() -> None:
 def test_votes_are_a_histogram_over_all_rows_of_the_pool() -> None:
     assert found()["votes"] == [1, 2, 1]
     assert [line.count("█") for line in text(votes_table(found(), width=10)).splitlines() if "█" in line] == [5, 10, 5]
-
-
-def test_votes_are_counted_as_a_loop_would() -> None:
-    scores = np.random.default_rng(0).normal(size=(30, 3)).astype(np.float32)
-    scores[4] = np.nan
-    thresholds = [0.1, 0.2, scores[7, 2].item()]  # a row at the threshold votes
-    expected = [sum(bool(value >= limit) for value, limit in zip(row, thresholds, strict=True)) for row in scores]
-    assert count_votes(scores, thresholds).tolist() == expected
-    assert expected[4] == 0
 
 
 def test_shares_table_has_the_largest_share_of_the_pool_first() -> None:

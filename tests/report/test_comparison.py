@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from icons.report import comparison
+from icons.report.accuracies import relative_performance
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_results_are_relative_to_the_reference(content: dict[str, Any], tmp_path
 
 
 def test_a_task_that_the_reference_never_solves_is_left_out_of_rel() -> None:
-    relative = comparison.relative_performance
+    relative = relative_performance
     assert relative({"a": 0.4, "b": 0.9}, {"a": 0.5, "b": 0.0}, ["a", "b"]) == 80
     assert np.isnan(relative({"a": 1.0}, {"a": 0.0}, ["a"]))
 

@@ -14,9 +14,9 @@ baselines.py    chance, loss, gradient norm
 own.py          a rule of one's own, by import path
 """
 
-from icons.consensus.rules.columns import Columns, threshold
+from icons.consensus.rules.columns import Columns, threshold, voted
 from icons.consensus.rules.evidence import Evidence
 from icons.consensus.rules.own import OwnRule
 from icons.consensus.rules.table import RULES, Rule
 
-__all__ = ["RULES", "Columns", "Evidence", "OwnRule", "Rule", "threshold"]
+__all__ = ["RULES", "Columns", "Evidence", "OwnRule", "Rule", "threshold", "voted"]

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from icons.consensus.ranking import midranks
 
@@ -86,6 +86,17 @@ def threshold(column: Float[np.ndarray, " rows"], fraction: float) -> np.floatin
     4.0
     """
     return np.percentile(column, percentile(fraction), overwrite_input=False)
+
+
+def voted(
+    scores: Float[np.ndarray, "rows tasks"], thresholds: Float[np.ndarray, " tasks"]
+) -> Bool[np.ndarray, "rows tasks"]:
+    """Which tasks vote for which rows: those whose threshold a row reaches. A row without a score has no vote.
+
+    >>> voted(np.array([[0.3, 0.1], [0.2, 0.5], [0.9, np.nan]]), np.array([0.2, 0.4])).sum(axis=1).tolist()
+    [1, 2, 0]
+    """
+    return (scores >= thresholds) & np.isfinite(scores).all(axis=1, keepdims=True)
 
 
 def percentile(fraction: float) -> float:

@@ -3,18 +3,17 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from icons.models.adam_state.deepspeed import MOMENTS, is_deepspeed, read_deepspeed
 from icons.models.parameter_names import match_names
+from icons.models.tensor_files import load_data
 from icons.preconditioner import AdamPreconditioner
 
 WARMUP_FILE = "adam.safetensors"
@@ -144,27 +143,15 @@ def read_warmup(file: Path) -> Moments:
 
 
 def load(path: Path) -> Mapping[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:  # pickle raises whatever a broken file leads it to
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
-        reason = ", ".join(foreign_objects(path)[:SHOWN]) or said
-        raise ValueError(
-            f"{path}: cannot be read as data alone ({reason}); expected an optimizer state without Python objects: "
-            "save the checkpoint without them, or give the optimizer's file"
-        ) from None
+    content = load_data(
+        path,
+        "data alone",
+        "expected an optimizer state without Python objects: save the checkpoint without them, or give the "
+        "optimizer's file",
+    )
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected an optimizer state")
     return content
-
-
-def foreign_objects(path: Path) -> list[str]:
-    """The kinds of Python objects in a file for which it is not read."""
-    with suppress(Exception):  # whatever is wrong with the file: it cannot be read, which is said already
-        return [f"it holds a {name}" for name in torch.serialization.get_unsafe_globals_in_checkpoint(path)]
-    return []
 
 
 def read_torch(state: Mapping[str, Any], path: Path, model: nn.Module, known: Sequence[str]) -> Moments:

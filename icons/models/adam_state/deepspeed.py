@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icons.models.tensor_files import load_data
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Shapes = Mapping[str, torch.Size]
 
@@ -172,7 +174,8 @@ def load(file: Path) -> Mapping[str, Any]:
     if others := [name for name in foreign if not name.startswith("deepspeed.")]:
         raise ValueError(f"{file}: contains {others[0]}, which is not data; expected a file written by DeepSpeed")
     with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        found: Mapping[str, Any] = load_data(file, "a file of DeepSpeed")
+    return found
 
 
 def join_group(
