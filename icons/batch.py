@@ -8,11 +8,13 @@ A *batch* is a mapping. Fields with a meaning here:
 | `attention_mask` | `[B, L]` int64 | 1 = token, 0 = padding |
 | `labels` | `[B, L]` int64 | the id to predict *at* this position (shifted inside the loss); -100 = not supervised |
 | `row` | `[B]` int64 | the record's position in the data file |
+| `entries_per_row` | mapping of `[B]` int64 | optional: field -> entries (images, tiles, patches) of each row |
 | `failed_row` | `[F]` int64 | rows of this batch that could not be read; absent means none |
 | `failed_status` | `[F]` uint8 | their `Status` |
 | `failed_reason` | list of F texts | the sentence that says why; `failed_id` likewise: the records' ids |
 
-Every other entry (`pixel_values`, `image_sizes`, ...) goes to the model's forward as it is. A batch whose rows all
+Every other entry (`pixel_values`, `image_sizes`, ...) goes to the model's forward as it is; entries of a field whose
+first dimension is not the rows' stand row by row, as `entries_per_row` counts them. A batch whose rows all
 failed has `B = 0`.
 """
 
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IGNORE_INDEX = -100
-OWN_FIELDS = ("labels", "row", "failed_row", "failed_status", "failed_reason", "failed_id")
+OWN_FIELDS = ("labels", "row", "entries_per_row", "failed_row", "failed_status", "failed_reason", "failed_id")
 
 Batch = Mapping[str, Any]
 

@@ -313,6 +313,8 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             parts = [sample[name] for sample in good if name in sample]
             if parts[0].dim() > 1:
                 batch[name] = join(parts)
+                counts = [len(sample[name]) if name in sample else 0 for sample in good]
+                batch.setdefault("entries_per_row", {})[name] = torch.tensor(counts, dtype=torch.int64)
             else:  # one value per token
                 batch[name] = ids.new_zeros(ids.shape, dtype=parts[0].dtype)
                 for place, sample in enumerate(good):

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients.chance import without_chance
-from icons.gradients.layers import FOREIGN, Call, Layout, Part, widen
+from icons.gradients.layers import Call, Part, widen
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.ownership import FOREIGN, Layout, Ownership
 from icons.gradients.paths import Paths, parts_of
 from icons.gradients.tap import NarrowInputs, Tap
 
@@ -71,12 +72,13 @@ class BackwardPass:
         self.shape = (batch["labels"].shape[0], batch["labels"].shape[1])
         self.proving, self.scale = proving, scale if needs_scale(model) else None
         self.slow = set() if proving else known.slow(parameters) | (slow or set())
+        self.ownership = Ownership(model, batch)
         self.parts = parts_of(model, parameters, known)
         for parts in self.parts.values():
             parts[:] = [part for part in parts if part.name not in self.slow]
         self.uses = dict.fromkeys(parameters, 0)  # calls in the forward pass that still owe their gradient
         self.met: dict[str, set[Layout]] = {name: set() for name in parameters}
-        self.size_of: dict[str, Tensor] = {}  # |x| |g|, summed over uses: what rounding is measured by
+        self.size_of: dict[str, Tensor] = {}  # |x| |g| of each sample, summed over uses: what rounding is measured by
         self.partial: dict[str, Tensor] = {}
         self.sent: set[str] = set()
         self.loud: dict[str, Tensor] = {}  # silent parameters that are not: a flag each
@@ -132,7 +134,7 @@ class BackwardPass:
         What no proof has met does need one: that it has none then is how one knows that it took no part.
         """
         grads = {name: parameter.grad for name, parameter in self.parameters.items()}
-        unmet = set() if self.proving else {name for name in self.parameters if not self.known.proven.get(name)}
+        unmet = set() if self.proving else {name for name in self.parameters if not self.known.met(name)}
         try:
             for name, parameter in self.parameters.items():
                 parameter.grad = None
@@ -170,7 +172,9 @@ class BackwardPass:
         if self.inside:
             return None
         parts = self.parts[module]
-        call = Call(module, args, kwargs, output, self.shape)
+        stranger = not self.known.sees_text.get(module, True)
+        owned = (self.ownership, self.known.refuses(parts)) if stranger else ()
+        call = Call(module, args, kwargs, output, self.shape, *owned)
         if self.forward_pass:
             self.meet(parts, call.layout)
         if call.layout == FOREIGN or not torch.is_grad_enabled():
@@ -212,13 +216,9 @@ class BackwardPass:
             for part in parts:
                 block = call.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
                 if self.proving:
-                    self.measure(part.name, kept[0], gradient)
+                    size = call.lengths(kept[0]).to(gradient.device) * call.lengths(gradient)
+                    self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
                 self.collect(part.name, block)
-
-    def measure(self, name: str, x: Tensor, gradient: Tensor) -> None:
-        length = x.float().norm() if x.is_floating_point() else torch.tensor(float(x.numel())).sqrt()
-        product = length.to(gradient.device) * gradient.float().norm()
-        self.size_of[name] = self.size_of.get(name, torch.zeros_like(product)) + product
 
     def collect(self, name: str, block: Tensor) -> None:
         """A weight used several times in one forward pass is complete when all its uses have arrived."""

@@ -11,7 +11,7 @@ from icons.batch import Batch
 from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, UnprovenError, device_of
 from icons.gradients.chance import refuse_dropout
 from icons.gradients.loss_scale import LossScale
-from icons.gradients.paths import SLOW, Paths, paths_of
+from icons.gradients.paths import Paths, paths_of
 from icons.gradients.proof import prove
 from icons.gradients.self_test import refuse_unknown, self_test
 
@@ -64,7 +64,7 @@ def per_sample_blocks(model: nn.Module, batch: Batch, begin: Callable[[], Receiv
             receive(name, torch.zeros(0, *parameter.shape, device=device, dtype=torch.float32))
         return torch.zeros(0, device=device, dtype=torch.float32)
     refuse_unknown(model)
-    known = paths_of(model, parameters)
+    known = paths_of(model, parameters, batch)
     self_test(model, batch, known)
     slow = known.slow(parameters)
     try:
@@ -92,7 +92,7 @@ def run(
         except UnprovenError as error:
             again = error.names & unproven  # a proof on the telling batch has not met what this batch does
             for name in again:
-                known.path[name] = SLOW
+                known.leave(name)
             if not again:
                 this_time = prove(model, batch, parameters, known)
             unproven |= error.names

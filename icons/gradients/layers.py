@@ -5,8 +5,9 @@ with hooks or parametrisations) the module itself is differentiated once more, o
 is one small module, not the model. Neither is trusted before `icons.gradients.proof` has seen it agree with autograd.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-Layout = tuple[Any, ...]  # how a call's tensors hold the samples: what a proof is good for
-FOREIGN: Layout = ("foreign",)  # nothing in the call looks laid out by samples
+from icons.gradients.ownership import FOREIGN, Layout, Ownership
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,19 @@ class Call:
         kwargs: its keyword arguments.
         output: what it gave.
         shape: (B, L) of the batch.
+        ownership: of the batch's images, for a module that does not see the text; None: it is laid out as the text is.
+        refused: maps of it that were found wrong.
     """
 
     def __init__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, shape: tuple[int, int]
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        output: Any,
+        shape: tuple[int, int],
+        ownership: Ownership | None = None,
+        refused: Set[str] = frozenset(),
     ) -> None:
         self.module, self.size = module, shape[0]
         self.leaves: list[Any]
@@ -58,18 +67,35 @@ class Call:
             if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
         ]
         self.tensors: list[Tensor] = [self.leaves[place] for place in self.places]
-        kind = None if not self.tensors else sample_layout(self.tensors[0], output, shape)
-        length = len(self.tensors[0]) if kind else 0
-        self.split = tuple(tensor.ndim > 0 and len(tensor) == length for tensor in self.tensors) if kind else ()
-        self.layout: Layout = FOREIGN if kind is None else (kind, self.split)
-        self.step = length // self.size  # how many entries of the first dimension are one sample's
+        self.layout, self.counts = FOREIGN, [0] * self.size  # entries of each sample
+        if ownership is not None:
+            self.layout, self.counts = ownership.share(self.tensors, output, refused)
+        elif self.tensors and (kind := sample_layout(self.tensors[0], output, shape)):
+            length = len(self.tensors[0])
+            self.layout = Layout(kind, tuple(tensor.ndim > 0 and len(tensor) == length for tensor in self.tensors))
+            self.counts = [length // self.size] * self.size
 
     def linear(self, kind: str, x: Tensor, gradient: Tensor) -> Float[Tensor, "batch *shape"]:
         """The gradients of a linear layer's weight or bias, float32."""
-        gradient = widen(gradient.reshape(self.size, -1, gradient.shape[-1]))
-        if kind == "bias":
-            return gradient.sum(dim=1)
-        return torch.bmm(gradient.mT, widen(x.reshape(self.size, -1, x.shape[-1])))
+        if self.layout.even:
+            gradient = widen(gradient.reshape(self.size, -1, gradient.shape[-1]))
+            if kind == "bias":
+                return gradient.sum(dim=1)
+            return torch.bmm(gradient.mT, widen(x.reshape(self.size, -1, x.shape[-1])))
+        parts = [
+            (widen(part).flatten(0, -2), widen(given).flatten(0, -2))
+            for part, given in zip(self.samples(gradient), self.samples(x), strict=True)
+        ]
+        return torch.stack([part.sum(dim=0) if kind == "bias" else part.mT @ given for part, given in parts])
+
+    def samples(self, value: Tensor) -> Sequence[Tensor]:
+        """Each sample's piece of a tensor."""
+        return value.split(self.counts, dim=self.layout.axis)
+
+    def lengths(self, value: Tensor) -> Float[Tensor, " batch"]:
+        """The L2 norm of each sample's piece; of whole numbers, as of ids, as if they were ones."""
+        numbers = widen(value) if value.is_floating_point() else torch.ones_like(value, dtype=torch.float32)
+        return torch.stack([part.norm() for part in self.samples(numbers)])
 
     def again(
         self, parameters: Mapping[str, nn.Parameter], kept: Sequence[Tensor], gradient: Tensor
@@ -79,17 +105,19 @@ class Call:
         blocks = {
             kind: value.new_empty(self.size, *value.shape, dtype=wide(value.dtype)) for kind, value in free.items()
         }
-        for sample in range(self.size):
-            rows = slice(sample * self.step, (sample + 1) * self.step)
-            leaves = list(self.leaves)
-            for place, tensor, split in zip(self.places, kept, self.split, strict=True):
-                leaves[place] = tensor.detach()[rows] if split else tensor.detach()
-            args, kwargs = tree_unflatten(leaves, self.spec)
-            with torch.enable_grad():
-                output = functional_call(self.module, free, args, kwargs)
+        axis, ends = self.layout.axis, list(accumulate(self.counts))
+        for sample, (end, count) in enumerate(zip(ends, self.counts, strict=True)):
             found: Sequence[Tensor | None] = [None] * len(free)
-            if output.requires_grad:
-                found = torch.autograd.grad(output, list(free.values()), gradient[rows], allow_unused=True)
+            if count:
+                leaves = list(self.leaves)
+                for place, tensor, split in zip(self.places, kept, self.layout.split, strict=True):
+                    leaves[place] = tensor.detach().narrow(axis, end - count, count) if split else tensor.detach()
+                args, kwargs = tree_unflatten(leaves, self.spec)
+                with torch.enable_grad():
+                    output = functional_call(self.module, free, args, kwargs)
+                if output.requires_grad:
+                    part = gradient.narrow(axis, end - count, count)
+                    found = torch.autograd.grad(output, list(free.values()), part, allow_unused=True)
             for kind, value in zip(free, found, strict=True):
                 blocks[kind][sample] = 0 if value is None else value
         return blocks

@@ -256,7 +256,8 @@ def weighted_gradient(
         per_sample_blocks(model, batch, begin)
         return {name: sums[name] for name in parameters}
     with torch.enable_grad():
-        losses = SupervisedPositions(model, batch["labels"], paths_of(model, parameters).narrows).run(model, batch)
+        narrows = paths_of(model, parameters, batch).narrows
+        losses = SupervisedPositions(model, batch["labels"], narrows).run(model, batch)
         total = (losses * weights.to(losses.device)).sum()
         found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     return {

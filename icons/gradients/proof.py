@@ -5,10 +5,11 @@ autograd gives. The blocks come from a backward pass without weights: were a blo
 the sums would differ. The weights are powers of two, so that weighing rounds nothing.
 
 A layer of a vision tower can look laid out as the batch is, and be so in one batch, while its rows are images. So what
-does not see the text is a stranger, whatever it looks like: its input does not move when the text does.
+does not see the text is a stranger, whatever it looks like: its input does not move when the text does. Its rows are
+the samples' as `icons.gradients.ownership` has it, or nobody knows whose.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
+from icons.batch import IGNORE_INDEX, Batch
 from icons.gradients.backward_pass import BackwardPass, OverflowedError, finite
 from icons.gradients.chance import without_chance
-from icons.gradients.layers import FOREIGN
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
-from icons.gradients.paths import SLOW, Paths, owners_of, parts_of
+from icons.gradients.ownership import FOREIGN
+from icons.gradients.paths import Paths, is_text, owners_of, parts_of
 from icons.gradients.tap import NarrowInputs, enclosing
 
 WEIGHTS = (1.0, -2.0, 4.0, -1.0, 2.0, -4.0, 0.5, -0.5)
@@ -48,9 +49,8 @@ def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], k
         Parameters of which nothing could be shown, their gradient not being finite: for this batch they are slow.
     """
     size = len(batch["labels"])
-    if size > 1 and holds_more_than_text(batch):
-        for name in strangers(model, batch, parameters):
-            known.path[name] = SLOW
+    if known.kind[1]:
+        look_for_strangers(model, batch, parameters, known)
     truth, scale = truth_of(model, batch, parameters, known), LossScale(batch["labels"])
     while True:
         verdict = Verdict(truth)
@@ -61,7 +61,7 @@ def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], k
             continue
         wrong, silent, unknown = verdict.of(backward_pass, parameters)
         for name in wrong:
-            known.worsen(name)
+            known.worsen(name, backward_pass.met[name])
         if not wrong:
             for name in set(parameters) - known.slow(parameters) - unknown:
                 known.record(name, backward_pass.met[name], size, name in silent)
@@ -94,10 +94,12 @@ class Verdict:
         unknown: set[str] = set()
         for name, numbers in self.found.items():
             error, true, spread = numbers.tolist()
-            rounding = FLOOR * 4 * float(backward_pass.size_of.get(name, 0))
+            sizes = backward_pass.size_of.get(name)  # of a broken sample they are nothing to measure by
+            kept = () if sizes is None else sizes[self.truth.weights.to(sizes.device) != 0].tolist()
+            rounding = FLOOR * 4 * sum(kept)
             if not all(map(torch.isfinite, numbers.cpu())):
                 unknown.add(name)
-            elif error > tolerance(backward_pass, parameters[name]) * max(true, spread) + rounding:
+            elif not error <= tolerance(backward_pass, parameters[name]) * max(true, spread) + rounding:
                 wrong.add(name)
             elif true == spread == 0:
                 # a call that is not tapped would stay silent when it no longer is
@@ -185,28 +187,18 @@ def sample_weights(losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     return torch.where(losses.detach().isfinite(), weights, 0)
 
 
-def holds_more_than_text(batch: Batch) -> bool:
-    shape = batch["labels"].shape
-    tensors = {name: value for name, value in batch.items() if isinstance(value, Tensor) and name not in OWN_FIELDS}
-    return any(not is_text(name, value, shape) for name, value in tensors.items())
-
-
-def is_text(name: str, value: Any, shape: torch.Size) -> bool:
-    """Whether a field holds something for each token."""
-    if not isinstance(value, Tensor) or value.shape[:2] != shape:
-        return False
-    return not value.is_floating_point() or name in ("inputs_embeds", "attention_mask")
-
-
-def strangers(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter]) -> set[str]:
-    """Parameters of modules that get the same when the text is moved by a token, or its embeddings are made longer:
-    of towers, whose rows are images, and no sample's for sure."""
+def look_for_strangers(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> None:
+    """Writes down which modules get the same when the text is moved by a token, or its embeddings are made longer:
+    those of towers, whose rows are images."""
     modules = dict(model.named_modules())
-    places: dict[nn.Module, set[str]] = {}
-    for name, owners in owners_of(model, parameters).items():
-        for module, place, _ in owners:
-            for each in (module, enclosing(modules, place)[1]):
-                places.setdefault(each, set()).add(name)
+    places = {
+        each
+        for owners in owners_of(model, parameters).values()
+        for module, place, _ in owners
+        for each in (module, enclosing(modules, place)[1])
+    }
+    if all(module in known.sees_text for module in places):
+        return
     before = fingerprints(model, places, batch)
     try:
         after = fingerprints(model, places, moved(batch))
@@ -215,14 +207,17 @@ def strangers(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter
     except Exception:  # whatever a model says to a text whose last token is gone
         embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
         if embeddings is None:
-            return set(parameters)
+            for name in parameters:
+                known.leave(name)
+            return
         handle = embeddings.register_forward_hook(lambda _module, _args, output: output * 1.5)
         try:
             after = fingerprints(model, places, batch)
         finally:
             handle.remove()
-    still = [module for module in before if torch.allclose(before[module], after[module], rtol=1e-6, atol=0)]
-    return {name for module in still for name in places[module]}
+    for module, value in before.items():
+        same = torch.allclose(value, after[module], rtol=1e-6, atol=0)
+        known.sees_text[module] = known.sees_text.get(module, True) and not same
 
 
 def moved(batch: Batch) -> Batch:
@@ -237,7 +232,7 @@ def moved(batch: Batch) -> Batch:
     return found
 
 
-def fingerprints(model: nn.Module, places: Mapping[nn.Module, object], batch: Batch) -> dict[nn.Module, Tensor]:
+def fingerprints(model: nn.Module, places: Iterable[nn.Module], batch: Batch) -> dict[nn.Module, Tensor]:
     """A number for what each module gets, in which the order of its numbers counts."""
     found: dict[nn.Module, Tensor] = {}
 

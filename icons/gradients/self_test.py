@@ -14,8 +14,7 @@ from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
 from icons.gradients.chance import without_chance
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.packing import keep_unpacked
-from icons.gradients.paths import Paths
-from icons.gradients.proof import is_text
+from icons.gradients.paths import Paths, is_text
 
 ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
 LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")

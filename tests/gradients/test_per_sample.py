@@ -118,6 +118,7 @@ def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
 def test_checkpointed_layers_with_parameters_on_the_slower_path(reentrant: bool, broken: bool) -> None:
     """A tower with LoRA: its rows are images. Under no_grad, as in `Trainer.predict`."""
     model, batch = with_lora(llava(), r".*(vision_tower|language_model).*(q_proj|v_proj)$"), image_batch()
+    assert "entries_per_row" not in batch  # so that nothing tells whose the images are
     if broken:
         batch["pixel_values"][2] = torch.inf
     oracle = one_by_one(model, batch)

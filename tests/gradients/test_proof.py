@@ -182,6 +182,67 @@ def test_a_trained_tower_whose_images_are_as_many_as_rows(part: str, first: str)
         assert_rows_close(found, one_by_one(model, batch))
 
 
+def told(batch: dict[str, Any], *images: int) -> dict[str, Any]:
+    """The batch with the number of each row's images."""
+    return batch | {"entries_per_row": {"pixel_values": torch.tensor(images)}}
+
+
+@pytest.mark.parametrize("names", ["vision_tower", "lora"])
+def test_a_tower_takes_no_slower_path_when_the_batch_tells_whose_its_images_are(names: str) -> None:
+    """Two images, none, and a cut one, on which no number of image tokens tells: in batches of any rows, and of one."""
+    model = llava()
+    model = with_lora(model, r".*vision_tower.*(q|v)_proj") if names == "lora" else trainable(model, names)
+    batch = image_batch()
+    expected = one_by_one(model, batch)
+    last = {name: value[2:] for name, value in batch.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SlowerPathWarning)
+        for rows, each in ((slice(2, 3), told(last, 1)), (slice(0, 3), told(batch, 2, 0, 1))):
+            assert_rows_close(per_sample_gradients(model, each), expected[rows])
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
+def test_a_wrong_number_of_images_is_not_believed() -> None:
+    model, batch = with_lora(llava(), r".*vision_tower.*(q|v)_proj"), image_batch()
+    for images in ((1, 1, 1), (1, 0, 2), (3, 0, 0)):
+        assert_rows_close(per_sample_gradients(model, told(batch, *images)), one_by_one(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
+@pytest.mark.parametrize("told_of", [True, False])
+def test_what_a_batch_gives_does_not_depend_on_the_batches_before_it(told_of: bool) -> None:
+    """Bit for bit, whichever batch is the first: so that a run may be resumed anywhere."""
+    batch = image_batch()
+    single, text = ({name: value[row] for name, value in batch.items()} for row in (slice(2, 3), slice(1, 2)))
+    del text["pixel_values"]
+    batches = [batch, single, text, text_batch()]
+    if told_of:
+        batches[:2] = told(batch, 2, 0, 1), told(single, 1)
+    found: list[list[Tensor]] = []
+    for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 0, 3, 2)):
+        model = trainable(llava(), "q_proj pre_layrnorm projector")
+        rows = {place: per_sample_gradients(model, batches[place]) for place in order}
+        found.append([rows[place] for place in range(4)])
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
+@pytest.mark.parametrize("kind", ODD)
+def test_a_broken_row_in_the_first_batch_hides_no_wrong_path(kind: str) -> None:
+    torch.manual_seed(1)
+    model, batch = with_odd_layer(ODD[kind]), text_batch()
+    expected = one_by_one(model, batch)
+    batch["input_ids"][0, 4] = 63
+    batch["input_ids"][1:][batch["input_ids"][1:] == 63] = 62
+    expected = one_by_one(model, batch)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings.weight[63] = torch.nan
+    found = per_sample_gradients(model, batch)
+    assert not found[0].isfinite().all()
+    assert_rows_close(found[1:], expected[1:])
+
+
 def test_a_batch_of_one_row_proves_nothing_of_larger_ones() -> None:
     model, uneven = with_lora(llava(), r".*vision_tower.*(q|v)_proj"), image_batch()
     single = {name: value[2:] for name, value in uneven.items()}
