@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning import Trainer
 
+from icons.agreement import SUMMED_SCORES, check_compatible
 from icons.batch import Status
 from icons.cli.console import console, warn
 from icons.cli.gradients import TRAINER as TRAINER
@@ -28,7 +29,6 @@ from icons.output import check_output, is_marked, mark
 from icons.projection import PROJECTORS
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 from icons.store.former import holds_store
-from icons.store.manifest import check_compatible
 
 
 def score(options: ScoreOptions) -> int:
@@ -190,7 +190,7 @@ def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Pa
     made |= {"chunk_rows": first.partition.chunk_rows, "extra": extra | {"tokens": ("int32", [])}}
 
     def check(store: ScoreStore) -> None:
-        check_compatible(store.manifest, manifest, ("data", "tasks", "weights", "checkpoints"), f"{out}", "this run")
+        check_compatible(store.manifest, manifest, SUMMED_SCORES, f"{out}", "this run")
 
     total = ScoreStore.taken_up(out, check, lambda: ScoreStore.create(out, overwrite=overwrite, **made), overwrite)
     for unit in range(first.partition.num_units):

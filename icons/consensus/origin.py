@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from icons.agreement import SOURCE, check_compatible
 from icons.scores import Scorer
-from icons.store import GradientStore, ScoreStore, check_compatible
-
-SAME = ("data.fingerprint", "model.fingerprint", "adapter.fingerprint", "projector", "preconditioner")
+from icons.store import GradientStore, ScoreStore
 
 
 def scorer_of(
@@ -64,11 +63,11 @@ def opened(
         )
     found = [GradientStore.open(path) for path in trains]
     for source, entry in zip(found, entries, strict=False):
-        check_compatible(source.manifest, entry, SAME, f"the store {source.path}", f"the scores {store.path}")
+        check_compatible(source.manifest, entry, SOURCE, f"the store {source.path}", f"the scores {store.path}")
     opened_tasks = {name: [GradientStore.open(path) for path in paths[name]] for name in wanted}
     for name, sources in opened_tasks.items():
         for source, entry in zip(sources, known.get(name, []), strict=False):
-            check_compatible(source.manifest, entry, SAME, f"the store {source.path}", f"the scores {store.path}")
+            check_compatible(source.manifest, entry, SOURCE, f"the store {source.path}", f"the scores {store.path}")
     return found, opened_tasks
 
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from icons.agreement import differences
 from icons.output import put
 
 
@@ -21,10 +22,8 @@ def claim(file: Path, settings: Mapping[str, Any], what: str) -> None:
     """
     if file.is_file():
         former = json.loads(file.read_text())
-        for name, value in settings.items():
-            if former.get(name) != value:
-                raise ValueError(
-                    f"--out {file.parent}: holds {what} with {name} {former.get(name)!r}, now it is {value!r}; give "
-                    "another folder"
-                )
+        for name, then, now in differences(former, settings, settings):
+            raise ValueError(
+                f"--out {file.parent}: holds {what} with {name} {then!r}, now it is {now!r}; give another folder"
+            )
     put(file, json.dumps(dict(settings), indent=1) + "\n")

@@ -7,13 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from icons.agreement import REUSED_SCORES, TASK_VECTOR, check_compatible
 from icons.batch import Status
-from icons.modules.task_vectorizer import MADE_FROM
 from icons.store import ScoreStore
-from icons.store.manifest import check_compatible
-
-# what the scores of all columns are made from and with
-AGREE = ("data", "model", "adapter", "preconditioner", "target", "preprocessing", "normalize")
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class FormerScores:
             ValueError: the former scores were made from something else: the field and both values.
         """
         former = self.store.manifest
-        check_compatible(former, own, AGREE, f"--reuse {self.store.path}", "this run")
+        check_compatible(former, own, REUSED_SCORES, f"--reuse {self.store.path}", "this run")
         tasks = {**former["tasks"], **own["tasks"]}
         members = {name: list(groups.get(name, [name])) for name in self.columns}
         return {
@@ -104,7 +100,7 @@ def is_same(
         return False
     try:
         for task in members:
-            check_compatible(manifest["tasks"][task], tasks[task], MADE_FROM)
+            check_compatible(manifest["tasks"][task], tasks[task], TASK_VECTOR)
     except ValueError:
         return False
     return True

@@ -8,12 +8,12 @@ from typing import Any
 from lightning import Trainer
 from torch import nn
 
+from icons.agreement import TASK_VECTOR, check_compatible
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.models.fingerprint import adapter_fingerprint, base_fingerprint
-from icons.modules.task_vectorizer import MADE_FROM, TaskVector, TaskVectorizer
+from icons.modules.task_vectorizer import TaskVector, TaskVectorizer
 from icons.partition import Partition, UnitPlan, assign
-from icons.store.manifest import check_compatible
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
     if not file.is_file():
         return False
     try:
-        check_compatible(TaskVector.load(file).manifest, manifest, MADE_FROM, str(file), "this run")
+        check_compatible(TaskVector.load(file).manifest, manifest, TASK_VECTOR, str(file), "this run")
     except ValueError as difference:
         log.info("computing the task vector anew: %s", difference)
         return False

@@ -6,15 +6,11 @@ from typing import Any, Unpack
 
 from lightning import LightningModule
 
+from icons.agreement import EXACT_SCORES, check_compatible
 from icons.modules.exact_scorer import InfluenceScorer
 from icons.modules.former_scores import FormerScores
 from icons.modules.store_writer import StoreWriter, Writing
 from icons.store import ScoreStore
-from icons.store.manifest import check_compatible
-
-AGREE = (
-    "data", "model", "adapter", "preconditioner", "target", "preprocessing", "tasks", "groups", "reduce", "normalize"
-)  # fmt: skip
 
 
 class ScoreWriter(StoreWriter):
@@ -73,7 +69,7 @@ class ScoreWriter(StoreWriter):
             )
 
         def check(store: ScoreStore) -> None:
-            agree = [*AGREE, *(["computation"] if "computation" in store.manifest else [])]
+            agree = [*EXACT_SCORES, *(["computation"] if "computation" in store.manifest else [])]
             check_compatible(store.manifest, manifest, agree, f"the score store {self.path}", "this run")
 
         return ScoreStore.taken_up(self.path, check, create, self.overwrite)

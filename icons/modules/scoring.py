@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
+from icons.agreement import PLACES, SCORES, check_compatible
 from icons.modules.ranks import Run
 from icons.partition import UnitPlan, assign
 from icons.scores import Reduce, Scorer
 from icons.scores.task_means import Normalize, check_plain
-from icons.store import GradientStore, ScoreStore, check_compatible
+from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
 from icons.store.lease import Leases
 from icons.store.manifest import versions
@@ -21,24 +22,8 @@ from icons.store.unit_writer import UnitWriter
 UNIT_ROWS = 1 << 14
 UNIT_BYTES = 32 << 20
 COPIED = {"norm": "float32", "loss": "float32", "tokens": "int32"}
-SETTINGS = (
-    "data",
-    "train",
-    "tasks",
-    "normalize",
-    "task_normalize",
-    "weights",
-    "groups",
-    "reduce",
-    "pairwise",
-    "top_pairs",
-    "drop_axes",
-    "subspace",
-)
-# where a file lies may change between a run and its resume; what is in it may not. Rows that were tried again change
-# statuses: what was made from them is computed again, see `Scoring.renew`
+# rows that were tried again change statuses: what was made from them is computed again, see `Scoring.renew`
 STATUSES = "status_digest"
-NOT_COMPARED = {"path", "images", "name", STATUSES}
 
 
 @dataclass(frozen=True)
@@ -173,7 +158,7 @@ class Scoring:
 
             def check(store: ScoreStore) -> None:
                 what = f"the score store {self.out}"
-                check_compatible(lasting(store.manifest), lasting(manifest), SETTINGS, what, "this run")
+                check_compatible(lasting(store.manifest), lasting(manifest), SCORES, what, "this run")
 
             store = ScoreStore.taken_up(self.out, check, lambda: self.create(scorer, manifest), self.overwrite)
             self.renew(store, manifest, say)
@@ -310,7 +295,7 @@ def unit_rows(scorer: Scorer, widest: int) -> int:
 def lasting(value: Any) -> Any:
     """A manifest without what may differ between a run and its resume, all the way down."""
     if isinstance(value, Mapping):
-        return {key: lasting(entry) for key, entry in value.items() if key not in NOT_COMPARED}
+        return {key: lasting(entry) for key, entry in value.items() if key not in {*PLACES, STATUSES}}
     return [lasting(entry) for entry in value] if isinstance(value, list) else value
 
 

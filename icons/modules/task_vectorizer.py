@@ -16,9 +16,6 @@ from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
 from icons.output import whole_file
 
-MADE_FROM = ("data", "model", "adapter", "preprocessing", "normalize")
-"""Entries of a task vector's manifest; where they agree, so do the vectors."""
-
 
 @dataclass
 class TaskVector:

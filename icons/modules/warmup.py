@@ -10,6 +10,7 @@ from lightning import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
+from icons.agreement import differences
 from icons.batch import IGNORE_INDEX, Batch, model_inputs, sample_losses, supervised_tokens
 from icons.models.warmup_folder import Trained
 from icons.modules.moments import gather
@@ -170,12 +171,11 @@ class WarmupModule(LightningModule):
             ValueError: a setting differs; names it with both values.
         """
         saved = checkpoint["warmup"]["settings"]
-        for name in sorted({*saved, *self.settings}):
-            if saved.get(name) != self.settings.get(name):
-                raise ValueError(
-                    f"{name}: the interrupted fit had {saved.get(name)!r}, now it is {self.settings.get(name)!r}; "
-                    "a fit resumes with the settings it began with: give the same, or start again with --resume false"
-                )
+        for name, then, now in differences(saved, self.settings, sorted({*saved, *self.settings})):
+            raise ValueError(
+                f"{name}: the interrupted fit had {then!r}, now it is {now!r}; a fit resumes with the settings it "
+                "began with: give the same, or start again with --resume false"
+            )
         self.before = checkpoint["warmup"]["before"]
 
 

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icons.agreement import MULTIPLIED, check_compatible, lookup
 from icons.batch import Status
 from icons.scores.axes import leading_axes, without
 from icons.scores.rows import Block, StoredRows, blocks, ranges
@@ -16,11 +17,6 @@ from icons.scores.stderr import mean_squared_cosine
 
 Normalize: TypeAlias = Literal["projected", "exact", "none"]
 NORMALIZE = ("projected", "exact", "none")
-MUST_AGREE = (
-    "collect", "projector", "model.fingerprint", "adapter.fingerprint", "target", "preprocessing.template",
-    "preprocessing.preset", "preprocessing.processor", "reader",
-)  # fmt: skip
-LATER = ("preprocessing.template", "preprocessing.preset", "reader")  # which former versions' stores may lack
 SAMPLE_ROWS = 256
 """Validation rows, evenly spaced, from which the mean squared cosine between a task's rows is estimated."""
 
@@ -160,7 +156,7 @@ def check_task(train: StoredRows, task: StoredRows, name: str) -> None:
             "both with the same --dim"
         )
     check_whole(task, f"task {name}")
-    check_agree(train, task, MUST_AGREE, "the training rows", f"task {name}")
+    check_agree(train, task, MULTIPLIED, "the training rows", f"task {name}")
 
 
 def check_plain(tasks: Mapping[str, Sequence[StoredRows]]) -> None:
@@ -172,7 +168,7 @@ def check_plain(tasks: Mapping[str, Sequence[StoredRows]]) -> None:
     """
     for name, sources in tasks.items():
         for source in sources:
-            form = entry(source.manifest, "preconditioner.form") if source.manifest else None
+            form = lookup(source.manifest, "preconditioner.form") if source.manifest else None
             if form not in (None, "none"):
                 raise ValueError(
                     f"task {name}: its rows went through the preconditioner {form!r}, as training rows do; expected "
@@ -203,19 +199,6 @@ def check_agree(left: StoredRows, right: StoredRows, fields: Sequence[str], what
             f"rows: {what_left} has {left.partition.num_rows}, {what_right} has {right.partition.num_rows}; they must "
             "agree: every checkpoint needs gradients of the same data"
         )
-    if not left.manifest or not right.manifest:
-        return
-    for name in fields:
-        one, other = entry(left.manifest, name), entry(right.manifest, name)
-        if one != other and not (name in LATER and None in (one, other)):
-            raise ValueError(
-                f"{name}: {what_left} has {one!r}, {what_right} has {other!r}; they must agree: compute both with the "
-                "same settings"
-            )
-
-
-def entry(manifest: Any, name: str) -> Any:
-    """A manifest's entry by its dotted name; None if it is not there."""
-    for part in name.split("."):
-        manifest = manifest.get(part) if isinstance(manifest, Mapping) else None
-    return manifest
+    if left.manifest and right.manifest:
+        remedy = "they must agree: compute both with the same settings"
+        check_compatible(left.manifest, right.manifest, fields, what_left, what_right, remedy)

@@ -15,8 +15,8 @@
 Only files of this folder name zarr.
 """
 
+from icons.agreement import check_compatible
 from icons.store.gradient_store import GradientStore, UnitRows, fitting_chunk_rows, open_store
-from icons.store.manifest import check_compatible
 from icons.store.score_store import ScoreStore
 
 __all__ = ["GradientStore", "ScoreStore", "UnitRows", "check_compatible", "fitting_chunk_rows", "open_store"]

@@ -22,22 +22,16 @@ import zarr
 from jaxtyping import Float
 from torch import Tensor
 
+from icons.agreement import PLACES, RESUMED, check_compatible
 from icons.partition import Partition
 from icons.store.encoding import DTYPES, FIELDS, encode_rows
 from icons.store.former import stored_kind
 from icons.store.layout import Column, parse_codec
-from icons.store.manifest import check_compatible
 from icons.store.row_store import RowStore
 from icons.store.score_store import ScoreStore
 from icons.store.storage import Storage
 
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
-RESUME_FIELDS = (
-    "collect", "data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing",
-    "reader", "dtype",
-)  # fmt: skip
-# where a file lies may change between a run and its resume; what is in it may not
-NOT_COMPARED = {"path", "images", "name"}
 
 
 class UnitRows(NamedTuple):
@@ -160,7 +154,7 @@ class GradientStore(RowStore):
         check_compatible(
             {**compared(self.manifest), **here},
             {**compared(manifest), **asked},
-            [*RESUME_FIELDS, *(["computation"] if "computation" in self.manifest else []), *here],
+            [*RESUMED, *(["computation"] if "computation" in self.manifest else []), *here],
             what,
             "this run",
         )
@@ -226,9 +220,7 @@ class GradientStore(RowStore):
 def compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest without what may differ between a run and its resume."""
     return {
-        name: {key: entry for key, entry in value.items() if key not in NOT_COMPARED}
-        if isinstance(value, Mapping)
-        else value
+        name: {key: entry for key, entry in value.items() if key not in PLACES} if isinstance(value, Mapping) else value
         for name, value in manifest.items()
     }
 

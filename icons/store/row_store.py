@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
+from icons.agreement import plain
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store import unit_digest
@@ -18,7 +19,6 @@ from icons.store.folder import PARTIAL, DurableLocalStore, Guard, nothing, vanis
 from icons.store.foreign import check_manifest, is_plain
 from icons.store.former import discard, stored_kind
 from icons.store.layout import READABLE_STATUS, Column, check_layout, documents, group_array
-from icons.store.manifest import plain
 from icons.store.storage import Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
