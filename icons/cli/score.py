@@ -23,7 +23,7 @@ from icons.modules.exact_scorer import InfluenceScorer, ScoredTasks, columns_of
 from icons.modules.fit import quiet
 from icons.modules.former_scores import FormerScores
 from icons.modules.gradient_writer import GradientWriter
-from icons.modules.kept_task_vectors import describe_vectors, find_vectors
+from icons.modules.kept_task_vectors import describe_vectors, find_directed
 from icons.modules.score_writer import ScoreWriter
 from icons.output import check_output, is_marked, mark
 from icons.projection import PROJECTORS
@@ -34,6 +34,7 @@ from icons.store.former import holds_store
 def score(options: ScoreOptions) -> int:
     """Scores every training row on every task exactly; the same line, run again, resumes."""
     flags = predict_flags(options.trainer)
+    check_directions(options)
     parts = list(options.weights or [1 / len(options.checkpoint)] * len(options.checkpoint))
     states: list[Path | None] = (
         [*options.optimizer_state] if options.optimizer_state else [None] * len(options.checkpoint)
@@ -118,15 +119,18 @@ def score(options: ScoreOptions) -> int:
         scored = {name: modules[name] for name in files if any(name in members for members in columns.values())}
         new_groups = {name: members for name, members in groups.items() if name in columns}
         with quiet():
-            vectors = find_vectors(
+            directed = find_directed(
                 Trainer(**flags),
                 model,
                 scored,
                 manifests,
                 kept if single else kept / str(place),
                 options.normalize == "exact",
+                options.drop_axes,
+                options.subspace,
             )
-        tasks = ScoredTasks(vectors, new_groups, options.reduce, getattr(torch, options.vector_dtype), options.offload)
+        kinds = new_groups, options.reduce, getattr(torch, options.vector_dtype), options.offload
+        tasks = ScoredTasks(directed.vectors, *kinds, spans=directed.spans)
         scorer = InfluenceScorer(
             model,
             tasks,
@@ -146,7 +150,7 @@ def score(options: ScoreOptions) -> int:
         writing |= {
             "mixed_batches": options.mixed_batches,
             "overwrite": options.overwrite,
-            "manifest": {"target": options.target},
+            "manifest": {"target": options.target, **directions(options)},
         }
         with quiet():
             runner = Trainer(**flags)
@@ -164,6 +168,39 @@ def score(options: ScoreOptions) -> int:
     stores = [ScoreStore.open(path) for path in outs]
     total = stores[0] if single else weighted_sum(stores, parts, options.out, options.overwrite)
     return shared(runner, ended(total, options.strict, options.shard))
+
+
+def check_directions(options: ScoreOptions) -> None:
+    """
+    Raises:
+        ValueError: `--drop-axes` or `--subspace` has no meaning with what else was given.
+    """
+    if options.drop_axes < 0:
+        raise ValueError(f"--drop-axes {options.drop_axes}: expected 0 or more")
+    if options.subspace is None:
+        if options.drop_axes and options.reuse is not None:
+            raise ValueError(
+                "--reuse: with --drop-axes every task changes all scores, since the axes are those of all tasks; score "
+                "all tasks anew, without --reuse"
+            )
+        return
+    if not 0 < options.subspace <= 1:
+        raise ValueError(f"--subspace {options.subspace}: expected a share above 0 and at most 1")
+    if options.drop_axes:
+        raise ValueError(
+            f"--subspace {options.subspace}: got --drop-axes {options.drop_axes} too; expected one of them (`icons "
+            "influence` takes both)"
+        )
+    if options.normalize != "exact":
+        raise ValueError(
+            f"--subspace: got --normalize {options.normalize}; expected exact: within a subspace scores are cosines"
+        )
+
+
+def directions(options: ScoreOptions) -> dict[str, Any]:
+    """What a store says of the directions of its scores; stores of plain cosines do not name them."""
+    axes = {"drop_axes": options.drop_axes} if options.drop_axes else {}
+    return axes | ({"subspace": options.subspace} if options.subspace is not None else {})
 
 
 def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:

@@ -18,6 +18,7 @@ features.py         what else can be collected of a sample
 from icons.gradients.per_sample import (
     ProjectedGradients,
     TaskMatrix,
+    combined_gradients,
     exact_influence,
     per_sample_gradients,
     projected_gradients,
@@ -28,6 +29,7 @@ from icons.gradients.per_sample import (
 __all__ = [
     "ProjectedGradients",
     "TaskMatrix",
+    "combined_gradients",
     "exact_influence",
     "per_sample_gradients",
     "projected_gradients",

@@ -243,18 +243,8 @@ def weighted_gradient(
     parameters = trainable_parameters(model)
     if len(weights) == 0:
         return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    kept = weights != 0
-    sums: dict[str, Tensor] = {}
-
-    def begin() -> Receiver:
-        def receive(name: str, block: Tensor) -> None:
-            sums[name] = torch.einsum("b,b...->...", weights[kept].float(), block.float()[kept])
-
-        return receive
-
-    if not bool(kept.all()) or needs_scale(model):
-        per_sample_blocks(model, batch, begin)
-        return {name: sums[name] for name in parameters}
+    if not bool((weights != 0).all()) or needs_scale(model):
+        return {name: total[0] for name, total in combined_gradients(model, batch, weights[:, None]).items()}
     with torch.enable_grad():
         narrows = paths_of(model, parameters, batch).narrows
         losses = SupervisedPositions(model, batch["labels"], narrows).run(model, batch)
@@ -264,6 +254,30 @@ def weighted_gradient(
         name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
         for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
     }
+
+
+def combined_gradients(
+    model: nn.Module, batch: Batch, coefficients: Float[Tensor, "batch sums"]
+) -> dict[str, Float[Tensor, "sums ..."]]:
+    """Several weighted sums of the samples' gradients, from one pass that streams them.
+
+    A sample whose coefficients are all 0 is left out, even if its gradient is not finite.
+
+    Returns:
+        Parameter name -> `[sums, *shape]` float32.
+    """
+    kept = (coefficients != 0).any(dim=1)
+    sums: dict[str, Tensor] = {}
+
+    def begin() -> Receiver:
+        def receive(name: str, block: Tensor) -> None:
+            weights = coefficients.to(block.device)[kept].float()
+            sums[name] = torch.einsum("bs,b...->s...", weights, block.float()[kept.to(block.device)])
+
+        return receive
+
+    per_sample_blocks(model, batch, begin)
+    return {name: sums[name] for name in layout(model)}
 
 
 def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:

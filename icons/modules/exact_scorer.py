@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from icons.batch import Batch
 from icons.choices import Reduce
 from icons.gradients import TaskMatrix, scored_gradients
 from icons.modules.sample_module import SampleModule
+from icons.modules.task_directions import TaskSpan
 from icons.modules.task_vectorizer import TaskVector
 from icons.preconditioner import Preconditioner, described
 from icons.projection import Projector
@@ -22,6 +24,7 @@ class ScoredTasks:
 
     Attributes:
         vectors: name -> task vector.
+        spans: name -> span; then scores are cosines within the tasks' spans, and the vectors only tell whose they are.
         groups: name -> members, scored as one task.
         reduce: how a group's members become one: their highest (as the original does for MME), or their mean.
         dtype: of the task vectors on the device; bfloat16 halves S x P.
@@ -29,6 +32,7 @@ class ScoredTasks:
     """
 
     vectors: Mapping[str, TaskVector]
+    spans: Mapping[str, TaskSpan] = field(default_factory=dict, kw_only=True)
     groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     reduce: Reduce = "max"
     dtype: torch.dtype = torch.float32
@@ -42,6 +46,24 @@ class ScoredTasks:
                     f"group {name}: got {', '.join(members) or 'no tasks'}; expected tasks out of "
                     f"{', '.join(self.vectors)}"
                 )
+
+    def matrix(self, model: nn.Module) -> TaskMatrix:
+        """What gradients are multiplied with: the tasks' vectors, or all directions of their spans."""
+        vectors = [task.vector for task in self.vectors.values()]
+        directions = [direction for span in self.spans.values() for direction in span.each()]
+        return TaskMatrix(model, directions if self.spans else vectors, self.dtype, self.offload)
+
+    def scores(self, products: Tensor, norm: Tensor, unit: bool) -> Tensor:
+        """Products with the matrix -> scores of the columns `[B, S]`; NaN for a gradient that is zero or not finite."""
+        if not self.spans:
+            return self.reduced(products / norm[:, None] if unit else products)
+        parts = products.split([len(span.mean) for span in self.spans.values()], dim=1)
+        inside = [
+            functional.normalize(part, dim=1) @ span.mean.to(part)
+            for part, span in zip(parts, self.spans.values(), strict=True)
+        ]
+        usable = norm.isfinite() & (norm > 0)
+        return self.reduced(torch.stack(inside, dim=1)).masked_fill(~usable[:, None], torch.nan)
 
     @property
     def columns(self) -> dict[str, list[str]]:
@@ -77,7 +99,8 @@ class InfluenceScorer(SampleModule):
         projector: also give the projected gradients, from the same backward pass, for a `GradientWriter`.
 
     Memory: S x P numbers beside the model. For LLaVA-1.5-7B at r = 128 (P = 320 M) 10 tasks take 12.8 GB in float32
-    and 6.4 GB in bfloat16, 22 tasks 28.1 and 14.1 GB; `offload` keeps them in the CPU's memory.
+    and 6.4 GB in bfloat16, 22 tasks 28.1 and 14.1 GB; `offload` keeps them in the CPU's memory. Within spans S is the
+    number of all tasks' directions.
     """
 
     def __init__(
@@ -94,8 +117,7 @@ class InfluenceScorer(SampleModule):
 
     def on_predict_start(self) -> None:
         super().on_predict_start()
-        vectors = [task.vector for task in self.tasks.vectors.values()]
-        self.matrix = TaskMatrix(self.model, vectors, self.tasks.dtype, self.tasks.offload)
+        self.matrix = self.tasks.matrix(self.model)
 
     def compute(self, batch: Batch) -> dict[str, Tensor]:
         """`influence [B, S]` float32, `stderr [B, S]` zeros (nothing is estimated), `norm`, `loss`, `tokens`; with a
@@ -103,7 +125,7 @@ class InfluenceScorer(SampleModule):
         assert self.matrix is not None
         products, norm, found = scored_gradients(self.model, batch, self.matrix, self.preconditioner, self.keep)
         assert found is not None
-        influence = self.tasks.reduced(products / norm[:, None] if self.unit else products)
+        influence = self.tasks.scores(products, norm, self.unit)
         return {
             "influence": influence,
             "stderr": torch.zeros_like(influence),

@@ -1,20 +1,35 @@
 """The task vectors of `icons score`: kept ones from their folder, the others computed."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch import nn
 
 from icons.agreement import TASK_VECTOR, check_compatible
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.models.fingerprint import adapter_fingerprint, base_fingerprint
+from icons.modules.task_directions import (
+    TaskCombiner,
+    TaskLocator,
+    TaskPass,
+    TaskSketcher,
+    TaskSpan,
+    of_axes,
+    of_span,
+    orthonormal,
+    sketch_of,
+    without_axes,
+)
 from icons.modules.task_vectorizer import TaskVector, TaskVectorizer
 from icons.partition import Partition, UnitPlan, assign
+from icons.scores.span import mean_within
 
+Module = TypeVar("Module", bound=LightningModule)
 log = logging.getLogger(__name__)
 
 
@@ -38,26 +53,123 @@ def find_vectors(
     folder: Path,
     unit: bool,
 ) -> dict[str, TaskVector]:
-    """The tasks' vectors: those in `folder` that were made from the same files and model, the others computed.
+    """The tasks' vectors: those in `folder` that were made from the same files and model, the others computed."""
+    return Kept(trainer, modules, folder).found(
+        "", manifests, lambda tasks: TaskVectorizer(model, list(tasks), unit), TaskVectorizer.vector
+    )
+
+
+@dataclass(frozen=True)
+class Directed:
+    """Task vectors without their leading axes, and spans, see `icons.modules.task_directions`.
+
+    Attributes:
+        vectors: task -> its vector.
+        spans: task -> its span, if scores are to be cosines within it.
+    """
+
+    vectors: dict[str, TaskVector]
+    spans: dict[str, TaskSpan]
+
+
+def find_directed(
+    trainer: Trainer,
+    model: nn.Module,
+    modules: Mapping[str, ConversationDataModule],
+    manifests: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    unit: bool,
+    drop_axes: int = 0,
+    subspace: float | None = None,
+) -> Directed:
+    """The tasks' vectors without axes, or their spans; what `folder` has that was made from the same is not made anew.
+
+    Args:
+        drop_axes, subspace: as for `icons.influence`; one of them at most.
+
+    Raises:
+        ValueError: the rows do not vary along so many axes, or no row of a task has a gradient.
+    """
+    kept, vectors = Kept(trainer, modules, folder), find_vectors(trainer, model, modules, manifests, folder, unit)
+    if not drop_axes and subspace is None:
+        return Directed(vectors, {})
+    about: dict[str, Any] = {"projector": sketch_of(model).describe()}
+    made = kept.found(
+        "sketch.", with_directions(manifests, about), lambda sizes: TaskSketcher(model, sizes, unit), TaskPass.kept
+    )
+    sketches = {task: sketch.vector for task, sketch in made.items()}
+    if drop_axes:
+        others = {task: vector.manifest["data"]["fingerprint"] for task, vector in vectors.items()}
+        coefficients = of_axes(sketches, drop_axes, unit)
+        about |= {"drop_axes": drop_axes, "tasks": others}
+    else:
+        assert subspace is not None
+        coefficients = {task: of_span(sketch, subspace) for task, sketch in sketches.items()}
+        about |= {"subspace": subspace}
+    parts = kept.found(
+        "sums.",
+        with_directions(manifests, about),
+        lambda sizes: TaskCombiner(model, sizes, coefficients),
+        TaskPass.kept,
+    )
+    if drop_axes:
+        axes = orthonormal([parts[task].vector for task in modules])
+        return Directed({task: without_axes(vector, axes) for task, vector in vectors.items()}, {})
+    directions = {task: orthonormal([part.vector]) for task, part in parts.items()}
+    places = kept.found(
+        "places.", with_directions(manifests, about), lambda sizes: TaskLocator(model, sizes, directions), TaskPass.kept
+    )
+    spans = {task: TaskSpan(directions[task], mean_within(part.vector["rows"])) for task, part in places.items()}
+    return Directed(vectors, spans)
+
+
+def with_directions(manifests: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {task: {**manifest, "directions": dict(about)} for task, manifest in manifests.items()}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What passes over tasks' validation rows find, kept in a folder: `TASK.KINDsafetensors`.
 
     Every rank computes whole tasks, so that the sums do not depend on the number of ranks.
     """
-    todo = [name for name in modules if not is_kept(folder / f"{name}.safetensors", manifests[name])]
-    if todo:
-        mine = assign(range(len(todo)), trainer.world_size, trainer.global_rank)
-        loaders = []
-        for place, name in enumerate(todo):
-            module, dataset = modules[name], modules[name].dataset
-            plan = UnitPlan(Partition(len(dataset), len(dataset)), [0] if place in mine else [])
-            sampler = UnitBatchSampler(plan, dataset.lengths, module.batch_size, module.max_tokens)
-            loaders.append(unit_dataloader(dataset, sampler, dataset.collate))
-        vectorizer = TaskVectorizer(model, todo, unit)
-        trainer.predict(vectorizer, loaders, return_predictions=False)
-        for place in mine:
-            vector = vectorizer.vector(todo[place], dict(manifests[todo[place]]))
-            vector.save(folder / f"{todo[place]}.safetensors")
-        trainer.strategy.barrier()
-    return {name: TaskVector.load(folder / f"{name}.safetensors") for name in modules}
+
+    trainer: Trainer
+    modules: Mapping[str, ConversationDataModule]
+    folder: Path
+
+    def found(
+        self,
+        kind: str,
+        manifests: Mapping[str, Mapping[str, Any]],
+        make: Callable[[dict[str, int]], Module],
+        result: Callable[[Module, str, dict[str, Any]], TaskVector],
+    ) -> dict[str, TaskVector]:
+        """Every task's part: what lies there and was made from the same, the others computed.
+
+        Args:
+            kind: part of the files' names.
+            manifests: task -> what its part is made from.
+            make: the module that goes over the rows of some tasks, task -> number of rows.
+            result: what it has found of a task.
+        """
+        files = {name: self.folder / f"{name}.{kind}safetensors" for name in self.modules}
+        todo = [name for name, file in files.items() if not is_kept(file, manifests[name])]
+        if todo:
+            mine = assign(range(len(todo)), self.trainer.world_size, self.trainer.global_rank)
+            module = make({name: len(self.modules[name].dataset) for name in todo})
+            loaders = [self.loader(name, place in mine) for place, name in enumerate(todo)]
+            self.trainer.predict(module, loaders, return_predictions=False)
+            for place in mine:
+                result(module, todo[place], dict(manifests[todo[place]])).save(files[todo[place]])
+            self.trainer.strategy.barrier()
+        return {name: TaskVector.load(file) for name, file in files.items()}
+
+    def loader(self, name: str, mine: bool) -> Any:
+        module, dataset = self.modules[name], self.modules[name].dataset
+        plan = UnitPlan(Partition(len(dataset), len(dataset)), [0] if mine else [])
+        sampler = UnitBatchSampler(plan, dataset.lengths, module.batch_size, module.max_tokens)
+        return unit_dataloader(dataset, sampler, dataset.collate)
 
 
 def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:

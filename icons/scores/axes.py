@@ -29,6 +29,12 @@ def leading_axes(samples: Sequence[Float[Tensor, "_ dim"]], count: int) -> Float
     >>> leading_axes([rows], 1).abs().tolist()
     [[1.0, 0.0, 0.0]]
     """
+    parts = zip(axis_coefficients(samples, count), samples, strict=True)
+    return torch.stack([of_task.T @ rows.double() for of_task, rows in parts]).sum(dim=0).float()
+
+
+def axis_coefficients(samples: Sequence[Float[Tensor, "_ dim"]], count: int) -> list[Float[Tensor, "_ count"]]:
+    """The leading axes as sums of the rows: one coefficient for each row and axis, float64; see `leading_axes`."""
     centred = torch.cat([(rows - rows.mean(dim=0)) / max(len(rows), 1) ** 0.5 for rows in samples]).double()
     values, vectors = torch.linalg.eigh(centred @ centred.T)  # as many as there are rows, fewer than dimensions
     strength = values.flip(0)
@@ -37,8 +43,8 @@ def leading_axes(samples: Sequence[Float[Tensor, "_ dim"]], count: int) -> Float
         raise ValueError(
             f"drop axes: got {count}; the tasks' validation rows vary along {rank} axes only: expected fewer than these"
         )
-    axes = vectors.flip(1)[:, :count].T @ centred / strength[:count, None].sqrt()
-    return axes.float()
+    of_centred = (vectors.flip(1)[:, :count] / strength[:count].sqrt()).split([len(rows) for rows in samples])
+    return [(part - part.mean(dim=0)) / max(len(part), 1) ** 0.5 for part in of_centred]
 
 
 def without(rows: Float[Tensor, "_ dim"], axes: Float[Tensor, "count dim"]) -> Float[Tensor, "_ dim"]:

@@ -46,9 +46,24 @@ def span_of(rows: Float[Tensor, "validation dim"], share: float) -> Span:
     >>> span_of(rows, 0.9).basis.shape, span_of(rows, 1.0).basis.shape
     (torch.Size([1, 3]), torch.Size([2, 3]))
     """
+    usable = rows.isfinite().all(dim=1)
+    basis = (span_coefficients(rows, share)[usable].T @ rows[usable].double()).float()
+    coordinates = rows @ basis.T
+    return Span(basis, torch.nn.functional.normalize(coordinates, dim=1), mean_within(coordinates))
+
+
+def mean_within(coordinates: Float[Tensor, "validation directions"]) -> Float[Tensor, " directions"]:
+    """The mean of the rows that did not fail (NaN), each made of length 1 within the span."""
+    inside = torch.nn.functional.normalize(coordinates, dim=1)
+    return inside[inside.isfinite().all(dim=1)].mean(dim=0)
+
+
+def span_coefficients(rows: Float[Tensor, "validation dim"], share: float) -> Float[Tensor, "validation directions"]:
+    """The span's directions as sums of the rows, float64; zeros for failed rows; see `span_of`."""
     if not 0 < share <= 1:
         raise ValueError(f"subspace: got {share}; expected a share above 0 and at most 1")
-    usable = rows[rows.isfinite().all(dim=1)].double()
+    good = rows.isfinite().all(dim=1)
+    usable = rows[good].double()
     values, vectors = torch.linalg.eigh(usable @ usable.T)  # as many as there are rows, fewer than dimensions
     strength = values.flip(0).clamp(min=0)
     if not strength[0] > 0:
@@ -56,6 +71,6 @@ def span_of(rows: Float[Tensor, "validation dim"], share: float) -> Span:
     rank = int((strength > strength[0] * 1e-10).sum())
     held = strength.cumsum(0) / strength.sum()
     count = min(rank, int((held < share - 1e-9).sum()) + 1)
-    basis = (vectors.flip(1)[:, :count].T @ usable / strength[:count, None].sqrt()).float()
-    inside = torch.nn.functional.normalize(rows @ basis.T, dim=1)
-    return Span(basis, inside, inside[inside.isfinite().all(dim=1)].mean(dim=0))
+    found = torch.zeros(len(rows), count, dtype=torch.float64, device=rows.device)
+    found[good] = vectors.flip(1)[:, :count] / strength[:count].sqrt()
+    return found

@@ -49,6 +49,12 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     """Adam's moments, one for each checkpoint; default: the warm-up folder's own"""
     reduce: Reduce = field(default="max", metadata=TASKS)
     """a group's influence is its tasks' highest (as the original does for MME), or their mean"""
+    drop_axes: int = field(default=0, metadata=TASKS)
+    """leave out this many leading axes along which the tasks' validation rows differ: they tell which answer is asked
+    for, and a selection by them can have too much of one answer"""
+    subspace: float | None = field(default=None, metadata=TASKS)
+    """take cosines within the span of each task's validation gradients: as many of its directions as hold this share
+    of them (0.9: nine tenths); each direction takes the memory of a task vector"""
     normalize: Literal["exact", "none"] = "exact"
     """exact: divide every gradient by its norm (cosine similarity); none: do not (inner product)"""
     preconditioner: Preconditioning = "adam"
