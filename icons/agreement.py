@@ -33,7 +33,7 @@ REUSED_SCORES = (
 # exact scores and the run of `icons score` that goes on with them
 EXACT_SCORES = (*REUSED_SCORES, "tasks", "groups", "reduce")
 # a weighted sum of exact scores and the run that makes it
-SUMMED_SCORES = ("data", "tasks", "weights", "checkpoints")
+SUMMED_SCORES = ("data", "tasks", "weights", "checkpoints", "drop_axes", "subspace")
 
 PLACES = {"path", "images", "name"}
 """Where a file lies may change between a run and its resume; what is in it may not."""
