@@ -17,7 +17,7 @@ from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
 from icons.store.lease import Leases
 from icons.store.manifest import versions
-from icons.store.unit_writer import UnitWriter
+from icons.store.unit_writer import UnitWriter, statuses_of
 
 UNIT_ROWS = 1 << 14
 UNIT_BYTES = 32 << 20
@@ -109,8 +109,10 @@ class Scoring:
         error: Exception | None = None
         part.watch(lambda: None)
         try:
-            self.fill(store, scorer, stores, assign(found, fabric.world_size, fabric.global_rank), advance, part)
+            mine = assign(sorted(found), fabric.world_size, fabric.global_rank)
+            scored = self.fill(store, scorer, stores, {unit: found[unit] for unit in mine}, advance, part)
             if (now := [source.status_digest() for source in sources]) != begun:
+                store.unwrite(scored)  # another run may have noted the new statuses as theirs meanwhile
                 changed = next(source for source, old, new in zip(sources, begun, now, strict=True) if old != new)
                 raise ValueError(
                     f"{changed.path}: its rows have changed while they were scored; run the same line again, which "
@@ -126,24 +128,27 @@ class Scoring:
         store: ScoreStore,
         scorer: Scorer,
         stores: Sequence[GradientStore],
-        units: Sequence[int],
+        planned: Mapping[int, np.ndarray],
         advance: Callable[[int], None],
         part: Run,
-    ) -> None:
-        """Computes units that no other run is computing; each is written while the next one is computed."""
-        writer = UnitWriter(store, again=units)
+    ) -> list[int]:
+        """Computes units that no other run is computing; each is written while the next one is computed. Those units,
+        as far as a signal has let it come."""
+        writer, scored = UnitWriter(store, again=planned), list[int]()
 
         def claim(unit: int, patient: bool = False) -> bool:
             return part.stop_status is None and writer.claim(unit, patient)
 
         try:
             writer.sweep()
-            for unit in UnitPlan(store.partition, units, claim).claimed():
+            for unit in UnitPlan(store.partition, list(planned), claim).claimed():
                 writer.store_unit(unit, self.unit(scorer, stores, store.partition.unit_rows(unit), advance))
+                scored.append(unit)
         finally:
             writer.close()
         if part.stop_status is None:
             writer.finish()
+        return scored
 
     def prepare(
         self,
@@ -151,8 +156,9 @@ class Scoring:
         stores: Sequence[GradientStore],
         tasks: Mapping[str, Sequence[GradientStore]],
         say: Callable[[str], None],
-    ) -> list[int] | Exception:
-        """Opens or creates the score store (rank 0); the units to do, or what went wrong."""
+    ) -> dict[int, np.ndarray] | Exception:
+        """Opens or creates the score store (rank 0); the units to do, with the statuses that they have now, or what
+        went wrong."""
         try:
             manifest = self.manifest(scorer, stores, tasks)
 
@@ -173,22 +179,34 @@ class Scoring:
         Raises:
             ValueError: so it is, and another run is still computing with the former ones.
         """
-        changed = [
-            name for name, now in manifest["tasks"].items() if digests(store.manifest["tasks"][name]) != digests(now)
-        ]
-        if changed:
-            leases = Leases(store.storage)
-            if busy := leases.living():
+        if changed := self.changed_tasks(store, manifest):
+            lock = Leases(store.storage)
+            # a unit beyond the last one: of the store as a whole
+            if (busy := lock.living()) or not lock.acquire(store.partition.num_units):
                 raise ValueError(
-                    f"the score store {self.out}: the rows of task {changed[0]} have changed, and {busy} is still "
-                    "scoring with the former ones; run the same line again when that run has ended"
+                    f"the score store {self.out}: the rows of task {changed[0]} have changed, and "
+                    f"{busy or 'another run'} is still scoring with the former ones; run the same line again when that "
+                    "run has ended"
                 )
-            if written := sorted(set(range(store.partition.num_units)) - set(store.missing())):
-                names = ", ".join(changed)
-                say(f"{self.out}: the rows of {names} have changed: {len(written):,} units are computed anew")
-                store.unwrite(written)
-        if changed or digests(store.manifest["train"]) != digests(manifest["train"]):
-            store.amend(**{name: manifest[name] for name in ("train", "tasks", "num_validation", "warnings")})
+            try:
+                if changed := self.changed_tasks(ScoreStore.open(self.out), manifest):
+                    self.unwrite(store, changed, say)
+                    store.amend(**sources_in(manifest))
+            finally:
+                lock.close()
+        elif digests(store.manifest["train"]) != digests(manifest["train"]):
+            store.amend(**sources_in(manifest))
+
+    def changed_tasks(self, store: ScoreStore, manifest: Mapping[str, Any]) -> list[str]:
+        former, now = store.manifest["tasks"], manifest["tasks"]
+        return [name for name in now if digests(former[name]) != digests(now[name])]
+
+    def unwrite(self, store: ScoreStore, changed: Sequence[str], say: Callable[[str], None]) -> None:
+        if written := sorted(set(range(store.partition.num_units)) - set(store.missing())):
+            known = any(any(digests(store.manifest["tasks"][name])) for name in changed)
+            why = "have changed" if known else "may have changed (an earlier version did not note their statuses)"
+            say(f"{self.out}: the rows of {', '.join(changed)} {why}: {len(written):,} units are computed anew")
+            store.unwrite(written)
 
     def create(self, scorer: Scorer, manifest: Mapping[str, Any]) -> ScoreStore:
         extra: dict[str, tuple[str, list[tuple[str, int]]]] = {name: (dtype, []) for name, dtype in COPIED.items()}
@@ -230,8 +248,8 @@ class Scoring:
             "top_pairs": self.top_pairs,
             **({"drop_axes": self.drop_axes} if self.drop_axes else {}),  # stores of before it do not name it
             **({"subspace": self.subspace} if self.subspace is not None else {}),
-            "train": [{"path": store.path, **store.manifest} for store in stores],
-            "tasks": {name: [{"path": s.path, **s.manifest} for s in found] for name, found in tasks.items()},
+            "train": [described(store) for store in stores],
+            "tasks": {name: [described(store) for store in found] for name, found in tasks.items()},
             "warnings": sorted({text for store in stores for text in store.manifest.get("warnings", [])}),
             "versions": versions("icons-lightning", "torch", "zarr"),
         }
@@ -252,6 +270,11 @@ class Scoring:
         span = slice(rows.start, rows.stop)
         values |= {name: stores[0].stored(name, span) for name in COPIED}
         return {**values, "status": status_of(stores, span)}
+
+
+def sources_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest's part that follows from the sources' statuses."""
+    return {name: manifest[name] for name in ("train", "tasks", "num_validation", "warnings")}
 
 
 def described(store: GradientStore) -> dict[str, Any]:
@@ -279,10 +302,12 @@ def status_of(stores: Sequence[GradientStore], span: slice) -> np.ndarray:
     return np.maximum.reduce([store.stored("status", span) for store in stores])
 
 
-def units_to_do(store: ScoreStore, stores: Sequence[GradientStore]) -> list[int]:
-    """Units not written yet, or written before failed rows were tried again (`icons gradients --retry-failed`)."""
-    changed = np.flatnonzero(store.statuses() != status_of(stores, slice(None)))
-    return np.unique(changed // store.partition.chunk_rows).tolist()
+def units_to_do(store: ScoreStore, stores: Sequence[GradientStore]) -> dict[int, np.ndarray]:
+    """Units not written yet, or written before failed rows were tried again (`icons gradients --retry-failed`), with
+    their statuses."""
+    now = store.statuses()
+    changed = np.flatnonzero(now != status_of(stores, slice(None)))
+    return statuses_of(store, np.unique(changed // store.partition.chunk_rows).tolist(), now)
 
 
 def unit_rows(scorer: Scorer, widest: int) -> int:

@@ -19,7 +19,7 @@ from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import FailureLog, failures_in
 from icons.store.manifest import versions
-from icons.store.unit_writer import UnitWriter
+from icons.store.unit_writer import UnitWriter, statuses_of
 
 MIXED = "mixed"
 
@@ -163,14 +163,16 @@ class StoreWriter(BasePredictionWriter):
             )
         return plan.union(self.plan)
 
-    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, list[int]] | Exception:
+    def prepare(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] | Exception:
         """Opens or creates the store (rank 0); the units to do, or what went wrong."""
         try:
             datamodule: Any = getattr(trainer, "datamodule", None)
             manifest = self.describe(pl_module, datamodule) | computation(trainer, pl_module)
             store = self.open_or_create(manifest, self.num_rows or len(datamodule.dataset))
             mine = set(assign(range(store.partition.num_units), self.shard[1], self.shard[0]))
-            again = sorted(mine & set(store.failed_units())) if self.retry_failed else []
+            statuses = store.statuses()
+            failed = sorted(mine & set(store.failed_units(statuses))) if self.retry_failed else []
+            again = statuses_of(store, failed, statuses)
             todo = sorted(mine & set(store.missing()) | set(again))
             if todo:
                 self.check_batches(store, batches_of(datamodule))

@@ -61,7 +61,15 @@ class DurableLocalStore(LocalStore):
         """`fsync` of files and of the folders that name them, side by side."""
         depth = len(self.root.parts)
         folders = {folder for path in paths for folder in path.parents if len(folder.parts) >= depth}
-        list(self.pool.map(flush_path, [*paths, *folders]))
+        list(self.pool.map(self.flush_kept, [*paths, *folders]))
+
+    def flush_kept(self, path: Path) -> None:
+        """`fsync`, but for a status that another run has taken away meanwhile, so as to write its unit again."""
+        try:
+            flush_path(path)
+        except FileNotFoundError:
+            if path.parent != self.root / "status" / "c":
+                raise
 
     def flush_deleted(self, keys: Sequence[str]) -> None:
         for parent in {(self.root / key).parent for key in keys}:

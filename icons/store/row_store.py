@@ -184,9 +184,10 @@ class RowStore:
             )
         return {Status(code): np.flatnonzero(statuses == code) for code in codes}
 
-    def failed_units(self) -> list[int]:
-        """Units with a failed row, ascending."""
-        return np.unique(np.flatnonzero(self.statuses() > Status.DONE) // self.partition.chunk_rows).tolist()
+    def failed_units(self, statuses: np.ndarray | None = None) -> list[int]:
+        """Units with a failed row, ascending; by what `statuses` has found, if that is given."""
+        failed = (self.statuses() if statuses is None else statuses) > Status.DONE
+        return np.unique(np.flatnonzero(failed) // self.partition.chunk_rows).tolist()
 
     def counts(self) -> dict[str, int]:
         """Rows `done`, `failed` and `missing`."""

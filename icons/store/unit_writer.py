@@ -15,9 +15,9 @@ from typing import TypeVar
 import numpy as np
 
 from icons.store import GradientStore, ScoreStore
-from icons.store.chunk import chunk_key
 from icons.store.folder import LostUnit
 from icons.store.lease import Leases
+from icons.store.row_store import RowStore
 
 Columns = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -50,8 +50,9 @@ class UnitWriter:
 
     Args:
         store: opened for writing.
-        again: units to be written although they are finished (failed rows to be retried), unless another run does so
-            meanwhile. A unit is marked as not written when it is claimed, and by nobody afterwards.
+        again: units to be written although they are finished (failed rows to be retried), with their statuses as they
+            were when that was planned (`statuses_of`): one that has others by now, another run has written
+            again meanwhile. A unit is marked as not written when it is claimed, and by nobody afterwards.
         queue_units: finished units that may wait; `collect` waits when there are more.
         lease_timeout_s: see `Leases`.
         on_unit: called with the number of rows after each unit is stored, from a background thread.
@@ -61,13 +62,13 @@ class UnitWriter:
         self,
         store: GradientStore | ScoreStore,
         *,
-        again: Iterable[int] = (),
+        again: Mapping[int, np.ndarray] | None = None,
         queue_units: int = 2,
         lease_timeout_s: float = 90.0,
         on_unit: Callable[[int], None] | None = None,
     ) -> None:
         self.store, self.on_unit = store, on_unit
-        self.again = {unit: self.status_of(unit) for unit in again}  # unit -> its status as it was planned
+        self.again = dict(again or {})
         self.leases = Leases(store.storage, lease_timeout_s)
         self.open_units: dict[int, OpenUnit] = {}
         self.elsewhere: dict[int, str] = {}  # units that another run holds, and who it is
@@ -101,16 +102,13 @@ class UnitWriter:
             self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
             return False
         self.elsewhere.pop(unit, None)
-        if (status := self.status_of(unit)) is None:
-            return True
-        if status != self.again.get(unit) and self.store.is_written(unit):
+        rows = self.store.partition.unit_rows(unit)
+        status, planned = self.store.stored("status", slice(rows.start, rows.stop)), self.again.get(unit)
+        if status.all() and (planned is None or not np.array_equal(status, planned)):
             self.leases.release(unit, done=True)
             return False
         self.store.unwrite([unit])
         return True
-
-    def status_of(self, unit: int) -> bytes | None:
-        return self.store.storage.get(chunk_key("status", unit, 1))
 
     def sweep(self) -> None:
         """Removes what runs left behind that died between storing a unit and giving back its lease."""
@@ -264,6 +262,12 @@ class UnitWriter:
                 f"store {self.store.path}: {len(unfinished)} units are being computed by another run, for example unit "
                 f"{unit} by {who}; this run stored all others: run the same line again when that run has ended"
             )
+
+
+def statuses_of(store: RowStore, units: Iterable[int], statuses: np.ndarray) -> dict[int, np.ndarray]:
+    """Some units' part of what `store.statuses()` has found."""
+    rows = {unit: store.partition.unit_rows(unit) for unit in units}
+    return {unit: statuses[of_unit.start : of_unit.stop] for unit, of_unit in rows.items()}
 
 
 def drained(items: "queue.Queue[Item | None]") -> Iterator[Item]:

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,3 +178,20 @@ def test_subspaces_come_from_the_command_line_and_have_no_error_bars(
         for place in range(2):
             weights = np.where(pairs.task == place, pairs.share, 0)
             assert pairs.weighted(weights) == pytest.approx(whole[:, place], abs=1e-3)
+
+
+def test_a_task_whose_failed_rows_were_retried_has_every_score_computed_anew(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(tmp_path / "gqa.zarr")
+    task = store(tmp_path / "gqa.zarr", ROWS["gqa"], failed=(2, 5))
+    line += ["--chunk-rows", "16"]
+    assert main(line) == 0
+    capsys.readouterr()
+    write(GradientStore.open(task.path, mode="r+"), 0, ROWS["gqa"], failed=(5,))
+    assert main(line) == 0
+    assert "scores.zarr: the rows of gqa have changed: 6 units are computed anew" in capsys.readouterr().out
+    scores = ScoreStore.open(tmp_path / "scores.zarr")
+    assert np.array_equal(scores.influence[:], expected(tmp_path), equal_nan=True)
+    assert scores.manifest["num_validation"] == [6, 12]
+    assert main(line) == 0 and "anew" not in capsys.readouterr().out

@@ -13,7 +13,7 @@ import pytest
 from power_cuts import Recording
 
 from icons.store import GradientStore, ScoreStore
-from icons.store.unit_writer import UnitWriter
+from icons.store.unit_writer import UnitWriter, statuses_of
 from icons.store.verify import verify
 
 CUTS = int(os.environ.get("ICONS_CUTS", "25"))
@@ -31,7 +31,7 @@ def results(row: np.ndarray) -> dict[str, np.ndarray]:
 def gradients(path: Path, again: bool = False) -> None:
     """What `icons gradients` does to a store, `--retry-failed` with `again`."""
     store = GradientStore.open_or_create(path, num_rows=NUM_ROWS, dim=6, chunk_rows=4, manifest={"seed": 1})
-    retried = store.failed_units() if again else []
+    retried = statuses_of(store, store.failed_units(), store.statuses()) if again else {}
     writer = UnitWriter(store, again=retried)
     writer.sweep()
     for unit in sorted({*store.missing(), *retried}):

@@ -17,7 +17,7 @@ import pytest
 
 import icons.store.folder
 from icons.store import GradientStore
-from icons.store.unit_writer import UNCOMMITTED, WRITERS, UnitWriter
+from icons.store.unit_writer import UNCOMMITTED, WRITERS, UnitWriter, statuses_of
 from icons.store.verify import verify
 
 DRIVER = Path(__file__).parent / "kill_driver.py"
@@ -120,7 +120,7 @@ def test_failed_units_are_written_again_when_asked(store: GradientStore, make: A
     first = make(store)
     first.collect(rows, results(rows) | {"status": np.array([1, 3, 1, 1])})
     first.finish()
-    plain, retry = make(store), make(store, again=[0])
+    plain, retry = make(store), make(store, again=statuses_of(store, [0], store.statuses()))
     assert store.failed_units() == [0] and not plain.claim(0) and retry.claim(0)
     retry.collect(rows, results(rows))
     retry.finish()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from icons.store import GradientStore
 from icons.store.folder import LostUnit
 from icons.store.lease import Leases, lease_key
-from icons.store.unit_writer import UnitWriter
+from icons.store.unit_writer import UnitWriter, statuses_of
 from icons.store.verify import verify
 
 
@@ -104,7 +105,8 @@ def test_a_writer_that_was_stopped_between_two_files_of_its_unit_writes_no_furth
 def test_two_that_try_the_same_failed_rows_again_write_them_once(store: GradientStore, make: Any) -> None:
     rows = np.arange(4)
     store.write_unit(0, results(rows) | {"status": np.array([1, 3, 1, 1])})
-    first, second = (make(GradientStore.open(store.path, "r+"), again=[0]) for _ in range(2))
+    again = statuses_of(store, [0], store.statuses())
+    first, second = (make(GradientStore.open(store.path, "r+"), again=again) for _ in range(2))
     assert first.claim(0) and store.missing()[0] == 0, "marked as not written when it is claimed, and never afterwards"
     first.collect(rows, results(rows))
     first.finish()
@@ -135,3 +137,28 @@ def test_a_lease_that_cannot_be_read_is_a_dead_one(store: GradientStore, make: A
     writer.collect(np.arange(22), results(np.arange(22)))
     writer.finish()
     assert store.missing() == [] and store.storage.list("status/lease") == []
+
+
+def test_a_status_that_another_run_has_taken_away_meanwhile_stops_nobody(store: GradientStore, make: Any) -> None:
+    rows = np.arange(4)
+    first = make(store)
+    first.collect(rows, results(rows))
+    while not store.is_written(0):
+        time.sleep(0.01)
+    GradientStore.open(store.path, "r+").unwrite([0])  # `--repair`, or rows that are tried again
+    first.finish()
+    assert store.missing()[0] == 0
+
+
+def test_rows_that_another_run_has_tried_again_since_it_was_planned_are_left_alone(
+    store: GradientStore, make: Any
+) -> None:
+    rows = np.arange(4)
+    store.write_unit(0, results(rows) | {"status": np.array([1, 3, 1, 1])})
+    planned = statuses_of(store, [0], store.statuses())
+    first = make(store, again=planned)
+    assert first.claim(0)
+    first.collect(rows, results(rows))
+    first.finish()
+    before = contents(store)
+    assert not make(store, again=planned).claim(0) and contents(store) == before
