@@ -29,7 +29,7 @@ def fork(folder: Path, number: int) -> int:
         score(folder, number)
         os._exit(0)
     except ValueError as error:
-        print(error, flush=True)
+        os.write(1, f"{error}\n".encode())  # at once, so that lines do not mix
         os._exit(1)
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--together", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     for number in range(given.rounds):
         pids = [fork(given.folder, number) for _ in range(given.together)]
