@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from icons.gradients import per_sample_gradients
+from icons.projection import CountSketch
 from icons.scores import ScoredRows, Scorer
 from icons.scores.rows import ArrayRows
 from icons.scores.stderr import standard_error
@@ -109,3 +112,43 @@ def test_no_projection_no_error() -> None:
     train.manifest = {"projector": {"kind": "identity"}}
     (part,) = Scorer.of(train, {"task": rows}).score(range(10))
     assert (part.stderr == 0).all()
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_the_interval_holds_for_a_model_s_own_gradients_at_two_checkpoints(outliers: bool) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        )
+        models = [LlamaForCausalLM(config).eval() for _ in range(2)]
+        ids = torch.randint(40, (36, 9))
+    models[1].load_state_dict({name: 0.9 * value for name, value in models[0].state_dict().items()})
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "row": torch.arange(36)}
+    wholes = []
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("proj" in name)
+            if outliers and "layernorm" in name:
+                parameter.data[3] *= 30
+        wholes.append(per_sample_gradients(model, batch))
+    shapes = {name: value.shape for name, value in models[0].named_parameters() if value.requires_grad}
+    units = [unit(whole.double().numpy()) for whole in wholes]
+    exact = np.mean([(rows[:24] @ rows[24:].T).mean(axis=1, keepdims=True) for rows in units], axis=0)
+    found = []
+    for seed in range(60):
+        projector = CountSketch(64, seed)
+        stored = []
+        for whole in wholes:
+            total = projector.start(36, shapes, torch.device("cpu"))
+            pieces = whole.split([shape.numel() for shape in shapes.values()], dim=1)
+            for (name, shape), piece in zip(shapes.items(), pieces, strict=True):
+                sign = projector.sign(name, shape, piece.device)
+                projector.add(total, name, piece.unflatten(1, shape) * sign)
+            stored.append(total)
+        pool = [ArrayRows(rows[:24]) for rows in stored]
+        for rows in pool:
+            rows.manifest = {"projector": projector.describe()}
+        (part,) = parts(Scorer.of(pool, {"task": [rows[24:] for rows in stored]}))
+        found.append(np.abs(part.influence.numpy() - exact) <= 1.96 * part.stderr.numpy())
+    assert 0.91 <= np.mean(found) <= 0.98

@@ -1,0 +1,105 @@
+"""ICONS, by its library, on the common task.
+
+Names: what is compared (cosine, or product), the preconditioner of the training rows, `exact` or the projection's K,
+checkpoints (the last, or those of all epochs, weighed alike or by their learning rates as LESS does).
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from result import EPOCH, Job, main
+from task import Row, batches
+from torch import Tensor, nn
+
+from icons.gradients import TaskMatrix, projected_gradients, scored_gradients, weighted_gradient
+from icons.models.adam_state import load_adam_state
+from icons.preconditioner import Preconditioner, Sign
+from icons.projection import CountSketch
+from icons.scores import Scorer
+
+BATCH = 32
+
+
+def preconditioner(form: str, folder: Path, model: nn.Module) -> Preconditioner | None:
+    if form in ("none", "sign"):
+        return Sign() if form == "sign" else None
+    return load_adam_state(folder, model, form=form)  # type: ignore[arg-type]
+
+
+def task_vector(model: nn.Module, rows: Sequence[Row], cosine: bool) -> dict[str, Tensor]:
+    """Mean of a task's gradients, of unit length each if cosines are wanted."""
+    nothing = TaskMatrix(model, [])
+    total: dict[str, Tensor] = {}
+    for batch in batches(rows, BATCH):
+        weights = torch.ones(len(batch["row"]))
+        if cosine:
+            _, norm, _ = scored_gradients(model, batch, nothing)
+            weights = 1 / norm
+        for name, value in weighted_gradient(model, batch, weights / len(rows)).items():
+            total[name] = total[name] + value if name in total else value
+    return total
+
+
+def exact(job: Job, form: str, epoch: int, cosine: bool) -> np.ndarray:
+    """Scores without any projection at one checkpoint."""
+    folder, tokens = job.task.checkpoint(job.way, epoch), job.task.tokens
+    model = job.task.model(job.way, folder)
+    vectors: list[Mapping[str, Tensor]] = [task_vector(model, tokens[name], cosine) for name in job.task.names]
+    tasks, ours, found = TaskMatrix(model, vectors), preconditioner(form, folder, model), []
+    for batch in batches(tokens["pool"], BATCH):
+        product, norm, _ = scored_gradients(model, batch, tasks, ours)
+        found.append(product / norm[:, None] if cosine else product)
+    return torch.cat(found).numpy()
+
+
+def several(job: Job, form: str, weights: str = "mean") -> np.ndarray:
+    """Exact cosines at the checkpoints of all epochs."""
+    rates = [1.0, 1.0, 1.0]
+    if weights == "rate":  # the mean rate of each epoch, which falls in a line to the rate at its end
+        ends = [json.loads((job.task.checkpoint(job.way, epoch) / "rate.json").read_text()) for epoch in (1, 2, 3)]
+        starts = [job.task.settings["rate"][job.way], *ends]
+        rates = [(start + end) / 2 for start, end in zip(starts, ends, strict=False)]
+    parts = [rate * exact(job, form, epoch, True) for epoch, rate in zip((1, 2, 3), rates, strict=True)]
+    return np.sum(parts, axis=0) / sum(rates)
+
+
+def projected(job: Job, form: str, dim: int, **options: Any) -> np.ndarray:
+    """Scores from projected rows, as `icons gradients` and `icons influence` make them."""
+    folder, tokens = job.checkpoint, job.task.tokens
+    model = job.task.model(job.way, folder)
+    projector, ours = CountSketch(dim), preconditioner(form, folder, model)
+    rows = {
+        name: torch.cat([
+            projected_gradients(model, batch, projector, ours if name == "pool" else None).gradient
+            for batch in batches(part, BATCH)
+        ])
+        for name, part in tokens.items()
+    }  # fmt: skip
+    scorer = Scorer.of(rows.pop("pool"), rows, **options)
+    return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))]).numpy()
+
+
+VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
+    "cosine, Adam, exact": partial(exact, form="adam", epoch=EPOCH, cosine=True),
+    "cosine, diagonal, exact": partial(exact, form="diagonal", epoch=EPOCH, cosine=True),
+    "cosine, sign, exact": partial(exact, form="sign", epoch=EPOCH, cosine=True),
+    "cosine, none, exact": partial(exact, form="none", epoch=EPOCH, cosine=True),
+    "product, Adam, exact": partial(exact, form="adam", epoch=EPOCH, cosine=False),
+    "product, none, exact": partial(exact, form="none", epoch=EPOCH, cosine=False),
+    "product, diagonal, exact": partial(exact, form="diagonal", epoch=EPOCH, cosine=False),
+    "cosine, Adam, exact, 3 checkpoints": partial(several, form="adam"),
+    "cosine, diagonal, exact, 3 checkpoints": partial(several, form="diagonal"),
+    "LESS's formula": partial(several, form="adam", weights="rate"),
+    "cosine, Adam, K 5120": partial(projected, form="adam", dim=5120),
+    "cosine, Adam, K 1024": partial(projected, form="adam", dim=1024),
+    "cosine, Adam, K 5120, subspace 0.9": partial(projected, form="adam", dim=5120, subspace=0.9),
+    "cosine, diagonal, K 5120, subspace 0.9": partial(projected, form="diagonal", dim=5120, subspace=0.9),
+}
+
+if __name__ == "__main__":
+    main(VARIANTS)
