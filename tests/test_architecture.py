@@ -17,7 +17,7 @@ PACKAGE = ROOT / "icons"
 FILES = sorted(PACKAGE.rglob("*.py"))
 EDGE = {"lightning", "transformers", "peft", "torchmetrics"}
 LAYERS = [
-    {"agreement", "batch", "choices", "interruption", "output", "partition", "terminal"},
+    {"agreement", "batch", "choices", "interruption", "manifest", "output", "partition", "terminal"},
     {"gradients", "preconditioner", "projection", "scores"},
     {"store"},
     {"consensus"},

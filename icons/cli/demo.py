@@ -183,7 +183,7 @@ class Demo:
     ) -> None:
         """Writes `comparison.json` and the report, and prints the closing tables."""
         records, selection = msgspec.json.decode(data.pool.read_bytes()), open_selection(selected)
-        store, by_task = ScoreStore.open(str(scores)), selection.manifest["thresholds"]
+        store, by_task = ScoreStore.open(str(scores)), selection.facts.thresholds
         votes = voted(np.asarray(store.influence[:]), np.array([by_task[task] for task in store.tasks])).sum(axis=1)
         content = outcome(records, selection.rows, votes, runs, self.settings.note)
         file = self.out / "comparison.json"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from rich.markup import escape
@@ -16,6 +16,7 @@ from icons.consensus.random_sets import Compared
 from icons.datamodules.records import RecordSource, open_records
 from icons.datamodules.traits import read_traits
 from icons.scores import Scorer
+from icons.store.manifest import ScoreManifest
 
 MOST_RECORDS, MOST_OF_TASK = 50_000, 2_000
 """Records read for the composition: of the pool, and of each task."""
@@ -27,7 +28,7 @@ class Known(Protocol):
     """What is measured from: a score store, and its gradients on demand."""
 
     kept: Pairs | None
-    manifest: Mapping[str, Any]
+    facts: ScoreManifest
     tasks: list[str]
 
     def scorer(self, pairwise: bool) -> Scorer: ...
@@ -42,8 +43,7 @@ def measure(chosen: Selection, known: Known, records: RecordSource, source_field
         gradients = known.scorer(True)
     except (ValueError, OSError) as error:
         notes.append(f"hurt validation rows and redundancy are not measured: {error}")
-    groups = known.manifest.get("groups") or {}
-    return Health.of(chosen.rows, scored, gradients, groups, known.kept, kinds, notes, seed)
+    return Health.of(chosen.rows, scored, gradients, known.facts.groups, known.kept, kinds, notes, seed)
 
 
 def found_kinds(
@@ -56,7 +56,7 @@ def found_kinds(
     selected[chosen.rows] = True
     asked = {}
     for task in known.tasks:
-        files = task_files(known.manifest, task)
+        files = task_files(known.facts, task)
         try:
             parts = [task_traits(file, source_field, generator) for file in files]
         except (OSError, ValueError) as error:
@@ -69,14 +69,11 @@ def found_kinds(
     return composition(read_traits(records, rows.tolist(), source_field), selected[rows], asked)
 
 
-def task_files(manifest: Mapping[str, Any], task: str) -> list[Path]:
+def task_files(facts: ScoreManifest, task: str) -> list[Path]:
     """The data files of a task's validation rows, as the manifest names them."""
-    members: Sequence[str] = (manifest.get("groups") or {}).get(task, [task])
-    tasks, found = manifest.get("tasks"), list[Path]()
-    if not isinstance(tasks, Mapping):
-        return found
-    for member in members:
-        entry = tasks.get(member)
+    found: list[Path] = []
+    for member in facts.members(task):
+        entry = facts.tasks.get(member)
         entry = entry[0] if isinstance(entry, list) and entry else entry
         data = entry.get("data") if isinstance(entry, Mapping) else None
         path = data.get("path") if isinstance(data, Mapping) else None

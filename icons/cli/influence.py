@@ -81,14 +81,15 @@ def report(scores: ScoreStore) -> None:
         values = np.stack([influence, influence**2, stderr**2]).astype(np.float64)
         total += np.nansum(values, axis=1)
     mean, square, error = total / max(counts["done"], 1)
-    table = Table("task", *(["validation rows"] if "num_validation" in scores.manifest else []))
+    facts = scores.facts
+    table = Table("task", *(["validation rows"] if facts.num_validation else []))
     for heading in ("mean influence", "spread", "standard error"):
         table.add_column(heading, justify="right")
     for place, name in enumerate(scores.tasks):
         spread = np.sqrt(max(square[place] - mean[place] ** 2, 0))
-        unknown = scores.manifest.get("subspace") is not None and error[place] == 0
+        unknown = facts.subspace is not None and error[place] == 0
         cells = [f"{mean[place]:.4f}", f"{spread:.4f}", "unknown" if unknown else f"{np.sqrt(error[place]):.4f}"]
-        table.add_row(name, f"{scores.manifest['num_validation'][place]:,}", *cells)
+        table.add_row(name, f"{facts.num_validation[place]:,}", *cells)
     console.print(table)
-    for text in scores.manifest.get("warnings", []):
+    for text in facts.warnings:
         warn(text)

@@ -61,15 +61,14 @@ class ModelSource:
                     f"{option} {value}: the warm-up folder {checkpoint} names its own; leave the option out"
                 )
         warmup = open_warmup(checkpoint)
-        trained = Preprocessing.from_dict(warmup.manifest["preprocessing"])
+        trained = Preprocessing.from_dict(warmup.facts.preprocessing)
         for name, value in asked.items():
             if getattr(trained, name) != value:
                 raise ValueError(
                     f"--{name.replace('_', '-')} {value}: the warm-up in {checkpoint} used {getattr(trained, name)!r}, "
                     "and gradients of differently prepared text do not compare; leave the option out"
                 )
-        losses = warmup.manifest.get("losses") or {}
-        warning = hardly_moved(losses.get("before") or {}, losses.get("after") or {})
+        warning = hardly_moved(warmup.facts.losses.before, warmup.facts.losses.after)
         return cls(warmup.model_folder, warmup.adapter, trained, optimizer_state or checkpoint, warning)
 
     def load(

@@ -69,14 +69,14 @@ def report(options: ReportOptions) -> int:
 
 def check_data(chosen: Chosen, index: RecordSource) -> None:
     """Refuses a data file that the selection was not made from: its rows would be other records."""
-    made_from = chosen.manifest["data"]
+    made_from = chosen.facts.data
     for what, expected, got in (
-        ("{:,} records", made_from["num_rows"], len(index)),
-        ("the fingerprint {}", made_from["fingerprint"], index.fingerprint),
+        ("{:,} records", made_from.num_rows, len(index)),
+        ("the fingerprint {}", made_from.fingerprint, index.fingerprint),
     ):
         if got != expected:
             raise ValueError(
-                f"data {index.path}: has {what.format(got)}, the selection was made from {made_from['path']} with "
+                f"data {index.path}: has {what.format(got)}, the selection was made from {made_from.path} with "
                 f"{what.format(expected)}; expected that file, unchanged"
             )
 

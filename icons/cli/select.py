@@ -77,7 +77,7 @@ def select(options: SelectOptions) -> int:
     with loaded:
         chosen = select_rows(loaded, budget=budget, **settings)
         if options.near_duplicates is not None:
-            gradients = GradientStore.open(options.train[0] if options.train else store.manifest["train"][0]["path"])
+            gradients = opened_gradients(store, options.train)
             before = chosen
             chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
             num_near = len(np.setdiff1d(before.rows, chosen.rows))
@@ -87,7 +87,7 @@ def select(options: SelectOptions) -> int:
             f"selection: has none of {store.num_rows:,} rows; expected one or more: raise --fraction, --num-rows or "
             "--max-tokens"
         )
-    found = border(chosen, loaded.influence, loaded.stderr, store.manifest.get("dim"))
+    found = border(chosen, loaded.influence, loaded.stderr, store.facts.dim)
     if options.table is not None:
         write_table(options.table, columns(chosen, loaded, index))
     given = {
@@ -180,7 +180,7 @@ def check_data(store: ScoreStore, index: RecordSource, data: Path) -> None:
             f"data {data}: has {len(index):,} records, the scores {store.path} have {store.num_rows:,} rows; expected "
             "the file that the gradients were computed from"
         )
-    known = (store.manifest.get("data") or {}).get("fingerprint")
+    known = store.facts.data.fingerprint
     if known is not None and known != index.fingerprint:
         raise ValueError(
             f"data {data}: has fingerprint {index.fingerprint}, the scores {store.path} were made from {known}; "
@@ -201,6 +201,21 @@ def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"{option} {name}={value}: expected NAME=NUMBER") from None
     return found
+
+
+def opened_gradients(store: ScoreStore, given: Sequence[str] | None) -> GradientStore:
+    """The (first) gradient store of the training rows: the one that is given, or that the scores were made from.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    paths = given or [entry["path"] for entry in store.facts.train]
+    if not paths:
+        raise ValueError(
+            f"--near-duplicates: the scores {store.path} name no gradients of training rows (they were made without "
+            "them); expected --train STORE"
+        )
+    return GradientStore.open(paths[0])
 
 
 def without_near_duplicates(
@@ -261,7 +276,7 @@ def manifest(
         "settings": dict(settings),
         "data": {"path": str(index.path), "fingerprint": index.fingerprint, "num_rows": len(index)},
         "scores": {"path": store.path, **store.manifest},
-        "warnings": store.manifest.get("warnings", []),
+        "warnings": store.facts.warnings,
     }
 
 
@@ -285,5 +300,5 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
             f"{found.may_leave:,} selected rows could swap places with {found.may_enter:,} others. {found.verdict()}",
             soft_wrap=True,
         )
-    for text in store.manifest.get("warnings", []):
+    for text in store.facts.warnings:
         warn(text)

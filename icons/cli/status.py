@@ -31,8 +31,8 @@ def status(options: StatusOptions) -> int:
 
 def stated_shards(store: RowStore) -> int:
     """The number of array jobs that the store was made for; one per unit if it was not made by array jobs."""
-    stated = store.manifest.get("settings", {}).get("shards") or 1
-    return int(stated) if stated > 1 else store.partition.num_units
+    stated = store.facts.settings.shards or 1
+    return stated if stated > 1 else store.partition.num_units
 
 
 def shards_with_work(units: list[int], shards: int) -> list[int]:

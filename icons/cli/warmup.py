@@ -16,6 +16,7 @@ from icons.cli.options.warmup import WarmupOptions
 from icons.cli.pairs import file_and_images
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
+from icons.manifest import versions
 from icons.models.folder import ModelFolder
 from icons.models.loading import empty_model, load_model
 from icons.models.lora import LoraSettings
@@ -34,7 +35,6 @@ from icons.modules.fit import (
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, remove
 from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark
-from icons.store.manifest import versions
 
 HELD_OUT, MOST_HELD_OUT = "held-out", 256
 

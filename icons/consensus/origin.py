@@ -6,6 +6,7 @@ from typing import Any
 from icons.agreement import SOURCE, check_compatible
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
+from icons.store.manifest import ScoreManifest
 
 
 def scorer_of(
@@ -27,20 +28,19 @@ def scorer_of(
             one the scores were made from.
         FileNotFoundError: a store is no longer where it was.
     """
-    manifest: Mapping[str, Any] = store.manifest
+    facts = store.facts
     trains, of_tasks = opened(store, train, tasks)
-    weights = manifest.get("weights") or []
     return Scorer.of(
         trains,
         of_tasks,
-        normalize=manifest.get("normalize", "projected"),
-        task_normalize=manifest.get("task_normalize"),
-        weights=weights if len(weights) == len(trains) else None,
-        groups=manifest.get("groups") or {},
-        reduce=manifest.get("reduce", "max"),
+        normalize=facts.normalize,
+        task_normalize=facts.task_normalize,
+        weights=facts.weights if len(facts.weights) == len(trains) else None,
+        groups=facts.groups,
+        reduce=facts.reduce,
         pairwise=pairwise,
-        drop_axes=manifest.get("drop_axes", 0),
-        subspace=manifest.get("subspace"),
+        drop_axes=facts.drop_axes,
+        subspace=facts.subspace,
     )
 
 
@@ -48,13 +48,13 @@ def opened(
     store: ScoreStore, train: Sequence[str] | None, tasks: Mapping[str, Sequence[str]] | None
 ) -> tuple[list[GradientStore], dict[str, list[GradientStore]]]:
     """The gradient stores of training rows and of tasks, checked against the score store's manifest."""
-    entries = store.manifest.get("train") or []
-    groups: Mapping[str, Sequence[str]] = store.manifest.get("groups") or {}
+    facts = store.facts
+    entries = facts.train
     trains = list(train) if train else [entry["path"] for entry in entries]
-    known = of_tasks(store.manifest)
+    known = of_tasks(facts)
     paths = {name: [entry["path"] for entry in found] for name, found in known.items()}
     paths |= {name: list(given) for name, given in (tasks or {}).items()}
-    wanted = [member for task in store.tasks for member in groups.get(task, [task])]
+    wanted = [member for task in store.tasks for member in facts.members(task)]
     lacking = [name for name in wanted if name not in paths]
     if not trains or lacking:
         raise ValueError(
@@ -66,18 +66,15 @@ def opened(
         check_compatible(source.manifest, entry, SOURCE, f"the store {source.path}", f"the scores {store.path}")
     opened_tasks = {name: [GradientStore.open(path) for path in paths[name]] for name in wanted}
     for name, sources in opened_tasks.items():
-        for source, entry in zip(sources, known.get(name, []), strict=False):
-            check_compatible(source.manifest, entry, SOURCE, f"the store {source.path}", f"the scores {store.path}")
+        for source, stated in zip(sources, known.get(name, []), strict=False):
+            check_compatible(source.manifest, stated, SOURCE, f"the store {source.path}", f"the scores {store.path}")
     return found, opened_tasks
 
 
-def of_tasks(manifest: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+def of_tasks(facts: ScoreManifest) -> dict[str, list[Mapping[str, Any]]]:
     """Task -> its gradient stores' entries in a score store's manifest; none where it was scored without them."""
-    tasks = manifest.get("tasks")
-    if not isinstance(tasks, Mapping):
-        return {}
     return {
         name: entries
-        for name, entries in tasks.items()
+        for name, entries in facts.tasks.items()
         if isinstance(entries, list) and all(isinstance(entry, Mapping) and "path" in entry for entry in entries)
     }

@@ -117,20 +117,19 @@ class Pairs:
             ValueError: the score store names no gradient stores (`icons score` makes none); or one is not there, or
                 not the one the scores were made from.
         """
-        manifest = store.manifest
-        groups = {name: list(members) for name, members in (manifest.get("groups") or {}).items()}
-        members = {task: groups.get(task, [task]) for task in store.tasks}
+        facts = store.facts
+        members = {task: facts.members(task) for task in store.tasks}
         names = [name for some in members.values() for name in some]
         if cls.are_in(store):
-            plain = "none" in (manifest.get("normalize"), manifest.get("task_normalize"))
+            plain = "none" in (facts.normalize, facts.task_normalize)
             return cls(store.num_rows, store.tasks, stored(store, names), members, "float32" if plain else "float16")
-        return cls.of_gradients(scorer_of(store, train, tasks, pairwise=True), groups)
+        return cls.of_gradients(scorer_of(store, train, tasks, pairwise=True), facts.groups)
 
     @staticmethod
     def are_in(store: ScoreStore) -> bool:
         """Whether a score store holds products with single validation rows of all its tasks."""
-        groups = store.manifest.get("groups") or {}
-        return all(f"pairwise_{name}" in store.arrays for task in store.tasks for name in groups.get(task, [task]))
+        facts = store.facts
+        return all(f"pairwise_{name}" in store.arrays for task in store.tasks for name in facts.members(task))
 
     @property
     def width(self) -> int:

@@ -12,11 +12,26 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from icons.manifest import DataEntry, Manifest, versions
 from icons.output import put, read_object, whole_file
-from icons.store.manifest import versions
 
 FORMAT = 1
 SUFFIX = ".manifest.json"
+
+
+class SelectionManifest(Manifest, frozen=True, kw_only=True):
+    """What the manifest of a selection states."""
+
+    num_rows: int = 0
+    num_selected: int = 0
+    method: str = "?"
+    fraction: float
+    thresholds: dict[str, float]
+    data: DataEntry = DataEntry()
+    scores: dict[str, Any] = {}
+    border: dict[str, Any] = {}
+    health: dict[str, Any] | None = None
+    warnings: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -25,12 +40,16 @@ class SavedSelection:
 
     Attributes:
         rows: the selected rows of the pool, ascending.
-        manifest: what it was made from and with: `num_rows` of the pool, `method`, `fraction`, `thresholds`, `data`,
-            `scores`, `border`, `settings`, ...
+        manifest: what it was made from and with; `facts`, what this version reads of it.
     """
 
     rows: Int[np.ndarray, " selected"]
     manifest: dict[str, Any]
+
+    @property
+    def facts(self) -> SelectionManifest:
+        """Raises ValueError where an entry is missing, or has another type."""
+        return SelectionManifest.read(self.manifest, "selection")
 
 
 def manifest_path(selection: Path) -> Path:

@@ -262,7 +262,7 @@ def opened_pairs(
         found = stack.enter_context(Pairs.of_store(scores))
     else:
         scorer = gradients(True)
-        groups = getattr(scores, "manifest", {}).get("groups") or {}
+        groups = scores.facts.groups if isinstance(scores, ScoreStore) else {}
         found = stack.enter_context(Pairs.of_gradients(scorer, groups))
     if found.num_rows != columns.num_rows or found.tasks != columns.tasks:
         raise ValueError(

@@ -20,12 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from icons.consensus.selection_file import SelectionManifest
 from icons.datamodules.conversation import Conversation, ImageRef
 from icons.datamodules.dialects import detect, read_conversation
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.records import RecordSource
+from icons.manifest import versions
 from icons.output import mark, whole_folder
-from icons.store.manifest import versions
 
 Message = dict[str, Any]
 Example = dict[str, Any]
@@ -183,19 +184,19 @@ def write_dataset(found: Iterator[Example], out: Path) -> None:
 
 def facts_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     """A selection's manifest as a data-set card's table."""
-    scores = manifest["scores"]
-    trained = (scores.get("train") or [{}])[0]
+    made = SelectionManifest.read(manifest, "selection")
+    trained: dict[str, Any] = next(iter(made.scores.get("train") or []), {})
     facts = {
-        "selected": f"{manifest['num_selected']:,} of {manifest['num_rows']:,} rows of {manifest['data']['path']}",
-        "data fingerprint": manifest["data"]["fingerprint"],
-        "rule": f"{manifest['method']} at {100 * manifest['fraction']:.4g} %",
-        "tasks": ", ".join(manifest["thresholds"]),
+        "selected": f"{made.num_selected:,} of {made.num_rows:,} rows of {made.data.path}",
+        "data fingerprint": str(made.data.fingerprint),
+        "rule": f"{made.method} at {100 * made.fraction:.4g} %",
+        "tasks": ", ".join(made.thresholds),
         "model": str((trained.get("model") or {}).get("path", "unknown")),
         "adapter": str((trained.get("adapter") or {}).get("path", "unknown")),
         "projection": str(trained.get("projector") or "none"),
         "versions": ", ".join(f"{name} {version}" for name, version in versions("icons-lightning", "numpy").items()),
     }
-    return facts | ({"certain": str(manifest["border"]["verdict"])} if manifest["border"] else {})
+    return facts | ({"certain": str(made.border["verdict"])} if made.border else {})
 
 
 def data_card(num_rows: int, form: str, facts: Mapping[str, str]) -> str:

@@ -13,16 +13,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import msgspec
 from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from icons.manifest import Manifest
 from icons.models.folder import ModelFolder
 from icons.output import is_marked, put, read_object, whole_file
 
 MANIFEST = "icons.json"
+FORMAT = 1
 ADAPTER, NON_LORA, ADAM = "adapter_model.safetensors", "non_lora.safetensors", "adam.safetensors"
 PARTS = ("model", "vision_tower", "mm_projector", "tower_adapter")
 
@@ -42,18 +45,33 @@ class Trained:
     eps: float
 
 
+class Measured(msgspec.Struct, frozen=True):
+    """Task -> what was measured before and after the fit; empty where nothing was."""
+
+    before: dict[str, float] = {}
+    after: dict[str, float] = {}
+
+
+class WarmupManifest(Manifest, frozen=True, kw_only=True):
+    """What the manifest of a warm-up folder states."""
+
+    format: int
+    model_folder: dict[str, Any]
+    model_fingerprint: str
+    beside: dict[str, str]
+    preprocessing: dict[str, Any] = {}
+    losses: Measured = Measured()
+    accuracy: Measured = Measured()
+
+
 @dataclass(frozen=True)
 class WarmupFolder:
-    """An opened warm-up folder."""
+    """An opened warm-up folder; `facts` is what this version reads of its `manifest`."""
 
     model_folder: ModelFolder
     adapter: Path
     manifest: dict[str, Any]
-
-    @property
-    def losses(self) -> dict[str, Any]:
-        """`before` and `after`: task -> loss; empty where nothing was measured."""
-        return self.manifest.get("losses") or {}
+    facts: WarmupManifest
 
 
 def save_warmup(
@@ -85,7 +103,7 @@ def save_warmup(
     described = model_folder.as_dict()
     beside = {name: os.path.relpath(described[name], folder.resolve()) for name in PARTS if described[name] is not None}
     content = {
-        "format": 1,
+        "format": FORMAT,
         "model_folder": described,
         "model_fingerprint": model_folder.fingerprint(),
         "beside": beside,
@@ -103,7 +121,7 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
 
     Raises:
         FileNotFoundError: it is no (finished) warm-up folder, or the base model is not there any more.
-        ValueError: the base model is not the one that the warm-up started from.
+        ValueError: the base model is not the one that the warm-up started from; or a later version wrote the folder.
     """
     folder = Path(folder)
     if not (folder / MANIFEST).is_file():
@@ -112,8 +130,11 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
             "run the same warm-up again, it resumes"
         )
     manifest = json.loads((folder / MANIFEST).read_text())
-    model_folder = ModelFolder.from_dict(manifest["model_folder"])
-    for name, relative in manifest["beside"].items():
+    facts = WarmupManifest.read(manifest, folder)
+    if facts.format != FORMAT:
+        raise ValueError(f"{folder}: has format {facts.format}; expected {FORMAT}: read it with a newer version")
+    model_folder = ModelFolder.from_dict(facts.model_folder)
+    for name, relative in facts.beside.items():
         if not getattr(model_folder, name).exists():
             moved = (folder / relative).resolve()
             if not moved.exists():
@@ -121,14 +142,14 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
                     f"{folder}: its base model ({name}) was {getattr(model_folder, name)}, which is gone, and is not "
                     f"at {moved} either; put it back, or give the parts: --model, --adapter {folder}"
                 )
-            model_folder = replace(model_folder, **{name: moved})
-    now, then = model_folder.fingerprint(), manifest["model_fingerprint"]
+            model_folder = replace(model_folder, **cast(dict[str, Any], {name: moved}))
+    now, then = model_folder.fingerprint(), facts.model_fingerprint
     if now != then:
         raise ValueError(
             f"{folder}: was trained on a base model with fingerprint {then}; {model_folder.model} has {now}: expected "
             "the same files"
         )
-    return WarmupFolder(model_folder, folder, manifest)
+    return WarmupFolder(model_folder, folder, manifest, facts)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

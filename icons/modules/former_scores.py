@@ -93,14 +93,14 @@ class FormerScores:
 def is_same(
     store: ScoreStore, column: str, members: Sequence[str], tasks: Mapping[str, Mapping[str, Any]], reduce: str
 ) -> bool:
-    manifest = store.manifest
+    facts = store.facts
     if column not in store.tasks or any(task not in tasks for task in members):
         return False
-    if manifest["groups"].get(column, [column]) != list(members) or (len(members) > 1 and manifest["reduce"] != reduce):
+    if facts.members(column) != list(members) or (len(members) > 1 and facts.reduce != reduce):
         return False
     try:
         for task in members:
-            check_compatible(manifest["tasks"][task], tasks[task], TASK_VECTOR)
+            check_compatible(facts.tasks[task], tasks[task], TASK_VECTOR)
     except ValueError:
         return False
     return True

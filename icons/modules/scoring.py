@@ -9,6 +9,7 @@ import torch
 from lightning.fabric import Fabric
 
 from icons.agreement import PLACES, SCORES, check_compatible
+from icons.manifest import versions
 from icons.modules.ranks import Run
 from icons.partition import UnitPlan, assign
 from icons.scores import Reduce, Scorer
@@ -16,7 +17,6 @@ from icons.scores.task_means import Normalize, check_plain
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
 from icons.store.lease import Leases
-from icons.store.manifest import versions
 from icons.store.unit_writer import UnitWriter, statuses_of
 
 UNIT_ROWS = 1 << 14

@@ -13,12 +13,12 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
+from icons.manifest import versions
 from icons.modules.progress import RowProgress
 from icons.modules.ranks import Run, launched_by, own_signals
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import FailureLog, failures_in
-from icons.store.manifest import versions
 from icons.store.unit_writer import UnitWriter, statuses_of
 
 MIXED = "mixed"
@@ -144,7 +144,7 @@ class StoreWriter(BasePredictionWriter):
         """On a CPU a sum's last bits depend on the number of threads that share it: each rank takes as many as the
         store was begun with, so that neither ranks nor a resume make a difference."""
         assert self.store is not None
-        begun = self.store.manifest.get("settings", {}).get("threads")
+        begun = self.store.facts.settings.threads
         own = torch.get_num_threads()
         if not begun or begun == own or trainer.strategy.root_device.type != "cpu":
             return
@@ -186,7 +186,7 @@ class StoreWriter(BasePredictionWriter):
         Raises:
             ValueError: the store was begun with other batches, and `mixed_batches` is not set.
         """
-        begun = store.manifest.get("batches")
+        begun = store.facts.batches
         if begun == own:
             return
         if not self.mixed_batches:

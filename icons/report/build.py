@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from icons.consensus.selection_file import SavedSelection
+from icons.consensus.selection_file import SavedSelection, SelectionManifest
 from icons.datamodules.conversation import ImageRef
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.image_refs import images_of
@@ -40,7 +40,8 @@ class Chosen:
         Raises:
             ValueError: it was made from another number of rows, or for other tasks.
         """
-        num_rows, tasks = saved.manifest["num_rows"], list(saved.manifest["thresholds"])
+        facts = saved.facts
+        num_rows, tasks = facts.num_rows, list(facts.thresholds)
         if num_rows != scores.num_rows or tasks != list(scores.tasks):
             raise ValueError(
                 f"selection: was made from {num_rows:,} rows and the tasks {', '.join(tasks)}; the scores "
@@ -52,22 +53,26 @@ class Chosen:
         return cls(selected, saved.manifest)
 
     @property
+    def facts(self) -> SelectionManifest:
+        return SelectionManifest.read(self.manifest, "selection")
+
+    @property
     def method(self) -> str:
-        return str(self.manifest["method"])
+        return self.facts.method
 
     @property
     def fraction(self) -> float:
         """The share that each task votes for."""
-        return float(self.manifest["fraction"])
+        return self.facts.fraction
 
     @property
     def thresholds(self) -> Float[np.ndarray, " tasks"]:
-        return np.array(list(self.manifest["thresholds"].values()), np.float32)
+        return np.array(list(self.facts.thresholds.values()), np.float32)
 
     @property
     def border(self) -> Mapping[str, Any]:
         """What is certain, as the selection stage found it; empty for a method without error bars."""
-        return self.manifest.get("border") or {}
+        return self.facts.border
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ def build(
     if comparison_file is not None:
         section, facts = comparison.results(comparison_file)
         shown.append(section)
-    shown += filter(None, [health.section(chosen.manifest)])
+    shown += filter(None, [health.section(chosen.facts.health)])
     shown += [
         sections.votes(numbers, chosen.fraction, chosen.method),
         sections.scores(numbers),

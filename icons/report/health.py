@@ -10,9 +10,8 @@ from icons.report.page import Cell, Section, Table
 MOST_KINDS = 12
 
 
-def section(manifest: Mapping[str, Any]) -> Section | None:
-    """From a selection's manifest; None where nothing was measured."""
-    content = manifest.get("health")
+def section(content: Mapping[str, Any] | None) -> Section | None:
+    """From what a selection's manifest says of it; None where nothing was measured."""
     if content is None:
         return None
     health = Health.from_plain(content)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from icons.store.folder import PARTIAL
@@ -48,3 +48,12 @@ def holds_store(path: Path, kind: str) -> bool:
         return all(entry.is_dir() or PARTIAL in entry.name for entry in path.iterdir())
     except ValueError:
         return False
+
+
+def is_of_store(key: str, columns: Iterable[str]) -> bool:
+    """Whether a file may have been left by a run that was stopped while it created such a store."""
+    return key == "zarr.json" or key.split("/")[0] in columns or key.endswith(PARTIAL)
+
+
+def article(kind: str | None) -> str:
+    return "no icons store" if kind is None else f"a {kind} store"

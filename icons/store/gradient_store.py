@@ -205,14 +205,17 @@ class GradientStore(RowStore):
 
     def __repr__(self) -> str:
         counts = self.counts()
-        kind, dim, seed = (self.manifest.get("projector", {}).get(key, "?") for key in ("kind", "dim", "seed"))
+        facts = self.facts
+        kind, dim, seed = (
+            "?" if value is None else value
+            for value in (facts.projector.kind, facts.projector.dim, facts.projector.seed)
+        )
         lines = [
             f"GradientStore({self.path!r})",
             f"  rows       {self.num_rows:,} x {self.dim:,} {self.dtype} ({self.num_bytes() / 1e9:.2f} GB)",
             f"  done       {counts['done']:,}   failed {counts['failed']:,}   missing {counts['missing']:,}",
             f"  projector  {kind} (dim {dim}, seed {seed})",
-            f"  model      {self.manifest.get('model', {}).get('fingerprint', '?')}"
-            f"   adapter {self.manifest.get('adapter', {}).get('fingerprint', '?')}",
+            f"  model      {facts.model.fingerprint}   adapter {facts.adapter.fingerprint}",
         ]
         return "\n".join(lines)
 

@@ -15,10 +15,11 @@ from icons.batch import Status
 from icons.partition import Partition
 from icons.store import unit_digest
 from icons.store.chunk import check_unwritten, chunk_key, from_bytes, to_parts
-from icons.store.folder import PARTIAL, DurableLocalStore, Guard, nothing, vanished
+from icons.store.folder import DurableLocalStore, Guard, nothing, vanished
 from icons.store.foreign import check_manifest, is_plain
-from icons.store.former import discard, stored_kind
+from icons.store.former import article, discard, is_of_store, stored_kind
 from icons.store.layout import READABLE_STATUS, Column, check_layout, documents, group_array
+from icons.store.manifest import StoreManifest
 from icons.store.storage import Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
@@ -135,6 +136,11 @@ class RowStore:
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels to another process as its place, and is opened anew there."""
         return type(self).open, (self.path, self.mode)
+
+    @property
+    def facts(self) -> StoreManifest:
+        """What this version reads of `manifest`, typed; raises ValueError for an entry of another type."""
+        return StoreManifest.read(self.manifest, f"store {self.path}")
 
     @property
     def num_rows(self) -> int:
@@ -336,12 +342,3 @@ class RowStore:
         for key in written:
             self.storage.delete(key)
         self.storage.flush_deleted(written)
-
-
-def is_of_store(key: str, columns: Iterable[str]) -> bool:
-    """Whether a file may have been left by a run that was stopped while it created such a store."""
-    return key == "zarr.json" or key.split("/")[0] in columns or key.endswith(PARTIAL)
-
-
-def article(kind: str | None) -> str:
-    return "no icons store" if kind is None else f"a {kind} store"

@@ -11,6 +11,7 @@ import zarr
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store.layout import Column
+from icons.store.manifest import ScoreManifest
 from icons.store.row_store import RowStore
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class ScoreStore(RowStore):
         influence, stderr: `[N, S]` float32, NaN for a row that has none.
         status: `[N]` uint8, as in the gradient store that the scores come from.
         tasks: names of the S tasks.
-        manifest: the sources' manifests and the settings.
+        manifest: the sources' manifests and the settings; `facts`, what this version reads of it.
     """
 
     KIND = "score"
@@ -45,6 +46,10 @@ class ScoreStore(RowStore):
         super().__init__(storage, group)
         self.influence, self.stderr = self.arrays["influence"], self.arrays["stderr"]
         self.tasks: list[str] = list(group.attrs["tasks"])  # type: ignore[arg-type]
+
+    @property
+    def facts(self) -> ScoreManifest:
+        return ScoreManifest.read(self.manifest, f"store {self.path}")
 
     @classmethod
     def create(

@@ -89,11 +89,11 @@ def verify_shapes(store: RowStore) -> Iterator[Finding]:
             yield Finding(name, None, f"has {array.shape[0]} rows in chunks of {array.chunks[0]}; status has others")
     if not isinstance(store, GradientStore):
         return
-    manifest = store.manifest
+    facts = store.facts
     stated = {
-        "dtype": (manifest.get("dtype"), store.dtype),
-        "projector.dim": (manifest.get("projector", {}).get("dim"), store.dim),
-        "data.num_rows": (manifest.get("data", {}).get("num_rows"), store.num_rows),
+        "dtype": (facts.dtype, store.dtype),
+        "projector.dim": (facts.projector.dim, store.dim),
+        "data.num_rows": (facts.data.num_rows, store.num_rows),
     }
     for name, (said, found) in stated.items():
         if said is not None and said != found:

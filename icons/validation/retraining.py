@@ -74,7 +74,7 @@ class Retrainer:
         open_records(self.data).write_selection(retraining.rows.tolist(), file)
         status = self.warmup(data=file, out=folder / FIT, seed=retraining.seed, **self.settings)
         if status == 0:
-            put(folder / LOSSES, json.dumps(open_warmup(folder / FIT).manifest["losses"]["after"]))
+            put(folder / LOSSES, json.dumps(open_warmup(folder / FIT).facts.losses.after))
         return status
 
     def losses(self, retraining: Retraining) -> dict[str, float] | None:

@@ -111,6 +111,13 @@ def test_lists_quotas_and_budgets_reach_the_selection(folder: Path) -> None:
     assert run(folder, "--method", "loss") == 0
 
 
+def test_near_duplicates_of_scores_without_gradients_are_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(folder, "--near-duplicates", "0.99") == 1
+    assert "name no gradients of training rows" in capsys.readouterr().err
+
+
 def test_near_duplicates_make_room_for_the_next_best(folder: Path) -> None:
     rows = RNG.normal(size=(60, 16)).astype(np.float32)
     plain = select(SCORES).rows

@@ -44,6 +44,14 @@ def save(folder: Path, base: ModelFolder) -> tuple[nn.Module, Trained]:
     return model, outcome
 
 
+def test_a_folder_of_a_later_version_is_refused(llava: ModelFolder, tmp_path: Path) -> None:
+    save(tmp_path / "warmup", llava)
+    file = tmp_path / "warmup" / "icons.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    with pytest.raises(ValueError, match="warmup: has format 2; expected 1: read it with a newer version"):
+        open_warmup(tmp_path / "warmup")
+
+
 def test_a_warmup_folder_gives_back_the_model_and_the_moments(
     llava: ModelFolder, tmp_path: Path, make_batch: Callable[..., dict[str, Any]]
 ) -> None:
@@ -53,7 +61,7 @@ def test_a_warmup_folder_gives_back_the_model_and_the_moments(
     batch = model_inputs(make_batch([0, 1, 2]))
     assert torch.equal(again(**batch).logits, model(**batch).logits)
     assert opened.manifest["preprocessing"] == {"preset": "llava-train"}
-    assert opened.losses == {"before": {"a": 1.0}}
+    assert opened.facts.losses.before == {"a": 1.0} and opened.facts.losses.after == {}
     state = load_adam_state(tmp_path / "warmup", again)
     assert (state.step, state.betas, state.eps) == (5, (0.9, 0.99), 1e-7)
     for name, value in outcome.exp_avg.items():

@@ -20,7 +20,7 @@ MEASURED = Health(
 
 
 def test_the_measures_stand_in_tables_beside_random_sets() -> None:
-    found = section({"health": MEASURED.plain()})
+    found = section(MEASURED.plain())
     assert found is not None
     hurt, kinds = found.tables
     assert [[cell.value for cell in row] for row in hurt.rows] == [["gqa", "50 %", "25 %"]]
@@ -31,8 +31,8 @@ def test_the_measures_stand_in_tables_beside_random_sets() -> None:
 
 
 def test_a_selection_without_measures_has_no_such_section() -> None:
-    assert section({"method": "vote"}) is None
-    found = section({"health": Health(3).plain()})
+    assert section(None) is None
+    found = section(Health(3).plain())
     assert found is not None and not found.tables and len(found.text) == 1
 
 

@@ -18,10 +18,10 @@ import zarr
 
 from icons import select
 from icons.batch import Status
+from icons.manifest import versions
 from icons.partition import Partition
 from icons.store import GradientStore, ScoreStore, check_compatible, fitting_chunk_rows, open_store
 from icons.store.layout import parse_codec
-from icons.store.manifest import versions
 from icons.store.verify import verify
 
 MANIFEST = {
