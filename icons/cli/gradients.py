@@ -19,6 +19,7 @@ from icons.modules.collector import DIFFERENTIATED, collector
 from icons.modules.fit import quiet
 from icons.modules.gradient_writer import GradientWriter, GradientWriting
 from icons.modules.part_writer import PartWriter, part_path
+from icons.modules.sharding import named_strategy
 from icons.output import check_output
 from icons.partition import assign, parse_shard
 from icons.preconditioner import AdamPreconditioner
@@ -218,7 +219,7 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
-    return TRAINER | bars() | (trainer or {}) | FIXED
+    return named_strategy(TRAINER | bars() | (trainer or {}) | FIXED)
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
 from icons.gradients.chance import without_chance
@@ -50,21 +51,48 @@ def refuse_unknown(model: nn.Module) -> None:
             "expected a causal or image-text model"
         )
     keep_unpacked(model)
-    sharded = next((name for name, parameter in model.named_parameters() if hasattr(parameter, "device_mesh")), None)
-    kinds = {type(part).__name__: name for name, part in model.named_modules()}
-    wrapped = kinds.get("FullyShardedDataParallel")
-    if sharded is not None or wrapped is not None:
-        raise ValueError(
-            f"per-sample gradients: {kind} is sharded over devices ({sharded or wrapped}), where a layer's own weights "
-            "are seen as pieces; expected whole weights on each device: the strategy auto or ddp, and for a model that "
-            "does not fit a device its base weights in 4 bits (--quantize 4bit)"
-        )
+    refuse_pieces(model)
     empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
     if empty is not None:
         raise ValueError(
             f"per-sample gradients: {kind} has no weights ({empty} is on the meta device); expected a model that is "
             "loaded"
         )
+
+
+def refuse_pieces(model: nn.Module) -> None:
+    """Frozen weights may be sharded by FSDP2, which gathers a layer's before it is called.
+
+    Raises:
+        ValueError: what is trained is sharded, or a layer runs on pieces of its weights.
+    """
+    whole_when_called = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, FSDPModule) and isinstance(module, nn.Module)
+        for parameter in module.parameters()
+        if not parameter.requires_grad and sum(map(is_shard, getattr(parameter, "placements", ()))) < 2
+    }
+    pieces = next(
+        (
+            name
+            for name, parameter in model.named_parameters()
+            if hasattr(parameter, "device_mesh") and id(parameter) not in whole_when_called
+        ),
+        None,
+    )
+    kinds = {type(part).__name__: name for name, part in model.named_modules()}
+    pieces = pieces or kinds.get("FullyShardedDataParallel")
+    if pieces is not None:
+        raise ValueError(
+            f"per-sample gradients: {type(model).__name__} is sharded over devices ({pieces}), where a layer's own "
+            "weights are seen as pieces; expected whole trained weights on each device: fully_shard the frozen ones "
+            "alone (ignored_params), as Trainer(strategy=ModelParallelStrategy()) has it, or use the strategy ddp"
+        )
+
+
+def is_shard(placement: Any) -> bool:
+    return not placement.is_replicate()
 
 
 def self_test(model: nn.Module, batch: Batch, known: Paths) -> None:

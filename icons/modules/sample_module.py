@@ -4,17 +4,17 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from icons.batch import Batch, Status, supervised_tokens
 from icons.models.fingerprint import adapter_fingerprint, base_fingerprint, num_trainable
+from icons.modules.sharding import ShardedModule
 
 Fields = dict[str, Tensor]
 """What is measured of each sample, by name."""
 
 
-class SampleModule(LightningModule):
+class SampleModule(ShardedModule):
     """Measures each sample of a batch as if it were alone, and gives a failed row its place among them.
 
     Use `Trainer(inference_mode=False, use_distributed_sampler=False)` and `return_predictions=False`. The model is put

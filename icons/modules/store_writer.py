@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from icons.manifest import versions
 from icons.modules.progress import RowProgress
 from icons.modules.ranks import Run, launched_by, own_signals
+from icons.modules.sharding import check_strategy, end_lockstep
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import FailureLog, failures_in
@@ -260,7 +261,7 @@ class StoreWriter(BasePredictionWriter):
     def end(self, trainer: Trainer) -> None:
         """Ends the run, of all writers, with all other ranks."""
         assert self.run is not None
-        error: Exception | None = None
+        error: Exception | None = end_lockstep(trainer)
         for writer in unit_writers(trainer):
             try:
                 writer.close()
@@ -280,6 +281,8 @@ class StoreWriter(BasePredictionWriter):
             with suppress(Exception):  # a second error would hide the one that is under way
                 self.writer.close()
         if self.run is not None:
+            if isinstance(exception, Exception):
+                end_lockstep(trainer)
             self.run.fail(exception)
         self.restore()
 
@@ -317,6 +320,7 @@ def unit_writers(trainer: Trainer) -> list[UnitWriter]:
 
 
 def check_trainer(trainer: Trainer, writer: str) -> None:
+    check_strategy(trainer.strategy)
     if trainer.predict_loop.inference_mode:
         raise ValueError(
             f"{writer}: got Trainer(inference_mode=True), under which every gradient is a silent zero; expected "

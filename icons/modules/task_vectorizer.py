@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
+from icons.modules.sharding import ShardedModule
 from icons.output import whole_file
 
 
@@ -45,7 +45,7 @@ class TaskVector:
         return cls(vector, int(about["num_rows"]), json.loads(about["manifest"]))
 
 
-class TaskVectorizer(LightningModule):
+class TaskVectorizer(ShardedModule):
     """Adds up the unit gradients of each task's rows; no per-sample gradient is kept.
 
     The mean over validation rows is linear: per batch one streaming pass gives the norms, and one ordinary batched

@@ -1,6 +1,7 @@
 """Models and batches outside the contract are told in one line, before a row is made."""
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +11,9 @@ import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
 from small_models import SMALL, assert_rows_close, llama, one_by_one, text_batch, trainable, with_lora
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -170,18 +172,39 @@ def test_a_model_without_weights_is_named() -> None:
         per_sample_gradients(model, text_batch())
 
 
-def test_sharded_weights_are_refused(tmp_path: Path) -> None:
-    """FSDP2 swaps a layer's weights for whole ones while it runs: no tap would know them, and rows would be zeros."""
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
-        model = with_lora(llama(), ["q_proj"])
-        mesh = init_device_mesh("cpu", (1,))
-        for layer in model.base_model.model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        with pytest.raises(ValueError, match=r"PeftModel is sharded over devices \(.*\).*expected whole weights"):
-            per_sample_gradients(model, text_batch())
+        yield init_device_mesh("cpu", (1,))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_sharded_trained_weights_are_refused(mesh: DeviceMesh) -> None:
+    """FSDP2 swaps a layer's weights for whole ones while it runs: no tap would know them, and rows would be zeros."""
+    model = with_lora(llama(), ["q_proj"])
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    with pytest.raises(ValueError, match=r"PeftModel is sharded over devices \(.*\).*expected whole trained weights"):
+        per_sample_gradients(model, text_batch())
+
+
+def test_sharded_frozen_weights_change_nothing(mesh: DeviceMesh) -> None:
+    model = with_lora(llama(), ["q_proj"])
+    expected = per_sample_gradients(model, text_batch())
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for module in [*model.base_model.model.model.layers, model]:
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+    assert torch.equal(per_sample_gradients(model, text_batch()), expected)
+
+
+def test_layers_that_run_on_pieces_of_their_weights_are_refused(mesh: DeviceMesh) -> None:
+    model = with_lora(llama(), ["q_proj"])
+    layer = model.get_submodule("base_model.model.model.layers.1.mlp.down_proj")
+    layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh, [Shard(1)]), requires_grad=False)
+    with pytest.raises(ValueError, match=r"is sharded over devices \(.*layers\.1\.mlp\.down_proj\.weight\)"):
+        per_sample_gradients(model, text_batch())
 
 
 @pytest.mark.parametrize("measure", [per_sample_gradients, losses])

@@ -1,0 +1,139 @@
+"""Frozen weights shared out among the ranks (FSDP2), for models larger than one device.
+
+Each rank holds its part of every layer, and the whole of what is trained. A layer's weights are gathered when it is
+called, forwards and backwards, and let go afterwards; `icons.modules.lockstep` lets ranks do so with rows of their own.
+What is computed is what one process computes, to the last bit on a CPU.
+"""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from icons.modules.lockstep import Lockstep, LostRankError
+
+NAME = "model_parallel"
+SHARDING = (NAME, "fsdp", "fsdp2", "fsdp_cpu_offload")
+"""What `--trainer.strategy` calls strategies that shard."""
+
+
+class ShardedModule(LightningModule):
+    """A module that computes with rows of its own on each rank, under `ModelParallelStrategy` with a shared model.
+
+    Attributes:
+        model: the model.
+        lockstep: of the ranks that share it; None: each has the whole.
+    """
+
+    model: nn.Module
+    lockstep: Lockstep | None = None
+
+    def configure_model(self) -> None:
+        """Shards the model's frozen weights, once, under `ModelParallelStrategy`.
+
+        Raises:
+            ValueError: see `shard`.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
+            if self.lockstep is None:
+                self.lockstep = shard(self.model, strategy.root_device)
+            self.lockstep.begin()
+
+
+def end_lockstep(trainer: Trainer) -> LostRankError | None:
+    """To be called when this rank has no rows left: hands over its part of a sharded model until no rank needs it.
+
+    Returns:
+        An error if a rank has died meanwhile.
+    """
+    module = trainer.lightning_module
+    if isinstance(module, ShardedModule) and module.lockstep is not None:
+        try:
+            module.lockstep.end()
+        except LostRankError as error:
+            return error
+    return None
+
+
+def shard(model: nn.Module, device: torch.device) -> Lockstep:
+    """Shares the frozen weights of a model out among all ranks; layer by layer, so that no device holds it whole.
+
+    To be called on every rank, with the same model: whole, on the CPU. Trained parameters stay whole, and plain
+    tensors, on every rank. Decoder and vision layers, and embeddings and output layer unless they are one, are gathered
+    one by one; the rest with the first of them.
+
+    Args:
+        model: Hugging Face model; in the form in which it is called (with its adapter).
+        device: this rank's.
+
+    Raises:
+        ValueError: base weights in 4 or 8 bits, or none that is frozen.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    packed = next((name for name, parameter in model.named_parameters() if not parameter.is_floating_point()), None)
+    if packed is not None:
+        raise ValueError(
+            f"sharding: {type(model).__name__} has base weights in 4 or 8 bits ({packed}); expected weights in "
+            "bfloat16, float16 or float32: leave out either --quantize or the strategy that shards"
+        )
+    if not frozen:
+        raise ValueError(
+            f"sharding: every weight of {type(model).__name__} is trained, and trained weights stay whole on every "
+            "device; expected a frozen base model with LoRA: use the strategy ddp"
+        )
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    chosen = [*units(model), model]
+    for module in chosen:
+        fully_shard(module, mesh=mesh, ignored_params=trained)
+    return Lockstep([module for module in model.modules() if isinstance(module, FSDPModule)])
+
+
+def units(model: nn.Module) -> list[nn.Module]:
+    """The modules inside that are gathered on their own; none lies in another."""
+    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {part for module in found for part in module.modules() if part is not module}
+    ends = [getattr(model, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output")]
+    plain = [module for module in ends if isinstance(module, nn.Module) and type(module) in (nn.Embedding, nn.Linear)]
+    tied = len({module.weight for module in plain}) < len(plain)
+    chosen = [*([] if tied else plain), *(module for module in found if module not in inner)]
+    return [module for module in chosen if any(not parameter.requires_grad for parameter in module.parameters())]
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuses strategies under which a layer's weights are pieces that nothing puts together.
+
+    Raises:
+        ValueError: FSDP1, or DeepSpeed.
+    """
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"strategy {type(strategy).__name__}: flattens a layer's weights, so that samples' gradients cannot be "
+            "told apart; expected auto, ddp, or ModelParallelStrategy(), which shards a model's frozen weights over "
+            "the ranks (on the command line: --trainer.strategy model_parallel)"
+        )
+
+
+def named_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The Trainer's flags with a strategy for `model_parallel`; and for `fsdp`, which becomes the same, and says so."""
+    name = flags.get("strategy")
+    if not isinstance(name, str) or name not in SHARDING:
+        return dict(flags)
+    if name != NAME:
+        say(f"--trainer.strategy {name}: taken as {NAME} (FSDP2), in which samples' gradients can be told apart")
+    return {**flags, "strategy": ModelParallelStrategy()}
+
+
+@rank_zero_only
+def say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,169 @@
+"""Rows of tiny LLaVAs through `Trainer.predict`, the model shared by the ranks; one has rows that are not finite.
+
+Run as `python sharded_predict.py FOLDER`: two ranks, of which one dies, then three that go on. The tests import it.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningDataModule, Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gradients"))
+from small_models import IMAGE, llava, with_lora
+
+from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
+from icons.models.loading import checkpoint_layers
+from icons.modules.extractor import GradientExtractor
+from icons.modules.gradient_writer import GradientWriter
+from icons.partition import UnitPlan
+from icons.projection import Identity
+
+ROWS, CHUNK_ROWS, BROKEN = 17, 3, (4, 9)
+KINDS = ("language", "tower")
+
+
+def model_of(kind: str) -> nn.Module:
+    """LoRA on the language model; or on the vision tower too, which takes a backward pass per sample, checkpointed."""
+    torch.manual_seed(5)
+    targets = r".*language_model.*(q|up)_proj$" if kind == "language" else r".*(language_model|vision_tower).*q_proj$"
+    model = with_lora(llava(), targets)
+    if kind == "tower":
+        checkpoint_layers(model)
+        model.eval()
+    return model
+
+
+def sample(row: int) -> dict[str, Tensor]:
+    """Two rows of three have an image; those of `BROKEN` one that is not finite."""
+    generator = torch.Generator().manual_seed(row)
+    ids = torch.randint(3, 60, (1, 6 + row * 7 % 9), generator=generator)
+    labels = ids.clone()
+    labels[:, : 3 + row % 3] = -100
+    found = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    if row % 3 != 2:
+        ids[:, 1:5] = IMAGE
+        labels[:, 1:5] = -100
+        pixels = torch.randn(1, 3, 8, 8, generator=generator)
+        found["pixel_values"] = pixels * (torch.inf if row in BROKEN else 1)
+    return found
+
+
+def collate(rows: list[int]) -> dict[str, Tensor]:
+    samples = [sample(row) for row in rows]
+    longest = max(each["labels"].shape[1] for each in samples)
+    fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+
+    def padded(name: str) -> Tensor:
+        pads = [(0, longest - each[name].shape[1]) for each in samples]
+        values = [
+            nn.functional.pad(each[name], pad, value=fills[name]) for each, pad in zip(samples, pads, strict=True)
+        ]
+        return torch.cat(values)
+
+    found = {name: padded(name) for name in fills} | {"row": torch.tensor(rows)}
+    images = [each["pixel_values"] for each in samples if "pixel_values" in each]
+    return found | ({"pixel_values": torch.cat(images)} if images else {})
+
+
+class Data(LightningDataModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dataset, self.plan = range(ROWS), None
+
+    def describe(self) -> dict[str, Any]:
+        return {"data": {"fingerprint": "rows", "num_rows": ROWS}}
+
+    def predict_dataloader(self) -> Any:
+        plan: UnitPlan | None = self.plan
+        assert plan is not None
+        sampler = UnitBatchSampler(plan, lambda rows: [sample(row)["labels"].shape[1] for row in rows], 2)
+        return unit_dataloader(self.dataset, sampler, collate)
+
+
+class Dies(Callback):
+    """Ends the second rank at a batch, as a machine ends that loses its power."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, _: int = 0) -> None:
+        if trainer.global_rank == 1 and batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def predict(folder: Path, kind: str, devices: int = 1, dies: int | None = None) -> GradientExtractor:
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="auto" if devices == 1 else ModelParallelStrategy(),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        use_distributed_sampler=False,
+        callbacks=[
+            *([] if dies is None else [Dies(dies)]),
+            GradientWriter(folder / f"{kind}.zarr", dtype="float32", chunk_rows=CHUNK_ROWS),
+        ],
+    )
+    extractor = GradientExtractor(model_of(kind), Identity())
+    trainer.predict(extractor, datamodule=Data(), return_predictions=False)
+    return extractor
+
+
+def rank(folder: Path, devices: int, dies: int | None) -> None:
+    for kind in KINDS:
+        extractor = predict(folder, kind, devices, dies)
+        held = sum(value.to_local().numel() for value in extractor.parameters() if not value.requires_grad)
+        whole = sum(value.numel() for value in model_of(kind).parameters() if not value.requires_grad)
+        assert held < whole / devices * 1.2, "each rank holds its part of the frozen weights"
+
+
+def forked(devices: int, run: Callable[[], None]) -> list[int]:
+    """Runs ranks, as torchrun sets them up, and waits; how each ended. Forked: to import everything takes seconds."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices}
+    children = []
+    for number in range(devices):
+        child = os.fork()
+        if child == 0:
+            own = places | {"RANK": number, "LOCAL_RANK": number, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "tests"}
+            os.environ |= {name: str(value) for name, value in own.items()}
+            status = 1
+            try:
+                run()
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    folder = Path(sys.argv[1])
+    for devices, dies in ((2, 3), (3, None)):
+        print(json.dumps(forked(devices, partial(rank, folder, devices, dies))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A model shared by several ranks gives the rows of one process, whatever each rank has to do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sharded_predict
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, model_of, predict, sample
+from small_models import llama, one_by_one, with_lora
+from torch import nn
+
+from icons.batch import Status
+from icons.modules.sharding import check_strategy, named_strategy, shard, units
+from icons.store import GradientStore
+
+SCRIPT = Path(sharded_predict.__file__)
+
+
+def rows_of(folder: Path, kind: str) -> np.ndarray:
+    return GradientStore.open(folder / f"{kind}.zarr").gradients[:]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_that_share_a_model_store_the_rows_of_one_process_also_after_a_kill(tmp_path: Path) -> None:
+    whole, shared = tmp_path / "whole", tmp_path / "shared"
+    for kind in KINDS:
+        predict(whole, kind)
+    words = [sys.executable, str(SCRIPT), str(shared)]
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert ended.stdout.splitlines() == ["[1, -9]", "[0, 0, 0]"], ended.stderr
+    assert "another rank of this run has died, and with it its part of the model" in ended.stderr
+    for kind in KINDS:
+        store = GradientStore.open(shared / f"{kind}.zarr")
+        expected = [Status.NON_FINITE if row in BROKEN else Status.DONE for row in range(ROWS)]
+        assert store.status[:].tolist() == expected
+        assert ROWS % CHUNK_ROWS and store.partition.num_units % 3 == 0
+        np.testing.assert_array_equal(store.gradients[:], rows_of(whole, kind))
+        model = model_of(kind)
+        for row in set(range(ROWS)) - set(BROKEN):
+            alone = one_by_one(model, sample(row) | {"row": torch.tensor([row])})[0]
+            error = np.linalg.norm(store.gradients[row] - alone.numpy()) / float(alone.norm())
+            assert error < 1e-6, (kind, row, error)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_flatten_weights_are_refused_before_anything_is_computed(strategy: type) -> None:
+    with pytest.raises(ValueError, match=rf"strategy {strategy.__name__}: flattens .* --trainer\.strategy model_par"):
+        check_strategy(object.__new__(strategy))
+
+
+def test_packed_base_weights_and_models_without_frozen_ones_are_not_sharded() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match=r"every weight of LlamaForCausalLM is trained.*use the strategy ddp"):
+        shard(model, torch.device("cpu"))
+    model.lm_head.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"base weights in 4 or 8 bits \(lm_head.weight\).*--quantize"):
+        shard(model, torch.device("cpu"))
+
+
+def test_the_command_line_s_names_of_sharding_mean_one_strategy(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("model_parallel", "fsdp"):
+        assert isinstance(named_strategy({"strategy": name, "devices": 2})["strategy"], ModelParallelStrategy)
+        assert ("fsdp: taken as model_parallel (FSDP2)" in capsys.readouterr().err) == (name == "fsdp")
+    assert named_strategy({"strategy": "ddp"}) == {"strategy": "ddp"}
+
+
+def test_layers_and_untied_ends_are_gathered_one_by_one() -> None:
+    for tied in (False, True):
+        model = with_lora(llama(tie_word_embeddings=tied))
+        names = {name.rpartition("model.")[2] for name, part in model.named_modules() if part in units(model)}
+        assert names == {"layers.0", "layers.1"} | (set() if tied else {"embed_tokens", "lm_head"})
