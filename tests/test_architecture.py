@@ -85,6 +85,29 @@ def test_every_function_is_typed() -> None:
                 assert node.returns is not None, f"{file.name}: {node.name} has no return type"
 
 
+def names_from_icons(tree: ast.Module) -> dict[str, str]:
+    """Name in a file -> the module of icons that it is, or the name that was taken from one."""
+    return {
+        alias.asname or alias.name: f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("icons")
+        for alias in node.names
+    }
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_what_begins_with_an_underscore_is_used_in_its_own_file_alone(file: Path) -> None:
+    tree = ast.parse(file.read_text())
+    taken = names_from_icons(tree)
+    private = [whole for whole in taken.values() if whole.rpartition(".")[2].startswith("_")]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.attr.startswith("_"):
+            module = taken.get(node.value.id, "")
+            if (PACKAGE.parent / module.replace(".", "/")).with_suffix(".py").is_file():
+                private.append(f"{module}.{node.attr}")
+    assert not private, f"{file.name} takes what another module does not offer: {', '.join(private)}"
+
+
 def test_public_names() -> None:
     assert set(icons.__all__) == {
         "AdamPreconditioner", "ConsensusVotes", "ConversationDataModule", "CountSketch", "Gaussian",

@@ -16,11 +16,11 @@ from icons.consensus.votes import Selection
 
 CERTAIN = 1.96
 """Standard errors on either side of a 95 % interval."""
-ENOUGH = 0.9
+_ENOUGH = 0.9
 """Share of the selection that has to be certain for K to count as large enough."""
 BLOCK_ROWS = 1 << 16
-TABLE_ROWS = 1 << 17
-WITH_ERRORS = ("vote", "mean", "direct_merge", "max", "rank", "norm")
+_TABLE_ROWS = 1 << 17
+_WITH_ERRORS = ("vote", "mean", "direct_merge", "max", "rank", "norm")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Border:
     @property
     def is_enough(self) -> bool:
         """Whether K was large enough: at least 90 % of the selection is certain."""
-        return self.share >= ENOUGH
+        return self.share >= _ENOUGH
 
     def verdict(self) -> str:
         """What this says about K, in a sentence."""
@@ -77,7 +77,7 @@ def border(selection: Selection, influence: Any, stderr: Any, dim: int | None = 
         stderr: `[N, S]`, likewise; NaN counts as 0, unless all are.
         dim: K, for the verdict.
     """
-    if selection.method not in WITH_ERRORS or selection.settings.get("is_bounded") or len(selection.rows) == 0:
+    if selection.method not in _WITH_ERRORS or selection.settings.get("is_bounded") or len(selection.rows) == 0:
         return None
     line = Line.of(selection, influence)
     selected = np.zeros(len(selection.votes), bool)
@@ -113,7 +113,7 @@ class Line:
     def of(cls, selection: Selection, influence: Any) -> "Line":
         rows = selection.rows
         last = rows[np.lexsort((selection.percentile_rank[rows], selection.score[rows]))[0]]
-        some = np.asarray(influence[:: -(-len(selection.votes) // TABLE_ROWS)])
+        some = np.asarray(influence[:: -(-len(selection.votes) // _TABLE_ROWS)])
         some = some[np.isfinite(some).all(axis=1)]
         weights = selection.settings.get("merge_weights") or selection.settings["weights"]
         return cls(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-MOST_NAMES, OTHERS = 40, "(others)"
+_MOST_NAMES, OTHERS = 40, "(others)"
 """Words of a trait that are told apart: the most frequent ones."""
 
 
@@ -73,7 +73,7 @@ def frequent(
     most = np.maximum(most, np.bincount(code[selected], minlength=len(names)) / max(int(selected.sum()), 1))
     for part in of_tasks:
         most = np.maximum(most, shares(part, names))
-    kept = np.sort(np.lexsort((names, -most))[:MOST_NAMES])
+    kept = np.sort(np.lexsort((names, -most))[:_MOST_NAMES])
     place = np.full(len(names), len(kept))
     place[kept] = np.arange(len(kept))
     every = names[kept] if len(kept) == len(names) else np.append(names[kept], OTHERS)

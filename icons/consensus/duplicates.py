@@ -12,10 +12,10 @@ from torch import Tensor
 
 from icons.scores.rows import Source, as_rows, blocks, ranges
 
-SKETCH_DIM = 512
-BLOCK_ROWS = 512
-ROUNDING = 1e-5
-MARGIN = 5
+_SKETCH_DIM = 512
+_BLOCK_ROWS = 512
+_ROUNDING = 1e-5
+_MARGIN = 5
 """Standard errors by which a sketched cosine may be too low."""
 
 
@@ -44,8 +44,8 @@ class NearDuplicates:
             raise ValueError(f"near-duplicates: got cosine {cosine}; expected above 0 and at most 1")
         self.source, self.cosine, self.device = as_rows(source), cosine, torch.device(device)
         self.dim = int(self.source.gradients.shape[1])
-        width = min(SKETCH_DIM, self.dim)
-        self.reach = cosine - (MARGIN * (1 - cosine**2) / width**0.5 if width < self.dim else 0) - ROUNDING
+        width = min(_SKETCH_DIM, self.dim)
+        self.reach = cosine - (_MARGIN * (1 - cosine**2) / width**0.5 if width < self.dim else 0) - _ROUNDING
         self.sketches = torch.empty(0, width)
         self.kept: list[np.ndarray] = []
         self.folder = tempfile.TemporaryDirectory(prefix="icons-duplicates-")
@@ -70,8 +70,8 @@ class NearDuplicates:
         order = np.asarray(rows, dtype=np.int64)
         whole = self.load(order)
         dropped = np.zeros(len(order), bool)
-        for start in range(0, len(order), BLOCK_ROWS):
-            block = np.arange(start, min(start + BLOCK_ROWS, len(order)))
+        for start in range(0, len(order), _BLOCK_ROWS):
+            block = np.arange(start, min(start + _BLOCK_ROWS, len(order)))
             sketch = self.sketch(whole[block])
             stayed: list[int] = []
             near = self.neighbours(sketch)
@@ -104,7 +104,7 @@ class NearDuplicates:
     def is_near(self, row: Float[np.ndarray, " dim"], other: Float[np.ndarray, " dim"]) -> bool:
         one, two = row.astype(np.float32), other.astype(np.float32)
         lengths = np.linalg.norm(one) * np.linalg.norm(two)
-        return bool(one @ two >= (self.cosine - ROUNDING) * lengths)
+        return bool(one @ two >= (self.cosine - _ROUNDING) * lengths)
 
     def sketch(self, rows: Float[np.ndarray, "block dim"]) -> Float[Tensor, "block width"]:
         part = torch.from_numpy(rows[:, : self.sketches.shape[1]].astype(np.float32)).to(self.device)

@@ -92,7 +92,7 @@ def explain(row: int, selection: Any, scores: Any) -> Explanation:
     arrays: Mapping[str, Any] = getattr(scores, "arrays", {})
     verdicts = [
         TaskVerdict(
-            task, float(values[i]), float(selection.thresholds[i]), float(errors[i]), strongest(arrays, task, row)
+            task, float(values[i]), float(selection.thresholds[i]), float(errors[i]), _strongest(arrays, task, row)
         )
         for i, task in enumerate(selection.tasks)
     ]
@@ -114,7 +114,7 @@ def explain(row: int, selection: Any, scores: Any) -> Explanation:
     )
 
 
-def strongest(arrays: Mapping[str, Any], task: str, row: int) -> list[tuple[int, float]]:
+def _strongest(arrays: Mapping[str, Any], task: str, row: int) -> list[tuple[int, float]]:
     """The kept validation rows of a score store made with `--top-pairs`, the strongest first."""
     if f"top_rows_{task}" not in arrays:
         return []

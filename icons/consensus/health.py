@@ -39,7 +39,7 @@ class Limits:
     frequent: float = 0.2
 
 
-LIMITS = Limits()
+_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Health:
             found["answer_distance_up"] = sum(abs(kind.selected - kind.pool) for kind in answers) / 2
         if answers and all(kind.tasks is not None for kind in answers):
             found["answer_gap_up"] = self.gap("answer")
-            asked = [kind for kind in answers if (kind.tasks or 0) >= LIMITS.asked and kind.pool > 0]
+            asked = [kind for kind in answers if (kind.tasks or 0) >= _LIMITS.asked and kind.pool > 0]
             if asked:
                 found["scarcest_answer_ratio_down"] = min(kind.selected / kind.pool for kind in asked)
         return found
@@ -148,7 +148,7 @@ class Health:
         kinds = [kind for kind in self.kinds if kind.trait == trait]
         return float(sum((k.tasks or 0) * np.log((k.pool + half) / (k.selected + half)) for k in kinds))
 
-    def warnings(self, limits: Limits = LIMITS) -> list[str]:
+    def warnings(self, limits: Limits = _LIMITS) -> list[str]:
         """The marks of failed selections that this one has, and what to do; empty: none."""
         found = []
         for task, part in self.hurt.items():

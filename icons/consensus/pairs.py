@@ -15,7 +15,7 @@ from icons.consensus.origin import scorer_of
 from icons.scores import Scorer
 from icons.store import ScoreStore
 
-BLOCK_NUMBERS = 1 << 24
+_BLOCK_NUMBERS = 1 << 24
 
 
 class PairBlock(NamedTuple):
@@ -88,7 +88,7 @@ class Pairs:
         width = sum(array.shape[1] for array in products.values())
         blocks = (
             PairBlock(rows, {name: array[rows.start : rows.stop] for name, array in products.items()})
-            for rows in pieces(num_rows, width)
+            for rows in _pieces(num_rows, width)
         )
         return cls(num_rows, tasks, blocks, dtype=dtype)
 
@@ -122,7 +122,7 @@ class Pairs:
         names = [name for some in members.values() for name in some]
         if cls.are_in(store):
             plain = "none" in (facts.normalize, facts.task_normalize)
-            return cls(store.num_rows, store.tasks, stored(store, names), members, "float32" if plain else "float16")
+            return cls(store.num_rows, store.tasks, _stored(store, names), members, "float32" if plain else "float16")
         return cls.of_gradients(scorer_of(store, train, tasks, pairwise=True), facts.groups)
 
     @staticmethod
@@ -162,7 +162,7 @@ class Pairs:
     def weigh(self, usable: Bool[np.ndarray, " all"], sizes: Mapping[str, int]) -> None:
         task, share, start = [], [], 0
         for place, (name, members) in enumerate(self.members.items()):
-            found = [usable[start + at : start + at + sizes[m]] for at, m in offsets(members, sizes)]
+            found = [usable[start + at : start + at + sizes[m]] for at, m in _offsets(members, sizes)]
             start += sum(sizes[member] for member in members)
             counts = [int(part.sum()) for part in found]
             if not any(counts):
@@ -176,7 +176,7 @@ class Pairs:
         """All products, float32, some consecutive rows at a time."""
         size = self.width * self.dtype.itemsize
         with self.path.open("rb") as file:
-            for rows in pieces(self.num_rows, self.width):
+            for rows in _pieces(self.num_rows, self.width):
                 part = np.fromfile(file, self.dtype, len(rows) * self.width)
                 assert part.nbytes == len(rows) * size, "the file of products is shorter than it was written"
                 yield slice(rows.start, rows.stop), torch.from_numpy(part).view(len(rows), self.width).float()
@@ -189,7 +189,7 @@ class Pairs:
     def total(self, rows: Int[np.ndarray, " some"], positive: bool = False) -> Float[np.ndarray, " validation"]:
         """Sum of the given rows' products (or of their positive parts), float64."""
         found = np.zeros(self.width)
-        for part in pieces(len(rows), self.width):
+        for part in _pieces(len(rows), self.width):
             products = self.rows(rows[part.start : part.stop])
             found += (np.maximum(products, 0) if positive else products).sum(axis=0, dtype=np.float64)
         return found
@@ -213,20 +213,20 @@ class Pairs:
         self.close()
 
 
-def pieces(num_rows: int, width: int) -> Iterator[range]:
+def _pieces(num_rows: int, width: int) -> Iterator[range]:
     """Consecutive ranges of rows whose products are some 64 MB in float32."""
-    step = max(1, BLOCK_NUMBERS // max(width, 1))
+    step = max(1, _BLOCK_NUMBERS // max(width, 1))
     return (range(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
 
-def offsets(members: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[int, str]]:
+def _offsets(members: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[int, str]]:
     start = 0
     for member in members:
         yield start, member
         start += sizes[member]
 
 
-def stored(store: ScoreStore, names: Sequence[str]) -> Iterator[PairBlock]:
+def _stored(store: ScoreStore, names: Sequence[str]) -> Iterator[PairBlock]:
     """The products that a score store holds."""
     for unit in range(store.partition.num_units):
         rows = store.partition.unit_rows(unit)

@@ -11,9 +11,9 @@ from torch import Tensor
 from icons.consensus.pairs import Pairs
 from icons.consensus.unit_rows import UnitRows
 
-NUM_SETS = 100
+_NUM_SETS = 100
 """Random sets that the selection is compared with."""
-SAMPLE_ROWS, POOL_ROWS = 1024, 3072
+_SAMPLE_ROWS, _POOL_ROWS = 1024, 3072
 """Rows of the selection, and of the pool, whose gradients are compared with each other."""
 
 
@@ -33,7 +33,7 @@ class Compared:
 
 
 def random_sets(
-    rows: Int[np.ndarray, " selected"], scored: Bool[np.ndarray, " rows"], num_sets: int = NUM_SETS, seed: int = 0
+    rows: Int[np.ndarray, " selected"], scored: Bool[np.ndarray, " rows"], num_sets: int = _NUM_SETS, seed: int = 0
 ) -> Bool[np.ndarray, "rows sets"]:
     """The selection, and random sets of its size from the scored rows, as columns."""
     generator, known = np.random.default_rng(seed), np.flatnonzero(scored)
@@ -72,7 +72,7 @@ class GradientPass:
         generator = np.random.default_rng(seed)
         wanted = [
             generator.permutation(np.flatnonzero(among))[:most]
-            for among, most in ((sets[:, 0], SAMPLE_ROWS), (scored, POOL_ROWS))
+            for among, most in ((sets[:, 0], _SAMPLE_ROWS), (scored, _POOL_ROWS))
         ]
         masks = np.zeros((len(scored), 2), bool)
         for place, rows in enumerate(wanted):
@@ -97,7 +97,7 @@ class GradientPass:
             return None
         squares = (self.pool @ self.pool.T).square().numpy()
         generator = np.random.default_rng(seed)
-        drawn = [generator.permutation(len(squares))[:num] for _ in range(NUM_SETS)]
+        drawn = [generator.permutation(len(squares))[:num] for _ in range(_NUM_SETS)]
         value = effective_rows((self.chosen @ self.chosen.T).square().numpy())
         return Compared.of(value, [effective_rows(squares[np.ix_(rows, rows)]) for rows in drawn])
 

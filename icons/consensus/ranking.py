@@ -15,7 +15,7 @@ def order_of(scores: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
     """
     if scores.dtype != np.float32 or len(scores) >= 1 << 31:
         return np.argsort(scores, kind="stable")
-    return (packed(scores) & 0xFFFFFFFF).astype(np.int64, copy=False)
+    return (_packed(scores) & 0xFFFFFFFF).astype(np.int64, copy=False)
 
 
 def midranks(scores: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
@@ -31,7 +31,7 @@ def midranks(scores: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
         order = np.argsort(scores, kind="stable")
         changes = np.flatnonzero(np.diff(scores[order]) != 0)
     else:
-        keys = packed(scores)
+        keys = _packed(scores)
         order, values = keys.astype(np.uint32), keys >> 32
         del keys
         changes = np.flatnonzero(values[1:] != values[:-1])
@@ -46,7 +46,7 @@ def midranks(scores: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
     return doubled
 
 
-def packed(scores: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
+def _packed(scores: Float[np.ndarray, " rows"]) -> Int[np.ndarray, " rows"]:
     """Sorted 64-bit keys: the score's order-preserving bits above, its row below."""
     bits = (scores + np.float32(0)).view(np.int32)  # + 0: the two zeros become one
     keys = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64)

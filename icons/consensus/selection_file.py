@@ -15,8 +15,8 @@ from jaxtyping import Int, Shaped
 from icons.manifest import DataEntry, Manifest, versions
 from icons.output import put, read_object, whole_file
 
-FORMAT = 1
-SUFFIX = ".manifest.json"
+_FORMAT = 1
+_SUFFIX = ".manifest.json"
 
 
 class SelectionManifest(Manifest, frozen=True, kw_only=True):
@@ -54,7 +54,7 @@ class SavedSelection:
 
 def manifest_path(selection: Path) -> Path:
     """Where the manifest of `selected.json` lies: `selected.json.manifest.json`."""
-    return selection if selection.name.endswith(SUFFIX) else selection.with_name(selection.name + SUFFIX)
+    return selection if selection.name.endswith(_SUFFIX) else selection.with_name(selection.name + _SUFFIX)
 
 
 def save_manifest(
@@ -63,9 +63,9 @@ def save_manifest(
     """Writes the manifest of a selection beside its data, which is there, and its table; where it is."""
     path = manifest_path(selection)
     files = {"data": selection, "table": table, **list_paths(selection)}
-    written = {name: digest(file) for name, file in files.items() if file and file.is_file()}
+    written = {name: _digest(file) for name, file in files.items() if file and file.is_file()}
     made_by = {"versions": versions("icons-lightning", "numpy"), "written": written}
-    whole = {"format": FORMAT, "kind": "selection", **manifest, **made_by, "rows": rows.tolist()}
+    whole = {"format": _FORMAT, "kind": "selection", **manifest, **made_by, "rows": rows.tolist()}
     put(path, json.dumps(whole, default=str) + "\n")
     return path
 
@@ -95,10 +95,10 @@ def is_written_by(selection: Path, name: str, file: Path) -> bool:
     written = manifest.get("written")
     if manifest.get("kind") != "selection" or not isinstance(written, dict) or not file.is_file():
         return False
-    return written.get(name) == digest(file)
+    return written.get(name) == _digest(file)
 
 
-def digest(file: Path) -> str:
+def _digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -121,18 +121,18 @@ def open_selection(selection: Path) -> SavedSelection:
         raise ValueError(
             f"selection {path}: is not JSON ({error}); expected a manifest made by `icons select`"
         ) from error
-    if not isinstance(manifest, dict) or manifest.get("kind") != "selection" or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("kind") != "selection" or manifest.get("format") != _FORMAT:
         raise ValueError(
-            f"selection {path}: is no selection manifest of format {FORMAT}; expected one by `icons select`"
+            f"selection {path}: is no selection manifest of format {_FORMAT}; expected one by `icons select`"
         )
     rows = np.asarray(manifest.pop("rows"), dtype=np.int64)
     return SavedSelection(rows, manifest)
 
 
-def cell(value: object) -> object:
+def _cell(value: object) -> object:
     """A cell of a CSV file that no spreadsheet takes for a formula: a text that begins like one is quoted.
 
-    >>> cell("=1+1"), cell("r7"), cell(-0.5)
+    >>> _cell("=1+1"), _cell("r7"), _cell(-0.5)
     ("'=1+1", 'r7', -0.5)
     """
     return f"'{value}" if isinstance(value, str) and value.lstrip().startswith(("=", "+", "-", "@")) else value
@@ -147,9 +147,9 @@ def write_table(path: Path, columns: Mapping[str, Shaped[np.ndarray, " rows"]]) 
     if path.suffix == ".csv":
         with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow([cell(name) for name in columns])
+            writer.writerow([_cell(name) for name in columns])
             rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-            writer.writerows([cell(value) for value in row] for row in rows)
+            writer.writerows([_cell(value) for value in row] for row in rows)
     elif path.suffix == ".parquet":
         try:
             pyarrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")

@@ -132,7 +132,7 @@ def select(
     >>> chosen.rows.tolist(), chosen.votes.tolist()
     ([0, 1], [1, 2, 1, 0])
     """
-    rule = rule_of(method)
+    rule = _rule_of(method)
     matrix, names = matrix_of(scores)
     columns = Columns(matrix, names)
     if num_rows is not None and vote_fraction is None and not 0 <= num_rows <= columns.num_rows:
@@ -143,13 +143,13 @@ def select(
     for name, value in (("fraction", fraction), ("vote fraction", share)):
         if not 0 <= value <= 1:
             raise ValueError(f"{name}: got {value}; expected a share of the rows, 0 to 1")
-    weight = weights_of(weights, columns.tasks)
+    weight = _weights_of(weights, columns.tasks)
     limits = Budget(num_rows=size, **(budget or {}))
     limits.check(columns.scored)
     thresholds, counted, tie = survey(columns, share, weight)
 
     def gradients(pairwise: bool) -> Scorer:
-        return scorer_behind(scores, train, tasks, columns, pairwise)
+        return _scorer_behind(scores, train, tasks, columns, pairwise)
 
     with ExitStack() as stack:
         evidence = Evidence(
@@ -166,7 +166,7 @@ def select(
             values=values,
             num_validation=num_validation,
             sources=limits.sources,
-            open_pairs=cache(lambda: opened_pairs(pairs, scores, gradients, columns, stack)),
+            open_pairs=cache(lambda: _opened_pairs(pairs, scores, gradients, columns, stack)),
             open_scorer=lambda: gradients(False),
         )
         settings: dict[str, Any] = {
@@ -184,14 +184,14 @@ def select(
         except ValueError as error:
             raise ValueError(f"{method}: {error}" if isinstance(method, str) else str(error)) from error
     if source_weights:
-        score = score * source_factors(source_weights, limits.sources, columns.scored, score)
-    everywhere = {name: spread(part, columns.scored, np.nan) for name, part in (("score", score), ("tie", tie))}
+        score = score * _source_factors(source_weights, limits.sources, columns.scored, score)
+    everywhere = {name: _spread(part, columns.scored, np.nan) for name, part in (("score", score), ("tie", tie))}
     chosen = limits.take(
-        columns.scored, everywhere["score"], everywhere["tie"], voters_of(columns, limits.task_quotas, thresholds)
+        columns.scored, everywhere["score"], everywhere["tie"], _voters_of(columns, limits.task_quotas, thresholds)
     )
     return Selection(
         rows=chosen,
-        votes=spread(counted, columns.scored, 0.0),
+        votes=_spread(counted, columns.scored, 0.0),
         score=everywhere["score"],
         percentile_rank=everywhere["tie"],
         thresholds=thresholds,
@@ -201,7 +201,7 @@ def select(
     )
 
 
-def rule_of(method: str | OwnRule) -> Rule:
+def _rule_of(method: str | OwnRule) -> Rule:
     """A rule by name, by import path, or of one's own.
 
     Raises:
@@ -215,7 +215,7 @@ def rule_of(method: str | OwnRule) -> Rule:
     return Rule(lambda evidence: ordered_by(own, evidence), f"the rule {name_of(own)}")
 
 
-def scorer_behind(scores: Any, train: Any, tasks: Any, columns: Columns, pairwise: bool) -> Scorer:
+def _scorer_behind(scores: Any, train: Any, tasks: Any, columns: Columns, pairwise: bool) -> Scorer:
     """The gradients that the scores come from.
 
     Raises:
@@ -240,7 +240,7 @@ def scorer_behind(scores: Any, train: Any, tasks: Any, columns: Columns, pairwis
     return found
 
 
-def opened_pairs(
+def _opened_pairs(
     given: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None,
     scores: Any,
     gradients: Callable[[bool], Scorer],
@@ -286,7 +286,7 @@ def matrix_of(scores: Any) -> tuple[Float[np.ndarray, "rows tasks"], list[str]]:
     return matrix, [str(task) for task in range(matrix.shape[1])]
 
 
-def weights_of(
+def _weights_of(
     weights: Mapping[str, float] | Sequence[float] | None, tasks: Sequence[str]
 ) -> Float[np.ndarray, " tasks"]:
     if isinstance(weights, Mapping):
@@ -300,7 +300,7 @@ def weights_of(
     return found
 
 
-def source_factors(
+def _source_factors(
     factors: Mapping[str, float],
     sources: Sources | None,
     scored: Bool[np.ndarray, " rows"],
@@ -318,7 +318,7 @@ def source_factors(
     return factor[sources.code[scored]]
 
 
-def voters_of(
+def _voters_of(
     columns: Columns, tasks: Mapping[str, float], thresholds: Float[np.ndarray, " tasks"]
 ) -> dict[str, Bool[np.ndarray, " rows"]]:
     """The rows that each of the given tasks votes for."""
@@ -331,7 +331,7 @@ def voters_of(
     return found
 
 
-def spread(part: Shaped[np.ndarray, " scored"], scored: Bool[np.ndarray, " rows"], fill: float) -> np.ndarray:
+def _spread(part: Shaped[np.ndarray, " scored"], scored: Bool[np.ndarray, " rows"], fill: float) -> np.ndarray:
     """Values of the scored rows, put back among all rows."""
     dtype = part.dtype if not np.isnan(fill) else np.dtype(np.float64)
     if scored.all():

@@ -34,8 +34,8 @@ from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordError, RecordSource
 from icons.models.folder import ModelFolder
 
-LOOKED_AT = 32
-DETECTED_BY = 64  # records, evenly spaced over the file
+_LOOKED_AT = 32
+_DETECTED_BY = 64  # records, evenly spaced over the file
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
@@ -150,7 +150,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         Raises:
             ValueError: each of them fails; says why the first does.
         """
-        looked_at = rows[:: max(1, len(rows) // LOOKED_AT)][:LOOKED_AT]
+        looked_at = rows[:: max(1, len(rows) // _LOOKED_AT)][:_LOOKED_AT]
         first = None
         for row in looked_at:
             sample = self[row]
@@ -165,9 +165,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def detected(self) -> Dialect:
         """The dialect of the records."""
-        rows = range(0, len(self), max(1, len(self) // DETECTED_BY))
+        rows = range(0, len(self), max(1, len(self) // _DETECTED_BY))
         found = []
-        for row in rows[:DETECTED_BY]:
+        for row in rows[:_DETECTED_BY]:
             with suppress(RecordError):
                 found.append(self.records.light(row))
         try:
@@ -190,7 +190,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         for row in rows:
             try:
                 if self.processor is None:
-                    with row_failure():
+                    with _row_failure():
                         found.append(len(self.tokens(self.conversation(row, light=True))[0]))
                 else:
                     found.append(len(self.sample(row)["input_ids"]))
@@ -263,7 +263,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         Raises:
             FailedRowError: see `Status`.
         """
-        with row_failure():
+        with _row_failure():
             conversation = self.conversation(row)
             sample = self.llava_sample(conversation) if self.processor is None else self.processor_sample(conversation)
         if not bool((sample["labels"][1:] != IGNORE_INDEX).any()):
@@ -324,7 +324,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
 
 @contextmanager
-def row_failure() -> Iterator[None]:
+def _row_failure() -> Iterator[None]:
     """Whatever a record makes a template, a tokenizer or a processor raise is the failure of its row.
 
     Raises:

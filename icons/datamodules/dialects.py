@@ -21,9 +21,9 @@ from icons.datamodules.failed_row import bad_record
 from icons.datamodules.image_refs import Record, given, image_ref, images_of
 from icons.datamodules.placement import Message, placed, system_of
 
-OTHER_MEDIA = ("video", "videos", "audio", "audios")
-TOOLS = ("tool", "function", "function_call", "observation")
-ROLES = {
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_TOOLS = ("tool", "function", "function_call", "observation")
+_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "chatgpt": "assistant", "bot": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
@@ -56,7 +56,7 @@ def read_conversation(record: Any, dialect: Dialect) -> Conversation:
         named = [f"{name}{'' if given(value) else ' (empty)'}" for name, value in list(record.items())[:8]]
         found = f"is written as {other.name}" if other else f"has {', '.join(named) or 'no field'}"
         raise bad_record(f"{found}; expected {dialect.name}: {dialect.expects}")
-    for medium in OTHER_MEDIA:
+    for medium in _OTHER_MEDIA:
         if given(record.get(medium)):
             raise bad_record(f"has {medium}; only texts and images can be trained on")
     messages = dialect.messages(record)
@@ -66,15 +66,15 @@ def read_conversation(record: Any, dialect: Dialect) -> Conversation:
     images = images_of(record)
     turns = tuple(placed(spoken, images))
     for text in [system or "", *(turn.text for turn in turns)]:
-        if not is_unicode(text):
+        if not _is_unicode(text):
             raise bad_record("has a text with half a surrogate pair, which is no text")
     return Conversation(turns, system)
 
 
-def listed(value: Any) -> list[Any]:
+def _listed(value: Any) -> list[Any]:
     """A list of objects; Arrow's older form, an object of lists of equal length, is turned around.
 
-    >>> listed({"from": ["human", "gpt"], "value": ["Red?", "Yes"]})
+    >>> _listed({"from": ["human", "gpt"], "value": ["Red?", "Yes"]})
     [{'from': 'human', 'value': 'Red?'}, {'from': 'gpt', 'value': 'Yes'}]
     """
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
@@ -83,9 +83,9 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def has_turns(record: Record, name: str, *keys: str) -> bool:
+def _has_turns(record: Record, name: str, *keys: str) -> bool:
     """Whether a field is a list of objects with these keys; an empty list too, which then has no turn."""
-    turns = listed(record.get(name))
+    turns = _listed(record.get(name))
     return bool(turns) and isinstance(turns[0], Mapping) and all(key in turns[0] for key in keys)
 
 
@@ -93,23 +93,23 @@ def message(turn: Any, role: str, content: str) -> Message:
     """A turn of a list, its role and its content under these names."""
     if not isinstance(turn, Mapping) or not isinstance(turn.get(role), str):
         raise bad_record(f"has a turn without `{role}` and `{content}`")
-    if turn[role] in TOOLS or given(turn.get("tool_calls")):
+    if turn[role] in _TOOLS or given(turn.get("tool_calls")):
         raise bad_record("calls tools, which no template here has a place for")
-    if turn[role] not in ROLES:
-        raise bad_record(f"has a turn by {turn[role]!r}; expected one of {', '.join(ROLES)}")
-    return Message(ROLES[turn[role]], parts_of(turn.get(content)))
+    if turn[role] not in _ROLES:
+        raise bad_record(f"has a turn by {turn[role]!r}; expected one of {', '.join(_ROLES)}")
+    return Message(_ROLES[turn[role]], _parts_of(turn.get(content)))
 
 
-def parts_of(content: Any) -> list[Part | None]:
+def _parts_of(content: Any) -> list[Part | None]:
     """A turn's content: a text, or a list of parts of text and images."""
     if isinstance(content, str):
         return [content]
     if not isinstance(content, list):
         raise bad_record(f"has a turn whose content is {type(content).__name__}; expected a text or a list of parts")
-    return [part_of(part) for part in content]
+    return [_part_of(part) for part in content]
 
 
-def part_of(part: Any) -> Part | None:
+def _part_of(part: Any) -> Part | None:
     """A part: `{"type": "text", "text": ...}`, `{"type": "image"}` with or without the image, or `image_url`."""
     if isinstance(part, str):
         return part
@@ -126,22 +126,22 @@ def part_of(part: Any) -> Part | None:
     raise bad_record(f"has a part of type {kind!r}; expected text or image")
 
 
-def conversation_messages(record: Record) -> list[Message]:
-    return [message(turn, "from", "value") for turn in listed(record["conversations"])]
+def _conversation_messages(record: Record) -> list[Message]:
+    return [message(turn, "from", "value") for turn in _listed(record["conversations"])]
 
 
-def chat_field(record: Record) -> str | None:
+def _chat_field(record: Record) -> str | None:
     fields = ("messages", "conversations", "conversation")
-    return next((name for name in fields if has_turns(record, name, "role", "content")), None)
+    return next((name for name in fields if _has_turns(record, name, "role", "content")), None)
 
 
-def chat_messages(record: Record) -> list[Message]:
-    return [message(turn, "role", "content") for turn in listed(record[chat_field(record) or ""])]
+def _chat_messages(record: Record) -> list[Message]:
+    return [message(turn, "role", "content") for turn in _listed(record[_chat_field(record) or ""])]
 
 
 def pairs(record: Record) -> list[Message]:
     found = []
-    for pair in listed(record["texts"]):
+    for pair in _listed(record["texts"]):
         for role in ("user", "assistant"):
             if not isinstance(pair, Mapping) or not isinstance(pair.get(role), str):
                 raise bad_record("has `texts` that are no pairs of `user` and `assistant`")
@@ -157,17 +157,17 @@ def alpaca(record: Record) -> list[Message]:
         history += [("user", pair[0]), ("assistant", pair[1])]
     question = "\n".join(str(text) for text in (record["instruction"], record.get("input")) if given(text))
     found = [*history, ("user", question), ("assistant", record["output"])]
-    return [Message(role, parts_of(text)) for role, text in found]
+    return [Message(role, _parts_of(text)) for role, text in found]
 
 
-def prompt_and_completion(record: Record) -> list[Message]:
+def _prompt_and_completion(record: Record) -> list[Message]:
     found: list[Message] = []
     for role, name in (("user", "prompt"), ("assistant", "completion")):
         value = record[name]
         if isinstance(value, str):
             found.append(Message(role, [value]))
         else:
-            found += [message(turn, "role", "content") for turn in listed(value)]
+            found += [message(turn, "role", "content") for turn in _listed(value)]
     return found
 
 
@@ -175,19 +175,19 @@ DIALECTS: dict[str, Dialect] = {
     "llava": Dialect(
         "llava",
         "`conversations` of `from` and `value`",
-        lambda record: has_turns(record, "conversations", "from"),
-        conversation_messages,
+        lambda record: _has_turns(record, "conversations", "from"),
+        _conversation_messages,
     ),
     "messages": Dialect(
         "messages",
         "`messages` of `role` and `content`",
-        lambda record: chat_field(record) is not None,
-        chat_messages,
+        lambda record: _chat_field(record) is not None,
+        _chat_messages,
     ),
     "texts": Dialect(
         "texts",
         "`texts` of `user` and `assistant`",
-        lambda record: has_turns(record, "texts", "user", "assistant"),
+        lambda record: _has_turns(record, "texts", "user", "assistant"),
         pairs,
     ),
     "alpaca": Dialect(
@@ -200,7 +200,7 @@ DIALECTS: dict[str, Dialect] = {
         "prompt",
         "`prompt` and `completion`",
         lambda record: all(isinstance(record.get(name), str | list) for name in ("prompt", "completion")),
-        prompt_and_completion,
+        _prompt_and_completion,
     ),
 }
 
@@ -229,7 +229,7 @@ def detect(records: Sequence[Any]) -> Dialect:
     return DIALECTS["llava"]
 
 
-def is_unicode(text: str) -> bool:
+def _is_unicode(text: str) -> bool:
     """Whether a text can be encoded: half a surrogate pair, which JSON can hold, cannot."""
     try:
         text.encode()

@@ -18,8 +18,8 @@ from icons.output import put, whole_file
 
 Record = dict[str, Any]
 
-COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
-SHAPES = ("circle", "rectangle", "triangle")
+_COLOURS = ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow")
+_SHAPES = ("circle", "rectangle", "triangle")
 KINDS = ("shape", "colour", "shape presence", "colour presence")
 
 # which images of easy-VQA's training part serve what; its test part is the test split
@@ -138,8 +138,8 @@ def kind_of(text: str, answer: str) -> str:
     ('colour', 'colour presence')
     """
     if answer in ("yes", "no"):
-        return "shape presence" if any(shape in text for shape in SHAPES) else "colour presence"
-    return "shape" if answer in SHAPES else "colour"
+        return "shape presence" if any(shape in text for shape in _SHAPES) else "colour presence"
+    return "shape" if answer in _SHAPES else "colour"
 
 
 def draw_kinds(
@@ -198,7 +198,7 @@ def record(
 
 def wrong_answer(question: Question, draw: random.Random) -> str:
     """A false answer of the right kind."""
-    choices = next(c for c in (COLOURS, SHAPES, ("yes", "no")) if question.answer in c)
+    choices = next(c for c in (_COLOURS, _SHAPES, ("yes", "no")) if question.answer in c)
     return draw.choice([answer for answer in choices if answer != question.answer])
 
 
@@ -210,7 +210,7 @@ def near_copy(source: Path, target: Path, draw: random.Random) -> None:
 
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-THINGS = (
+_THINGS = (
     "boat",
     "bread",
     "chair",
@@ -229,7 +229,7 @@ THINGS = (
 def text_only(draw: random.Random) -> Record:
     """A right and useless record without an image: small sums, and lists of words to reverse or count."""
     first, second = draw.randrange(5), draw.randrange(5)
-    words = draw.sample(THINGS, draw.randrange(2, 5))
+    words = draw.sample(_THINGS, draw.randrange(2, 5))
     asked, answer = draw.choice(
         (
             (f"how much is {NUMBERS[first]} plus {NUMBERS[second]}?", NUMBERS[first + second]),
@@ -255,7 +255,7 @@ def alignment_samples() -> list[tuple[Path, str, str]]:
         if question.answer not in ("yes", "no"):
             facts[question.image].update(question.text.rstrip("?").split())
     for image, told in facts.items():
-        colour, shape = told & set(COLOURS), told & set(SHAPES)
+        colour, shape = told & set(_COLOURS), told & set(_SHAPES)
         if colour and shape:
             samples.append((image, "", f"a {colour.pop()} {shape.pop()}"))
     return samples

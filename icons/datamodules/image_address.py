@@ -14,8 +14,8 @@ from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.records.cache import cache_folder
 from icons.output import whole_file
 
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
-MOST_BYTES, TIMEOUT_S, BLOCK = 1 << 27, 30, 1 << 20
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
+MOST_BYTES, _TIMEOUT_S, _BLOCK = 1 << 27, 30, 1 << 20
 
 
 def embedded(name: str) -> bytes | None:
@@ -28,7 +28,7 @@ def embedded(name: str) -> bytes | None:
     if name.startswith("data:"):
         if not comma or not head.endswith(";base64"):
             raise FailedRowError(Status.IMAGE_BROKEN, f"image {name[:40]}…: a data URL that is not base64")
-    elif BASE64.fullmatch(name) and "." not in name:
+    elif _BASE64.fullmatch(name) and "." not in name:
         content = name
     else:
         return None
@@ -66,7 +66,7 @@ def fetched(name: str) -> bytes:
     if kept.is_file():
         return kept.read_bytes()
     try:
-        with urllib.request.urlopen(name, timeout=TIMEOUT_S) as answer:
+        with urllib.request.urlopen(name, timeout=_TIMEOUT_S) as answer:
             content: bytes = answer.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):

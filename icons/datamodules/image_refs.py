@@ -7,7 +7,7 @@ from icons.datamodules.conversation import ImageRef
 from icons.datamodules.failed_row import bad_record
 
 Record = Mapping[str, Any]
-NOTHING = ("", "none", "nan")  # Cambrian's ways to say that a record has no image
+_NOTHING = ("", "none", "nan")  # Cambrian's ways to say that a record has no image
 
 
 def given(value: Any) -> bool:
@@ -15,7 +15,7 @@ def given(value: Any) -> bool:
     return (
         value is not None
         and value != []
-        and not (isinstance(value, str | float) and str(value).strip().lower() in NOTHING)
+        and not (isinstance(value, str | float) and str(value).strip().lower() in _NOTHING)
     )
 
 

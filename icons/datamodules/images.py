@@ -22,14 +22,14 @@ from icons.datamodules.failed_row import FailedRowError as FailedRowError
 from icons.datamodules.image_address import absolute_path, embedded, fetched, is_web
 from icons.models.folder import own_code
 
-ARCHIVES = (".tar", ".zip")
+_ARCHIVES = (".tar", ".zip")
 Image.init()
 # pillow opens more by itself, one of them with Ghostscript; AVIF only where its library was built in
-KNOWN = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
-FORMATS: list[str] = [name for name in KNOWN if name in Image.OPEN]
+_KNOWN = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
+_FORMATS: list[str] = [name for name in _KNOWN if name in Image.OPEN]
 MAX_FILE_BYTES = 1 << 29
 """Of an encoded image, in an archive as well as beside one: more than any of pillow's largest has uncompressed."""
-MAX_RATIO = 500
+_MAX_RATIO = 500
 """Of an image's sides: processors resize by the shorter one, and a line of pixels becomes gigabytes."""
 
 
@@ -107,7 +107,7 @@ class ImageSource:
                 raise FailedRowError(Status.IMAGE_MISSING, f"image {path} is outside of --images; see --allow-paths")
             if not real.is_file():
                 raise FailedRowError(Status.IMAGE_MISSING, f"image {path} is not there")
-            check_bytes(real.stat().st_size, path.name)
+            _check_bytes(real.stat().st_size, path.name)
             return real.read_bytes()
         except (OSError, ValueError, RuntimeError) as error:
             raise FailedRowError(Status.IMAGE_BROKEN, f"image {path}: {error}") from None
@@ -118,10 +118,10 @@ class ImageSource:
         if path.is_file():
             if not path.resolve().is_relative_to(self.root):
                 return None
-            check_bytes(path.stat().st_size, path.name)
+            _check_bytes(path.stat().st_size, path.name)
             return path.read_bytes()
         for depth in range(len(parts) - 1, 0, -1):
-            for suffix in ARCHIVES:
+            for suffix in _ARCHIVES:
                 archive = self.source.joinpath(*parts[:depth]).with_name(parts[depth - 1] + suffix)
                 if archive not in self.archives:
                     inside = archive.is_file() and archive.resolve().is_relative_to(self.root)
@@ -159,10 +159,10 @@ class Archive:
         """Name -> the zip's entry, or offset and size in the tar."""
         if zipfile.is_zipfile(self.path):
             with zipfile.ZipFile(self.path) as opened:
-                return {plain(entry.filename): entry for entry in opened.infolist() if not entry.is_dir()}
+                return {_plain(entry.filename): entry for entry in opened.infolist() if not entry.is_dir()}
         try:
             with tarfile.open(self.path, "r:") as opened:
-                return {plain(member.name): (member.offset_data, member.size) for member in opened if member.isreg()}
+                return {_plain(member.name): (member.offset_data, member.size) for member in opened if member.isreg()}
         except tarfile.TarError as error:
             raise ValueError(
                 f"{self.path}: {error}; expected a folder, a .zip, or an uncompressed .tar (unpack a .tar.gz, or "
@@ -173,31 +173,31 @@ class Archive:
         member = self.members.get(name)
         if member is None:
             return None
-        check_bytes(member.file_size if isinstance(member, zipfile.ZipInfo) else member[1], name)
+        _check_bytes(member.file_size if isinstance(member, zipfile.ZipInfo) else member[1], name)
         if isinstance(member, zipfile.ZipInfo):
-            return read_zipped(self.path, member)
+            return _read_zipped(self.path, member)
         offset, size = member
         with self.path.open("rb") as file:
             file.seek(offset)
             return file.read(size)
 
 
-def read_zipped(path: Path, entry: zipfile.ZipInfo) -> bytes:
+def _read_zipped(path: Path, entry: zipfile.ZipInfo) -> bytes:
     """One member, without reading the archive's directory again (of 100,000 members, for one of them)."""
-    with path.open("rb") as file, zipfile.ZipFile(io.BytesIO(EMPTY_ZIP)) as opened:
+    with path.open("rb") as file, zipfile.ZipFile(io.BytesIO(_EMPTY_ZIP)) as opened:
         opened.fp = file
         return opened.read(entry)
 
 
-EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
+_EMPTY_ZIP = b"PK\x05\x06" + bytes(18)
 
 
-def check_bytes(size: int, name: str) -> None:
+def _check_bytes(size: int, name: str) -> None:
     if size > MAX_FILE_BYTES:
         raise FailedRowError(Status.TOO_LARGE, f"image {name}: has {size:,} bytes; expected at most {MAX_FILE_BYTES:,}")
 
 
-def plain(name: str) -> str:
+def _plain(name: str) -> str:
     return name.removeprefix("./").lstrip("/")
 
 
@@ -208,7 +208,7 @@ def decode(content: bytes, name: str) -> Image.Image:
 
     Raises:
         FailedRowError: TOO_LARGE, for more pixels than pillow's limit (89 million), or a side 500 times the other;
-            IMAGE_BROKEN, if it cannot be decoded to its end, or is none of `FORMATS`.
+            IMAGE_BROKEN, if it cannot be decoded to its end, or is of a format that is not read.
     """
     if not content:
         raise FailedRowError(Status.IMAGE_BROKEN, f"image {name} is an empty file")
@@ -216,8 +216,8 @@ def decode(content: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata and palettes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                check_sides(image, name)
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+                _check_sides(image, name)
                 if image.mode.startswith("I"):
                     grey = np.asarray(image).astype(np.int64)
                     return Image.fromarray((grey >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -232,12 +232,12 @@ def decode(content: bytes, name: str) -> Image.Image:
         raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: {error}") from None
 
 
-def check_sides(image: Image.Image, name: str) -> None:
+def _check_sides(image: Image.Image, name: str) -> None:
     short, long = sorted(image.size)
-    if long > MAX_RATIO * short:
+    if long > _MAX_RATIO * short:
         raise FailedRowError(
             Status.TOO_LARGE,
-            f"image {name}: is {image.width} x {image.height}; expected sides of at most 1 : {MAX_RATIO}",
+            f"image {name}: is {image.width} x {image.height}; expected sides of at most 1 : {_MAX_RATIO}",
         )
 
 
@@ -261,7 +261,7 @@ class PixelMaker:
         self.pad = pad
         self.colour = tuple(int(value * 255) for value in self.processor.image_mean)
 
-        self.table = value_table(self.processor) if is_usual(self.processor) else None
+        self.table = _value_table(self.processor) if _is_usual(self.processor) else None
 
     def __call__(self, images: Sequence[Image.Image]) -> Float[Tensor, "images 3 height width"]:
         ready = [square(image, self.colour) if self.pad else image for image in images]
@@ -288,7 +288,7 @@ class PixelMaker:
             np.take(table[channel], content[:, :, channel], out=into[channel], mode="clip")
 
 
-def is_usual(processor: Any) -> bool:
+def _is_usual(processor: Any) -> bool:
     """Whether an image processor resizes the shorter side, cuts the centre of that size, rescales and normalises."""
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     if not isinstance(processor, CLIPImageProcessorPil) or not all(getattr(processor, step) for step in steps):
@@ -297,7 +297,7 @@ def is_usual(processor: Any) -> bool:
     return side is not None and (processor.crop_size["height"], processor.crop_size["width"]) == (side, side)
 
 
-def value_table(processor: Any) -> Float[np.ndarray, "3 256"]:
+def _value_table(processor: Any) -> Float[np.ndarray, "3 256"]:
     """The processor's pixel value for each byte of each channel, as it computes it itself."""
     every = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([every] * 3, axis=-1))

@@ -51,7 +51,7 @@ def placed(messages: Sequence[Message], images: list[ImageRef]) -> Iterator[Turn
         first.parts[:0] = images
         images = []
     elif len(images) == 1 and sum(mark > 0 for mark in marks) == 1:
-        once(messages[next(place for place, mark in enumerate(marks) if mark)])
+        _once(messages[next(place for place, mark in enumerate(marks) if mark)])
     elif images and sum(marks) != len(images):
         raise bad_record(f"has {sum(marks)} <image> marks for {len(images)} images")
     rest = iter(images)
@@ -69,7 +69,7 @@ def placed(messages: Sequence[Message], images: list[ImageRef]) -> Iterator[Turn
         yield Turn(message.role == "user", tuple(parts))
 
 
-def once(message: Message) -> None:
+def _once(message: Message) -> None:
     """Takes away every mark but the first."""
     seen = False
     for place, part in enumerate(message.parts):

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-PRESETS = ("llava-train", "icons-release")
+_PRESETS = ("llava-train", "icons-release")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Preprocessing:
     processor: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset {self.preset!r}; expected one of {', '.join(PRESETS)}")
+        if self.preset not in _PRESETS:
+            raise ValueError(f"preset {self.preset!r}; expected one of {', '.join(_PRESETS)}")
         if self.max_length < 2:
             raise ValueError(f"max_length {self.max_length}; expected at least 2 tokens")
 

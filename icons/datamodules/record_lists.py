@@ -35,7 +35,7 @@ def entries_of(path: Path) -> list[int | str]:
         )
     content = path.read_bytes()
     if path.suffix == ".txt":
-        return [as_row(word, path) for word in content.decode().split()]
+        return [_as_row(word, path) for word in content.decode().split()]
     try:
         if content.lstrip()[:1] == b"[":
             found = msgspec.json.decode(content, type=list[Identified | str | int])
@@ -51,7 +51,7 @@ def entries_of(path: Path) -> list[int | str]:
     return named
 
 
-def as_row(word: str, path: Path) -> int:
+def _as_row(word: str, path: Path) -> int:
     if not word.isdecimal():
         raise ValueError(f"list {path}: got {word!r}; expected row numbers, one a line (ids belong into a .json file)")
     return int(word)

@@ -30,8 +30,8 @@ from icons.output import mark, whole_folder
 
 Message = dict[str, Any]
 Example = dict[str, Any]
-NUM_PROBED = 64
-MADE_BY, CARD = "select", "README.md"
+_NUM_PROBED = 64
+MADE_BY, _CARD = "select", "README.md"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def write_training_data(
     """
     if form not in FORMATS:
         raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
-    with whole_folder(out, last=CARD, stale=lambda _: True) as partial:
+    with whole_folder(out, last=_CARD, stale=lambda _: True) as partial:
         images = partial / "images"
         images.mkdir()
         own = Images(images, out.absolute() / "images", image_root)
@@ -78,12 +78,12 @@ def write_training_data(
         np.save(partial / "rows.npy", np.asarray(rows, np.int64))
         (partial / "ids.txt").write_text("".join(f"{records.id(row)}\n" for row in rows), encoding="utf-8")
         mark(partial, MADE_BY)
-        (partial / CARD).write_text(data_card(len(rows), form, card or {}), encoding="utf-8")
+        (partial / _CARD).write_text(_data_card(len(rows), form, card or {}), encoding="utf-8")
 
 
 def examples(records: RecordSource, rows: Sequence[int], images: "Images", form: TrainingFormat) -> Iterator[Example]:
     """The records as examples, one at a time."""
-    dialect = detect([records.light(row) for row in rows[:NUM_PROBED]])
+    dialect = detect([records.light(row) for row in rows[:_NUM_PROBED]])
     for row in rows:
         try:
             conversation = read_conversation(records[row], dialect)
@@ -122,38 +122,38 @@ class Images:
     def place(self, image: ImageRef, name: str) -> str:
         """The image's name for the tool; its content, if it has one, is written under `name`."""
         if image.content is not None:
-            file = f"{name}{suffix_of(image.content)}"
+            file = f"{name}{_suffix_of(image.content)}"
             (self.folder / file).write_bytes(image.content)
             return str(self.final / file)
         is_relative = not (":" in image.name.split("/")[0] or Path(image.name).is_absolute())
         return str(self.root / image.name) if self.root is not None and is_relative else image.name
 
 
-def suffix_of(content: bytes) -> str:
+def _suffix_of(content: bytes) -> str:
     """The usual suffix of an image file, by its first bytes.
 
-    >>> suffix_of(b"\\x89PNG...."), suffix_of(b"\\xff\\xd8\\xff\\xe0"), suffix_of(b"?")
+    >>> _suffix_of(b"\\x89PNG...."), _suffix_of(b"\\xff\\xd8\\xff\\xe0"), _suffix_of(b"?")
     ('.png', '.jpg', '')
     """
     known = {b"\x89PNG": ".png", b"\xff\xd8\xff": ".jpg", b"GIF8": ".gif", b"RIFF": ".webp", b"BM": ".bmp"}
     return next((suffix for start, suffix in known.items() if content.startswith(start)), "")
 
 
-def as_text(parts: Sequence[Any]) -> str:
+def _as_text(parts: Sequence[Any]) -> str:
     """`<image>` stands where an image is."""
     return "".join("<image>" if part is None else part for part in parts)
 
 
-def as_parts(parts: Sequence[Any]) -> list[dict[str, str]]:
+def _as_parts(parts: Sequence[Any]) -> list[dict[str, str]]:
     return [{"type": "image", "text": ""} if part is None else {"type": "text", "text": part} for part in parts]
 
 
-def write_lines(found: Iterator[Example], out: Path) -> None:
+def _write_lines(found: Iterator[Example], out: Path) -> None:
     with (out / "data.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in found)
 
 
-def write_llamafactory(found: Iterator[Example], out: Path) -> None:
+def _write_llamafactory(found: Iterator[Example], out: Path) -> None:
     with (out / "data.json").open("w", encoding="utf-8") as file:
         for number, example in enumerate(found):
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(example, ensure_ascii=False))
@@ -165,7 +165,7 @@ def write_llamafactory(found: Iterator[Example], out: Path) -> None:
     (out / "dataset_info.json").write_text(json.dumps({"icons_selection": entry}, indent=1) + "\n")
 
 
-def write_dataset(found: Iterator[Example], out: Path) -> None:
+def _write_dataset(found: Iterator[Example], out: Path) -> None:
     """
     Raises:
         ValueError: the package `datasets` is not installed.
@@ -177,7 +177,7 @@ def write_dataset(found: Iterator[Example], out: Path) -> None:
             "format datasets: needs the package datasets, which is not installed; pip install 'icons-lightning[hf]'"
         ) from error
     lines = out / "data.jsonl"
-    write_lines(found, out)
+    _write_lines(found, out)
     Dataset.from_json(str(lines), cache_dir=str(out / ".cache")).save_to_disk(out / "dataset")
     lines.unlink()
 
@@ -199,7 +199,7 @@ def facts_of(manifest: Mapping[str, Any]) -> dict[str, str]:
     return facts | ({"certain": str(made.border["verdict"])} if made.border else {})
 
 
-def data_card(num_rows: int, form: str, facts: Mapping[str, str]) -> str:
+def _data_card(num_rows: int, form: str, facts: Mapping[str, str]) -> str:
     """A data-set card: what the rows are, what they were selected from, and by what."""
     table = "".join(f"| {name} | {' '.join(value.split()).replace('|', ' ')} |\n" for name, value in facts.items())
     return (
@@ -212,9 +212,9 @@ def data_card(num_rows: int, form: str, facts: Mapping[str, str]) -> str:
 
 FORMATS: dict[str, TrainingFormat] = {
     "llamafactory": TrainingFormat(
-        "LLaMA-Factory's ShareGPT form, with dataset_info.json", as_text, write_llamafactory
+        "LLaMA-Factory's ShareGPT form, with dataset_info.json", _as_text, _write_llamafactory
     ),
-    "trl": TrainingFormat("TRL's messages with lists of parts", as_parts, write_lines),
-    "swift": TrainingFormat("ms-swift's messages", as_text, write_lines),
-    "datasets": TrainingFormat("a data set saved for datasets.load_from_disk", as_parts, write_dataset),
+    "trl": TrainingFormat("TRL's messages with lists of parts", _as_parts, _write_lines),
+    "swift": TrainingFormat("ms-swift's messages", _as_text, _write_lines),
+    "datasets": TrainingFormat("a data set saved for datasets.load_from_disk", _as_parts, _write_dataset),
 }

@@ -11,10 +11,10 @@ from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.record_lists import source_of
 from icons.datamodules.records import RecordSource
 
-TRAITS = ("source", "answer", "question", "image")
-SHORT_ANSWER = 3
+_TRAITS = ("source", "answer", "question", "image")
+_SHORT_ANSWER = 3
 """Words up to which an answer is counted as it is."""
-LENGTHS = (5, 10, 20, 50)
+_LENGTHS = (5, 10, 20, 50)
 UNREADABLE = "(unreadable)"
 
 
@@ -27,38 +27,38 @@ def traits_of(record: Any, source_field: str | None = None) -> dict[str, str]:
     """
     dialect = dialect_of(record)
     if dialect is None:
-        return dict.fromkeys(TRAITS, UNREADABLE)
+        return dict.fromkeys(_TRAITS, UNREADABLE)
     try:
         conversation = read_conversation(record, dialect)
     except FailedRowError:
-        return dict.fromkeys(TRAITS, UNREADABLE)
+        return dict.fromkeys(_TRAITS, UNREADABLE)
     questions = [turn.text for turn in conversation.turns if turn.human]
     answers = [turn.text for turn in conversation.turns if not turn.human]
     return {
         "source": source_of(record, source_field),
-        "answer": answer_of(answers[0]) if answers else "(none)",
-        "question": length_of(questions[0].replace(IMAGE, "")) if questions else "(none)",
+        "answer": _answer_of(answers[0]) if answers else "(none)",
+        "question": _length_of(questions[0].replace(IMAGE, "")) if questions else "(none)",
         "image": "image" if conversation.images else "text only",
     }
 
 
-def answer_of(text: str) -> str:
+def _answer_of(text: str) -> str:
     """A short answer without its case and full stop; of a longer one, that it is longer.
 
-    >>> answer_of("Two dogs."), answer_of("There are two dogs in the picture")
+    >>> _answer_of("Two dogs."), _answer_of("There are two dogs in the picture")
     ('two dogs', '(4 words or more)')
     """
     words = text.lower().strip().rstrip(".").split()
-    return " ".join(words) if len(words) <= SHORT_ANSWER else f"({SHORT_ANSWER + 1} words or more)"
+    return " ".join(words) if len(words) <= _SHORT_ANSWER else f"({_SHORT_ANSWER + 1} words or more)"
 
 
-def length_of(text: str) -> str:
+def _length_of(text: str) -> str:
     """
-    >>> length_of("Is it red?"), length_of("a " * 51)
+    >>> _length_of("Is it red?"), _length_of("a " * 51)
     ('1 to 5 words', '51 words or more')
     """
     num, least = len(text.split()), 1
-    for most in LENGTHS:
+    for most in _LENGTHS:
         if num <= most:
             return f"{least} to {most} words"
         least = most + 1
@@ -69,7 +69,7 @@ def read_traits(
     records: RecordSource, rows: Iterable[int], source_field: str | None = None
 ) -> Mapping[str, np.ndarray]:
     """The traits of the given rows: trait -> an array of words."""
-    found: dict[str, list[str]] = {name: [] for name in TRAITS}
+    found: dict[str, list[str]] = {name: [] for name in _TRAITS}
     for row in rows:
         try:
             record = records[row]

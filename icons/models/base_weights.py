@@ -31,8 +31,8 @@ AUTO: dict[str, Any] = {
     "image-text": AutoModelForImageTextToText,
     "llava": LlavaForConditionalGeneration,
 }
-LANGUAGE_KINDS = ("llama", "llava", "llava_llama")
-SHOWN = 3
+_LANGUAGE_KINDS = ("llama", "llava", "llava_llama")
+_SHOWN = 3
 
 
 def load_huggingface(folder: ModelFolder, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
@@ -47,9 +47,9 @@ def load_original(folder: ModelFolder, adapter: Path | None, dtype: torch.dtype 
     with quiet():
         config = language_config(folder)
         language = pretrained(LlamaForCausalLM, folder.model, config=config, dtype=dtype, **options)
-        tower = load_tower(folder, tower_folder, language.dtype, options["attn_implementation"])
+        tower = _load_tower(folder, tower_folder, language.dtype, options["attn_implementation"])
     model = assemble(language, tower, folder.select_layer, folder.select_feature)
-    projector = projector_tensors(folder, adapter)
+    projector = _projector_tensors(folder, adapter)
     module: Any = model.model.multi_modal_projector
     expected = module.state_dict()
     if set(projector) != set(expected):
@@ -69,7 +69,7 @@ def load_original(folder: ModelFolder, adapter: Path | None, dtype: torch.dtype 
 
 def language_config(folder: ModelFolder) -> LlamaConfig:
     values = read_config(folder.model)
-    if values.get("model_type") not in LANGUAGE_KINDS or "hidden_size" not in values:
+    if values.get("model_type") not in _LANGUAGE_KINDS or "hidden_size" not in values:
         raise ValueError(
             f"{folder.model}: model_type is {values.get('model_type')!r}; in LLaVA's original layout only Llama and "
             "Vicuna are supported: use a model in the Hugging Face layout"
@@ -78,7 +78,7 @@ def language_config(folder: ModelFolder) -> LlamaConfig:
     return LlamaConfig.from_dict(kept | {"model_type": "llama"})
 
 
-def load_tower(folder: ModelFolder, tower_folder: Path, dtype: torch.dtype, attention: str) -> Any:
+def _load_tower(folder: ModelFolder, tower_folder: Path, dtype: torch.dtype, attention: str) -> Any:
     """CLIP's vision part; weights of a tuned tower lie in the model's folder, and go before the tower's own."""
     kind = read_config(tower_folder).get("model_type")
     if kind not in ("clip", "clip_vision_model"):
@@ -99,7 +99,7 @@ def load_tower(folder: ModelFolder, tower_folder: Path, dtype: torch.dtype, atte
     return tower
 
 
-def projector_tensors(folder: ModelFolder, adapter: Path | None) -> dict[str, Tensor]:
+def _projector_tensors(folder: ModelFolder, adapter: Path | None) -> dict[str, Tensor]:
     """The pretrained projector; where there is none, that of the adapter (which is set again with the adapter)."""
     if folder.mm_projector is not None:
         found = read_tensors(folder.mm_projector)
@@ -119,21 +119,21 @@ def pretrained(kind: Any, folder: Path, *, trust_remote_code: bool = False, **op
     """`kind.from_pretrained`, but weights that transformers would make up are refused, and the attention kernel is the
     one that was asked for, whatever the folder's config.json names."""
     with own_code(folder), readable(folder, "a model, or its weights do not fit its config.json"):
-        config = options.pop("config", None) or config_of(kind, folder, trust_remote_code)
-        set_kernel(config, options["attn_implementation"])
+        config = options.pop("config", None) or _config_of(kind, folder, trust_remote_code)
+        _set_kernel(config, options["attn_implementation"])
         model, info = kind.from_pretrained(
             folder, config=config, output_loading_info=True, trust_remote_code=trust_remote_code, **options
         )
     made_up = sorted(info["missing_keys"])
     if made_up:
         raise ValueError(
-            f"{folder}: has no weights for {len(made_up)} parameters, such as {', '.join(made_up[:SHOWN])}; the "
+            f"{folder}: has no weights for {len(made_up)} parameters, such as {', '.join(made_up[:_SHOWN])}; the "
             "folder is incomplete or of another kind of model: download it again"
         )
     return model
 
 
-def config_of(kind: Any, folder: Path, trust_remote_code: bool) -> Any:
+def _config_of(kind: Any, folder: Path, trust_remote_code: bool) -> Any:
     """The config that `kind.from_pretrained` would read by itself."""
     own = getattr(kind, "config_class", None)
     if own is None:
@@ -141,12 +141,12 @@ def config_of(kind: Any, folder: Path, trust_remote_code: bool) -> Any:
     return own.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
-def set_kernel(config: Any, kernel: str) -> None:
+def _set_kernel(config: Any, kernel: str) -> None:
     """Sets the attention kernel of a config and of all inside it: transformers lets a saved one win."""
     config._attn_implementation = kernel
     for name in getattr(config, "sub_configs", {}):
         if (inner := getattr(config, name, None)) is not None:
-            set_kernel(inner, kernel)
+            _set_kernel(inner, kernel)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-SAMPLED_VALUES = 1024
+_SAMPLED_VALUES = 1024
 
 
 def num_trainable(model: nn.Module) -> int:
@@ -33,7 +33,7 @@ def base_fingerprint(model: nn.Module) -> str:
         if not parameter.requires_grad:
             digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
             values = parameter.detach().flatten()
-            digest.update(_as_bytes(values[:: max(1, len(values) // SAMPLED_VALUES)][:SAMPLED_VALUES]))
+            digest.update(_as_bytes(values[:: max(1, len(values) // _SAMPLED_VALUES)][:_SAMPLED_VALUES]))
     return digest.hexdigest()[:16]
 
 

@@ -11,13 +11,13 @@ from typing import Any, Literal
 from icons.models.hub import on_disk
 from icons.models.template_choice import template_of
 
-LLAVA_IMAGE_TOKEN_ID = -200  # LLaVA's IMAGE_TOKEN_INDEX: no row of the vocabulary
-DEFAULT_MAX_LENGTH = 2048
+_LLAVA_IMAGE_TOKEN_ID = -200  # LLaVA's IMAGE_TOKEN_INDEX: no row of the vocabulary
+_DEFAULT_MAX_LENGTH = 2048
 # of which an image is always the same number of features; Pixtral, say, is a LLaVA whose images vary
-LLAVA_TOWERS = ("clip_vision_model", "clip", "siglip_vision_model", "siglip")
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+_LLAVA_TOWERS = ("clip_vision_model", "clip", "siglip_vision_model", "siglip")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
 # what LLaVA-1.5 was trained with, for a base folder whose config says nothing about images
-LLAVA_DEFAULTS: dict[str, Any] = {
+_LLAVA_DEFAULTS: dict[str, Any] = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_layer": -2,
     "mm_vision_select_feature": "patch",
@@ -48,7 +48,7 @@ class ModelFolder:
     """Features per image; 0 where the model's own processor decides, or for text models."""
     template: str = "chat"
     """What `--template auto` means: v1, llama_2, llama_3, mpt, or chat (the model's own); empty: nothing tells."""
-    max_length: int = DEFAULT_MAX_LENGTH
+    max_length: int = _DEFAULT_MAX_LENGTH
     """Tokens at which the model was trained to cut."""
     image_aspect_ratio: str = "pad"
     select_layer: int = -2
@@ -83,7 +83,7 @@ class ModelFolder:
                 f"{model}: is an adapter (it has adapter_config.json), expected a whole model; give the base model as "
                 "--model and this folder as --adapter"
             )
-        settings = says_llava(config)
+        settings = _says_llava(config)
         if settings is None and "vision_config" in config:
             for option, value in (("--vision-tower", vision_tower), ("--mm-projector", mm_projector)):
                 if value is not None:
@@ -91,10 +91,10 @@ class ModelFolder:
                         f"{option} {value}: {model} is in the Hugging Face layout and has its own; leave it out"
                     )
             return huggingface(model, config)
-        settings = settings or llava_settings(adapter)
+        settings = settings or _llava_settings(adapter)
         if settings is None and vision_tower is None and mm_projector is None:
             return huggingface(model, config)
-        return original(model, config, LLAVA_DEFAULTS | (settings or {}), vision_tower, mm_projector)
+        return original(model, config, _LLAVA_DEFAULTS | (settings or {}), vision_tower, mm_projector)
 
     def fingerprint(self) -> str:
         """SHA-256 (16 hex digits) over the configs, and names and sizes of the weights; not over where they lie."""
@@ -105,7 +105,7 @@ class ModelFolder:
             folder = part if part.is_dir() else part.parent
             if part.is_dir() and (part / "config.json").is_file():
                 digest.update((part / "config.json").read_bytes())
-            files = {file for pattern in WEIGHTS for file in folder.glob(pattern)} if part.is_dir() else {part}
+            files = {file for pattern in _WEIGHTS for file in folder.glob(pattern)} if part.is_dir() else {part}
             for file in sorted(files):
                 digest.update(f"{file.name} {file.stat().st_size}".encode())
         return digest.hexdigest()[:16]
@@ -161,25 +161,25 @@ def own_code(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def says_llava(config: dict[str, Any]) -> dict[str, Any] | None:
+def _says_llava(config: dict[str, Any]) -> dict[str, Any] | None:
     """The config when it is an original LLaVA's. Not by `model_type`: xtuner writes "llava", others "llava_llama"."""
     return config if "mm_projector_type" in config or "mm_vision_tower" in config else None
 
 
-def llava_settings(adapter: Path | str | None) -> dict[str, Any] | None:
+def _llava_settings(adapter: Path | str | None) -> dict[str, Any] | None:
     """What a LLaVA LoRA folder's config, or that of the run a `checkpoint-N` belongs to, says about images."""
     if adapter is None:
         return None
     for folder in (Path(adapter), Path(adapter).resolve().parent):
-        if (folder / "config.json").is_file() and (found := says_llava(read_config(folder))):
+        if (folder / "config.json").is_file() and (found := _says_llava(read_config(folder))):
             return found
     return None
 
 
 def huggingface(model: Path, config: dict[str, Any]) -> ModelFolder:
     text = config.get("text_config") or config
-    cut = min(DEFAULT_MAX_LENGTH, int(text.get("max_position_embeddings") or DEFAULT_MAX_LENGTH))
-    if config.get("model_type") == "llava" and vision_kind(config) in LLAVA_TOWERS:
+    cut = min(_DEFAULT_MAX_LENGTH, int(text.get("max_position_embeddings") or _DEFAULT_MAX_LENGTH))
+    if config.get("model_type") == "llava" and _vision_kind(config) in _LLAVA_TOWERS:
         whole = config.get("vision_feature_select_strategy", "default") == "full"
         return ModelFolder(
             model,
@@ -197,7 +197,7 @@ def huggingface(model: Path, config: dict[str, Any]) -> ModelFolder:
     return ModelFolder(model, "huggingface", "text", max_length=cut)
 
 
-def vision_kind(config: dict[str, Any]) -> str:
+def _vision_kind(config: dict[str, Any]) -> str:
     return (config.get("vision_config") or {}).get("model_type") or "clip_vision_model"
 
 
@@ -208,9 +208,9 @@ def original(
     vision_tower: Path | str | None,
     mm_projector: Path | str | None,
 ) -> ModelFolder:
-    check_supported(model, settings)
-    tower = find_tower(model, settings, vision_tower)
-    projector, tower_adapter = find_projector(mm_projector if mm_projector is not None else xtuner_projector(model))
+    _check_supported(model, settings)
+    tower = _find_tower(model, settings, vision_tower)
+    projector, tower_adapter = _find_projector(mm_projector if mm_projector is not None else _xtuner_projector(model))
     whole = settings["mm_vision_select_feature"] == "cls_patch"
     vision = read_config(tower)
     return ModelFolder(
@@ -220,17 +220,17 @@ def original(
         vision_tower=tower,
         mm_projector=projector,
         tower_adapter=tower_adapter,
-        image_token_id=LLAVA_IMAGE_TOKEN_ID,
+        image_token_id=_LLAVA_IMAGE_TOKEN_ID,
         image_tokens=features(vision.get("vision_config") or vision, whole),
         template=template_of(config, model, original=True),
-        max_length=int(settings.get("tokenizer_model_max_length") or DEFAULT_MAX_LENGTH),
+        max_length=int(settings.get("tokenizer_model_max_length") or _DEFAULT_MAX_LENGTH),
         image_aspect_ratio=settings.get("image_aspect_ratio") or "pad",
         select_layer=settings["mm_vision_select_layer"],
         select_feature=settings["mm_vision_select_feature"],
     )
 
 
-def check_supported(model: Path, settings: dict[str, Any]) -> None:
+def _check_supported(model: Path, settings: dict[str, Any]) -> None:
     expected: dict[str, tuple[Any, ...]] = {
         "mm_projector_type": ("mlp2x_gelu",),
         "mm_patch_merge_type": ("flat", None),
@@ -245,7 +245,7 @@ def check_supported(model: Path, settings: dict[str, Any]) -> None:
             )
 
 
-def find_tower(model: Path, settings: dict[str, Any], given: Path | str | None) -> Path:
+def _find_tower(model: Path, settings: dict[str, Any], given: Path | str | None) -> Path:
     if given is not None:
         given = on_disk(given)
         read_config(given)
@@ -263,11 +263,11 @@ def find_tower(model: Path, settings: dict[str, Any], given: Path | str | None) 
     )
 
 
-def xtuner_projector(model: Path) -> Path | None:
+def _xtuner_projector(model: Path) -> Path | None:
     return model if (model / "projector" / "model.safetensors").is_file() else None
 
 
-def find_projector(given: Path | str | None) -> tuple[Path | None, Path | None]:
+def _find_projector(given: Path | str | None) -> tuple[Path | None, Path | None]:
     """The projector's file, and xtuner's adapter of the vision tower that lies beside it."""
     if given is None:
         return None, None

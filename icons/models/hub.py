@@ -6,8 +6,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
-NOT_NEEDED = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "*.mlpackage/*"]
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/name
+_NOT_NEEDED = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "original/*", "*.mlpackage/*"]
 
 
 def on_disk(model: Path | str) -> Path:
@@ -19,10 +19,10 @@ def on_disk(model: Path | str) -> Path:
         FileNotFoundError: the hub's model is not in the cache, and cannot be downloaded: says how to get it.
     """
     path, name = Path(model), str(model)
-    if path.exists() or not NAME.fullmatch(name):
+    if path.exists() or not _NAME.fullmatch(name):
         return path
     try:
-        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=NOT_NEEDED))
+        return Path(huggingface_hub.snapshot_download(name, ignore_patterns=_NOT_NEEDED))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(

@@ -72,17 +72,17 @@ def load_model(
     """
     if adapter is not None and lora is not None:
         raise ValueError("load_model: got both an adapter and settings for a fresh one; give one of them")
-    check_attention(attention)
-    options: dict[str, Any] = {"attn_implementation": attention, "quantization_config": quantization(quantize, dtype)}
+    _check_attention(attention)
+    options: dict[str, Any] = {"attn_implementation": attention, "quantization_config": _quantization(quantize, dtype)}
     if adapter is not None:
-        refuse_merged(folder.model, adapter)
+        _refuse_merged(folder.model, adapter)
     if folder.layout == "original":
         model = load_original(folder, adapter, torch_dtype(dtype), options)
     else:
         # said in so many words: by default transformers asks, and waits, where there is a terminal
         model = load_huggingface(folder, torch_dtype(dtype), options | {"trust_remote_code": trust_remote_code})
     keep_unpacked(model)
-    return prepare(model, folder, adapter, lora, target, gradient_checkpointing)
+    return _prepare(model, folder, adapter, lora, target, gradient_checkpointing)
 
 
 def empty_model(
@@ -107,10 +107,10 @@ def empty_model(
                 model = LlavaForConditionalGeneration(config)
             else:
                 model = AUTO[folder.kind].from_config(config, trust_remote_code=trust_remote_code)
-        return prepare(model, folder, None, lora, target, gradient_checkpointing=False)
+        return _prepare(model, folder, None, lora, target, gradient_checkpointing=False)
 
 
-def prepare(
+def _prepare(
     model: Any,
     folder: ModelFolder,
     adapter: Path | None,
@@ -125,7 +125,7 @@ def prepare(
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     if adapter is not None:
-        set_non_lora(model, adapter)
+        _set_non_lora(model, adapter)
         model = load_adapter(model, adapter)
     elif lora is not None:
         model = add_lora(model, lora)
@@ -172,7 +172,7 @@ class AlwaysTraining:
         return self.layer
 
 
-def set_non_lora(model: Any, adapter: Path) -> None:
+def _set_non_lora(model: Any, adapter: Path) -> None:
     """Sets the projector (and whatever else was trained) by name.
 
     Raises:
@@ -208,7 +208,7 @@ def set_non_lora(model: Any, adapter: Path) -> None:
         )
 
 
-def check_attention(attention: str) -> None:
+def _check_attention(attention: str) -> None:
     if attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise ValueError(
             "attention flash_attention_2: flash-attn is not installed; install the extra: pip install "
@@ -216,7 +216,7 @@ def check_attention(attention: str) -> None:
         )
 
 
-def quantization(quantize: str | None, dtype: Dtype) -> BitsAndBytesConfig | None:
+def _quantization(quantize: str | None, dtype: Dtype) -> BitsAndBytesConfig | None:
     if quantize is None:
         return None
     if importlib.util.find_spec("bitsandbytes") is None:
@@ -241,7 +241,7 @@ def torch_dtype(dtype: Dtype) -> torch.dtype | str:
     return torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
 
 
-def refuse_merged(model: Path, adapter: Path) -> None:
+def _refuse_merged(model: Path, adapter: Path) -> None:
     """An adapter that `icons export` has merged into this very model must not be applied again."""
     if adapter_fingerprint(adapter) in merged_adapters(model):
         raise ValueError(

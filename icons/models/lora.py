@@ -19,8 +19,8 @@ from icons.models.tensor_files import read_tensors
 # match a list of suffixes in the vision tower too.
 LLAVA_TARGETS = r"^model\.language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj$"
 NON_LORA = ("non_lora.safetensors", "non_lora_trainables.bin", "non_lora_trainables.safetensors")
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-TRANSPOSED = "Conv1D"  # GPT-2's linear layer
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_TRANSPOSED = "Conv1D"  # GPT-2's linear layer
 SHOWN = 3
 
 
@@ -57,7 +57,7 @@ def add_lora(model: nn.Module, settings: LoraSettings) -> PeftModel:
         bias="none",
         task_type="CAUSAL_LM",
         target_modules=targets,
-        fan_in_fan_out=any(type(module).__name__ == TRANSPOSED for _, module in model.named_modules()),
+        fan_in_fan_out=any(type(module).__name__ == _TRANSPOSED for _, module in model.named_modules()),
     )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
@@ -87,13 +87,13 @@ def default_targets(model: nn.Module) -> str:
         return LLAVA_TARGETS
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     prefix = next(name for name, module in model.named_modules() if module is decoder)
-    names = {name.rpartition(".")[2] for name, module in decoder.named_modules() if is_linear(module)}
+    names = {name.rpartition(".")[2] for name, module in decoder.named_modules() if _is_linear(module)}
     start = re.escape(prefix + ".") if prefix else ""
     return rf"^{start}(?:.+\.)?({'|'.join(sorted(map(re.escape, names)))})$"
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == TRANSPOSED  # quantised ones derive from nn.Linear
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == _TRANSPOSED  # quantised ones derive from nn.Linear
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -118,11 +118,11 @@ def read_adapter_config(folder: Path) -> LoraConfig:
 
 
 def adapter_file(folder: Path) -> Path:
-    for name in ADAPTER_FILES:
+    for name in _ADAPTER_FILES:
         if (folder / name).is_file():
             return folder / name
     raise FileNotFoundError(
-        f"{folder}: has adapter_config.json and no weights; expected one of {', '.join(ADAPTER_FILES)}"
+        f"{folder}: has adapter_config.json and no weights; expected one of {', '.join(_ADAPTER_FILES)}"
     )
 
 

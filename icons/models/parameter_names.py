@@ -32,7 +32,7 @@ def current_name(name: str) -> str:
 
 
 # how the same module was called by older versions, LLaVA's and others'; tried one after the other, and together
-FORMER = (
+_FORMER = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head", "lm_head"),
     (r"^model\.(layers|embed_tokens|norm)\b", r"model.language_model.\1"),
@@ -45,7 +45,7 @@ FORMER = (
     (r"^(visual|vision_tower|vision_model|multi_modal_projector|language_model|connector)\b", r"model.\1"),
     (r"^(layers|embed_tokens|norm)\b", r"model.\1"),
 )
-MOST_RENAMES = 3
+_MOST_RENAMES = 3
 
 
 def known_name(name: str, known: Collection[str]) -> str:
@@ -55,11 +55,11 @@ def known_name(name: str, known: Collection[str]) -> str:
     'model.vision_tower.encoder.layers.0'
     """
     tried = [name]
-    for _ in range(MOST_RENAMES):
+    for _ in range(_MOST_RENAMES):
         found = [each for each in tried if each in known]
         if found:
             return found[0]
-        tried += [new for each in tried for old, by in FORMER if (new := re.sub(old, by, each, count=1)) not in tried]
+        tried += [new for each in tried for old, by in _FORMER if (new := re.sub(old, by, each, count=1)) not in tried]
     return next((each for each in tried if each in known), current_name(name))
 
 
@@ -88,9 +88,9 @@ def match_names(saved: Collection[str], wanted: Collection[str], what: str) -> d
     Raises:
         ValueError: a wanted parameter is not among the saved, or two saved names mean the same parameter.
     """
-    attempts = [by_canonical(saved, what)]
+    attempts = [_by_canonical(saved, what)]
     if len({name.partition(".")[0] for name in saved}) == 1:
-        shorter = by_canonical([name.partition(".")[2] for name in saved], what)
+        shorter = _by_canonical([name.partition(".")[2] for name in saved], what)
         first = next(iter(saved)).partition(".")[0]
         attempts.append({key: f"{first}.{name}" for key, name in shorter.items()})
     for known in attempts:
@@ -106,7 +106,7 @@ def match_names(saved: Collection[str], wanted: Collection[str], what: str) -> d
     )
 
 
-def by_canonical(names: Collection[str], what: str) -> dict[str, str]:
+def _by_canonical(names: Collection[str], what: str) -> dict[str, str]:
     known: dict[str, str] = {}
     for name in names:
         key = canonical_name(name)

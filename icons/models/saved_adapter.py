@@ -19,11 +19,11 @@ from icons.models.lora import LLAVA_TARGETS, SHOWN, adapter_file, read_adapter_c
 from icons.models.parameter_names import WRAPPERS, known_name
 from icons.models.tensor_files import read_tensors
 
-PREFIX = "base_model.model."
-LORA_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
+_PREFIX = "base_model.model."
+_LORA_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
 # what is not a module of the base model, but of PEFT's layer around it
-INNER = re.compile(r"\.(?:lora_\w+|base_layer|token_adapter)(?:\..*)?$")
-VOCABULARY = ("base_layer.weight", "lora_embedding_A", "embed_tokens.weight", "lm_head.weight")
+_INNER = re.compile(r"\.(?:lora_\w+|base_layer|token_adapter)(?:\..*)?$")
+_VOCABULARY = ("base_layer.weight", "lora_embedding_A", "embed_tokens.weight", "lm_head.weight")
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
@@ -36,8 +36,8 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     config = read_adapter_config(folder)
     saved = {WRAPPERS.sub("", name): value for name, value in read_tensors(adapter_file(folder)).items()}
     known = {name for name, _ in model.named_modules()}
-    names = {name: own_name(name, known) for name in saved}
-    modules = {module_of(names[name]): module_of(name) for name in saved if LORA_A.search(name)}
+    names = {name: _own_name(name, known) for name in saved}
+    modules = {_module_of(names[name]): _module_of(name) for name in saved if _LORA_A.search(name)}
     if strange := sorted(set(modules) - known):
         raise ValueError(
             f"{folder}: the adapter has weights for {len(strange)} modules that the model lacks, such as "
@@ -48,43 +48,43 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
             f"{folder}: the adapter holds no LoRA tensor (got {len(saved)} others); expected lora_A, lora_B"
         )
     tensors = {names[name]: value for name, value in saved.items()}
-    resize_vocabulary(model, tensors)
-    config.target_modules = whole_targets(set(modules), known)
-    set_patterns(config, modules, folder)
+    _resize_vocabulary(model, tensors)
+    config.target_modules = _whole_targets(set(modules), known)
+    _set_patterns(config, modules, folder)
     config.inference_mode = False
     wrapped = wrap(model, config)
-    set_tensors(wrapped, tensors, folder)
+    _set_tensors(wrapped, tensors, folder)
     return wrapped
 
 
-def own_name(name: str, known: set[str]) -> str:
+def _own_name(name: str, known: set[str]) -> str:
     """What a saved tensor is called in a model with the `known` modules: as saved, or by today's name.
 
-    >>> own_name("base_model.model.model.layers.0.q_proj.lora_A.weight", {"model.language_model.layers.0.q_proj"})
+    >>> _own_name("base_model.model.model.layers.0.q_proj.lora_A.weight", {"model.language_model.layers.0.q_proj"})
     'base_model.model.model.language_model.layers.0.q_proj.lora_A.weight'
     """
-    module = module_of(name)
-    return PREFIX + known_name(module, known) + name.removeprefix(PREFIX)[len(module) :]
+    module = _module_of(name)
+    return _PREFIX + known_name(module, known) + name.removeprefix(_PREFIX)[len(module) :]
 
 
-def module_of(name: str) -> str:
+def _module_of(name: str) -> str:
     """The base model's module that a saved tensor is of.
 
-    >>> module_of("base_model.model.x.q_proj.lora_A.weight"), module_of("base_model.model.x.lm_head.weight")
+    >>> _module_of("base_model.model.x.q_proj.lora_A.weight"), _module_of("base_model.model.x.lm_head.weight")
     ('x.q_proj', 'x.lm_head')
     """
-    inner = name.removeprefix(PREFIX)
-    return INNER.sub("", inner) if INNER.search(inner) else inner.rpartition(".")[0]
+    inner = name.removeprefix(_PREFIX)
+    return _INNER.sub("", inner) if _INNER.search(inner) else inner.rpartition(".")[0]
 
 
-def resize_vocabulary(model: Any, tensors: Mapping[str, Tensor]) -> None:
+def _resize_vocabulary(model: Any, tensors: Mapping[str, Tensor]) -> None:
     """Gives the model as many tokens as the adapter was trained with."""
     layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     names = {name for name, module in model.named_modules() if any(module is layer for layer in layers)}
     sizes = {
         value.shape[name.endswith("lora_embedding_A")]
         for name, value in tensors.items()
-        if name.endswith(VOCABULARY) and module_of(name) in names
+        if name.endswith(_VOCABULARY) and _module_of(name) in names
     }
     if len(sizes) == 1 and len(layers[0].weight) not in sizes:
         model.resize_token_embeddings(sizes.pop(), mean_resizing=False)
@@ -93,7 +93,7 @@ def resize_vocabulary(model: Any, tensors: Mapping[str, Tensor]) -> None:
                 layer.requires_grad_(False)
 
 
-def set_patterns(config: LoraConfig, modules: Mapping[str, str], folder: Path) -> None:
+def _set_patterns(config: LoraConfig, modules: Mapping[str, str], folder: Path) -> None:
     """Ranks and scales of single modules, under the modules' names of today.
 
     Args:
@@ -110,7 +110,7 @@ def set_patterns(config: LoraConfig, modules: Mapping[str, str], folder: Path) -
         used = set()
         for name, saved in modules.items():
             # PEFT's own rule: the first key that is the end of the name
-            key = next((key for key in pattern if any(fits(key, each) for each in (saved, name))), None)
+            key = next((key for key in pattern if any(_fits(key, each) for each in (saved, name))), None)
             if key is not None:
                 found[f"^{re.escape(name)}"] = pattern[key]
                 used.add(key)
@@ -122,28 +122,28 @@ def set_patterns(config: LoraConfig, modules: Mapping[str, str], folder: Path) -
         setattr(config, which, found)
 
 
-def fits(key: str, name: str) -> bool:
-    pattern = WRAPPERS.sub("", key.removeprefix(PREFIX))
+def _fits(key: str, name: str) -> bool:
+    pattern = WRAPPERS.sub("", key.removeprefix(_PREFIX))
     return re.match(rf"(?:.*\.)?(?:{pattern})$", name) is not None
 
 
-def whole_targets(modules: set[str], known: set[str]) -> str:
+def _whole_targets(modules: set[str], known: set[str]) -> str:
     """LLaVA's expression where it says the same as the list of names: shorter, and it reads as what it is."""
     llava = {name for name in known if re.fullmatch(LLAVA_TARGETS, name)}
     return LLAVA_TARGETS if modules == llava else "|".join(re.escape(name) for name in sorted(modules))
 
 
-def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path | str, adapter: str = "default") -> None:
+def _set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path | str, adapter: str = "default") -> None:
     """Sets the adapter's tensors by name, and checks that every one found its place and no place was left out.
 
     Raises:
         ValueError: a tensor has no place, another shape, or a LoRA parameter got no tensor.
     """
     places: dict[str, Tensor] = dict(model.named_parameters())
-    known, wanted = trained_beside(model, adapter)
+    known, wanted = _trained_beside(model, adapter)
     unset = {name for name in places if "lora_" in name} | wanted
     for name, value in tensors.items():
-        place = next((each for each in [known.get(name), *spellings(name, adapter)] if each in places), None)
+        place = next((each for each in [known.get(name), *_spellings(name, adapter)] if each in places), None)
         if place is None:
             raise ValueError(
                 f"{source}: the tensor {name} has no place in the model; expected an adapter of this model"
@@ -163,10 +163,10 @@ def set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path | 
         )
 
 
-def spellings(name: str, adapter: str) -> list[str]:
+def _spellings(name: str, adapter: str) -> list[str]:
     """Where PEFT may keep a saved tensor: as it is, under the adapter's name, or in a `modules_to_save` copy.
 
-    >>> spellings("base_model.model.x.lora_A.weight", "default")[1]
+    >>> _spellings("base_model.model.x.lora_A.weight", "default")[1]
     'base_model.model.x.lora_A.default.weight'
     """
     module, _, last = name.rpartition(".")
@@ -179,7 +179,7 @@ def spellings(name: str, adapter: str) -> list[str]:
     ]
 
 
-def trained_beside(model: nn.Module, adapter: str) -> tuple[dict[str, str], set[str]]:
+def _trained_beside(model: nn.Module, adapter: str) -> tuple[dict[str, str], set[str]]:
     """Where PEFT keeps what was trained beside LoRA (whole modules, single tokens): saved name -> place; and all
     places."""
     known = {
@@ -207,7 +207,7 @@ def merge_into(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]
     merged = dict(weights)
     tensors = read_tensors(adapter_file(folder))
     for name in [name for name in tensors if ".lora_A." in name]:
-        saved = module_of(name)
+        saved = _module_of(name)
         module = saved.removeprefix("vision_model.")
         place = next((key for key in weights if key.removeprefix("vision_model.") == f"{module}.weight"), None)
         if place is None:
@@ -215,7 +215,7 @@ def merge_into(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]
                 f"{folder}: adapts {module}, which the vision tower lacks; expected an adapter of this tower"
             )
         rank = tensors[name].shape[0]
-        own = [value for key, value in (config.alpha_pattern or {}).items() if fits(key, saved)]
+        own = [value for key, value in (config.alpha_pattern or {}).items() if _fits(key, saved)]
         alpha = own[0] if own else config.lora_alpha
         scale = alpha / (rank**0.5 if config.use_rslora else rank)
         delta = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensors[name].float()

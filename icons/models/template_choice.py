@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 LLAMA_3 = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
-OTHER_CHATS = {"<|im_start|>", "<start_of_turn>"}
-VICUNA_ROLE = "ASSISTANT"  # in Vicuna's chat template as llava-hf and `icons export` write it
-UNKNOWN = ""
+_OTHER_CHATS = {"<|im_start|>", "<start_of_turn>"}
+_VICUNA_ROLE = "ASSISTANT"  # in Vicuna's chat template as llava-hf and `icons export` write it
+_UNKNOWN = ""
 
 
 def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
@@ -27,8 +27,8 @@ def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
     Returns:
         The template's name; empty if nothing tells.
     """
-    settings = read_json(model / "tokenizer_config.json")
-    known = special_tokens(model, settings)
+    settings = _read_json(model / "tokenizer_config.json")
+    known = _special_tokens(model, settings)
     if text.get("model_type") == "mpt":
         return "mpt"
     if "llama-2" in model.name.lower() or "llama2" in model.name.lower():
@@ -37,20 +37,20 @@ def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
         return "llama_3"
     written = chat_template(model, settings)
     sentencepiece = (model / "tokenizer.model").is_file() or str(settings.get("tokenizer_class")).startswith("Llama")
-    vicuna = sentencepiece and not known & OTHER_CHATS
+    vicuna = sentencepiece and not known & _OTHER_CHATS
     if written and not (original and vicuna):
-        return "v1" if VICUNA_ROLE in written else "chat"
-    return "v1" if vicuna else UNKNOWN
+        return "v1" if _VICUNA_ROLE in written else "chat"
+    return "v1" if vicuna else _UNKNOWN
 
 
-def special_tokens(model: Path, settings: dict[str, Any]) -> set[str]:
+def _special_tokens(model: Path, settings: dict[str, Any]) -> set[str]:
     """The added tokens that a tokenizer's files name; the big `tokenizer.json` is read only where others name none."""
     found = {content(token) for token in (settings.get("added_tokens_decoder") or {}).values()}
-    found |= set(read_json(model / "added_tokens.json"))
-    for token in read_json(model / "special_tokens_map.json").values():
+    found |= set(_read_json(model / "added_tokens.json"))
+    for token in _read_json(model / "special_tokens_map.json").values():
         found |= {content(part) for part in (token if isinstance(token, list) else [token])}
     if not found:
-        found = {content(token) for token in read_json(model / "tokenizer.json").get("added_tokens") or []}
+        found = {content(token) for token in _read_json(model / "tokenizer.json").get("added_tokens") or []}
     return found
 
 
@@ -58,7 +58,7 @@ def chat_template(model: Path, settings: dict[str, Any]) -> str:
     """The text of the folder's chat template; empty without one."""
     if (model / "chat_template.jinja").is_file():
         return (model / "chat_template.jinja").read_text()
-    found = settings.get("chat_template") or read_json(model / "chat_template.json").get("chat_template") or ""
+    found = settings.get("chat_template") or _read_json(model / "chat_template.json").get("chat_template") or ""
     return found if isinstance(found, str) else json.dumps(found)
 
 
@@ -66,7 +66,7 @@ def content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     """A settings file; empty if it is not there, or holds no object: whoever loads the tokenizer says so."""
     try:
         found = json.loads(file.read_text())

@@ -10,11 +10,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 SHOWN = 3
-AGAIN = "copy or download it again"
+_AGAIN = "copy or download it again"
 
 
 @contextmanager
-def readable(what: Path, expected: str, remedy: str = AGAIN) -> Iterator[None]:
+def readable(what: Path, expected: str, remedy: str = _AGAIN) -> Iterator[None]:
     """Around what reads a file or folder: whatever a library makes of a broken one is a single line.
 
     Raises:
@@ -26,18 +26,18 @@ def readable(what: Path, expected: str, remedy: str = AGAIN) -> Iterator[None]:
         raise
     except Exception as error:  # pickle, safetensors, tokenizers and SentencePiece each have their own
         said = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        reason = ", ".join(foreign_objects(what)[:SHOWN]) or said
+        reason = ", ".join(_foreign_objects(what)[:SHOWN]) or said
         raise ValueError(f"{what}: cannot be read as {expected} ({reason}); {remedy}") from error
 
 
-def foreign_objects(file: Path) -> list[str]:
+def _foreign_objects(file: Path) -> list[str]:
     """The kinds of Python objects in a PyTorch file for which it is not read."""
     with suppress(Exception):  # whatever is wrong with the file: it cannot be read, which is said already
         return [f"it holds a {name}" for name in torch.serialization.get_unsafe_globals_in_checkpoint(file)]
     return []
 
 
-def load_data(file: Path, expected: str, remedy: str = AGAIN) -> Any:
+def load_data(file: Path, expected: str, remedy: str = _AGAIN) -> Any:
     """What a PyTorch file holds, read as data alone and mapped into memory, so that what is not looked at costs
     nothing.
 

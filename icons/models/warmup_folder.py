@@ -25,8 +25,8 @@ from icons.models.folder import ModelFolder
 from icons.output import is_marked, put, read_object, whole_file
 
 MANIFEST = "icons.json"
-FORMAT = 1
-ADAPTER, NON_LORA, ADAM = "adapter_model.safetensors", "non_lora.safetensors", "adam.safetensors"
+_FORMAT = 1
+_ADAPTER, _NON_LORA, _ADAM = "adapter_model.safetensors", "non_lora.safetensors", "adam.safetensors"
 PARTS = ("model", "vision_tower", "mm_projector", "tower_adapter")
 
 
@@ -94,16 +94,16 @@ def save_warmup(
     put(folder / "adapter_config.json", json.dumps(values, indent=2, sort_keys=True, default=plain) + "\n")
     lora = {name.replace(".default.", "."): value for name, value in trained.weights.items() if "lora_" in name}
     rest = {name: value for name, value in trained.weights.items() if "lora_" not in name}
-    write_tensors(folder / ADAPTER, lora, {"format": "pt"})
-    write_tensors(folder / NON_LORA, rest, {"format": "pt"})
+    _write_tensors(folder / _ADAPTER, lora, {"format": "pt"})
+    _write_tensors(folder / _NON_LORA, rest, {"format": "pt"})
     moments = {f"exp_avg/{name}": value for name, value in trained.exp_avg.items()}
     moments |= {f"exp_avg_sq/{name}": value for name, value in trained.exp_avg_sq.items()}
     settings = {"step": str(trained.step), "betas": json.dumps(list(trained.betas)), "eps": repr(trained.eps)}
-    write_tensors(folder / ADAM, moments, settings)  # no file under DeepSpeed: they are in its own checkpoint
+    _write_tensors(folder / _ADAM, moments, settings)  # no file under DeepSpeed: they are in its own checkpoint
     described = model_folder.as_dict()
     beside = {name: os.path.relpath(described[name], folder.resolve()) for name in PARTS if described[name] is not None}
     content = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "model_folder": described,
         "model_fingerprint": model_folder.fingerprint(),
         "beside": beside,
@@ -131,8 +131,8 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
         )
     manifest = json.loads((folder / MANIFEST).read_text())
     facts = WarmupManifest.read(manifest, folder)
-    if facts.format != FORMAT:
-        raise ValueError(f"{folder}: has format {facts.format}; expected {FORMAT}: read it with a newer version")
+    if facts.format != _FORMAT:
+        raise ValueError(f"{folder}: has format {facts.format}; expected {_FORMAT}: read it with a newer version")
     model_folder = ModelFolder.from_dict(facts.model_folder)
     for name, relative in facts.beside.items():
         if not getattr(model_folder, name).exists():
@@ -152,7 +152,7 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
     return WarmupFolder(model_folder, folder, manifest, facts)
 
 
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Replaces `file`; without tensors there is none afterwards."""
     file.unlink(missing_ok=True)
     if tensors:

@@ -23,7 +23,7 @@ from icons.report.rows import composition, thumbnail, turns
 from icons.store import ScoreStore
 from icons.store.failures import failures_of, kinds
 
-MOST_KINDS = 6
+_MOST_KINDS = 6
 
 
 @dataclass(frozen=True)
@@ -138,14 +138,14 @@ def build(
     return Page(
         title=title,
         subtitle=f"{pool.name} · {scores.num_rows:,} rows · {tasks} · {chosen.method} at {100 * chosen.fraction:.4g} %",
-        facts=[*head(scores, numbers, chosen), *facts],
-        notices=[*notices(numbers, scores.manifest, chosen.manifest), *reasons(scores)],
+        facts=[*_head(scores, numbers, chosen), *facts],
+        notices=[*notices(numbers, scores.manifest, chosen.manifest), *_reasons(scores)],
         sections=shown,
         footer=f"Made by icons {importlib.metadata.version('icons-lightning')}. One file; it loads nothing.",
     )
 
 
-def head(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen) -> Iterator[Fact]:
+def _head(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen) -> Iterator[Fact]:
     """The numbers at the head of the page."""
     failed = scores.num_rows - numbers.num_scored
     yield Fact("rows in the pool", f"{scores.num_rows:,}", f"{failed:,} without a score" if failed else "all scored")
@@ -171,25 +171,25 @@ def notices(numbers: ScoreNumbers, *manifests: Mapping[str, Any]) -> list[str]:
     if "not written" in numbers.status:
         said.append(f"The score store is not finished: {numbers.status['not written']:,} rows are missing.")
     for manifest in manifests:
-        said += warnings_in(manifest)
+        said += _warnings_in(manifest)
     return list(dict.fromkeys(said))
 
 
-def reasons(scores: ScoreStore) -> Iterator[str]:
+def _reasons(scores: ScoreStore) -> Iterator[str]:
     """Why rows failed, by kind, the most frequent first, with the first row of each kind."""
-    for kind in kinds(failures_of(scores))[:MOST_KINDS]:
+    for kind in kinds(failures_of(scores))[:_MOST_KINDS]:
         yield f"{kind.count:,} × {kind.status.name.lower().replace('_', ' ')}, as {kind.examples[0]}"
 
 
-def warnings_in(manifest: Mapping[str, Any]) -> Iterator[str]:
+def _warnings_in(manifest: Mapping[str, Any]) -> Iterator[str]:
     """Texts under `warning` or `warnings`, at any depth.
 
-    >>> list(warnings_in({"settings": {"warning": "the warm-up hardly moved"}, "warnings": ["a", "b"]}))
+    >>> list(_warnings_in({"settings": {"warning": "the warm-up hardly moved"}, "warnings": ["a", "b"]}))
     ['the warm-up hardly moved', 'a', 'b']
     """
     for key, value in manifest.items():
         if isinstance(value, Mapping):
-            yield from warnings_in(value)
+            yield from _warnings_in(value)
         elif key in ("warning", "warnings") and value:
             yield from [value] if isinstance(value, str) else map(str, value)
 
@@ -198,7 +198,7 @@ def ends(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, 
     """The highest and lowest rows of each task, with text and image."""
 
     def show(row: int, task: int | None) -> ShownRow:
-        return shown_row(scores, numbers, chosen, pool, row, task, field)
+        return _shown_row(scores, numbers, chosen, pool, row, task, field)
 
     consensus = Ends(
         "consensus",
@@ -223,7 +223,7 @@ def ends(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, 
     return Section("rows", "Highest and lowest rows", text, ends=[consensus, *by_task])
 
 
-def shown_row(
+def _shown_row(
     scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen, pool: Pool, row: int, task: int | None, field: str | None
 ) -> ShownRow:
     """A row with its score on `task`, or with its mean score over the tasks where that is None."""
@@ -232,7 +232,7 @@ def shown_row(
     images = [] if record is None else images_in(record)
     if images and (pool.has_images or images[0].content is not None):
         try:
-            with opened(pool, images[0]) as picture:
+            with _opened(pool, images[0]) as picture:
                 image = thumbnail(picture)
         except FileNotFoundError:
             problem = f"image {images[0].name} is not in the image folder"
@@ -256,7 +256,7 @@ def shown_row(
 
 
 @contextmanager
-def opened(pool: Pool, image: ImageRef) -> Iterator[Image.Image]:
+def _opened(pool: Pool, image: ImageRef) -> Iterator[Image.Image]:
     picture = pool.image(image)
     try:
         yield picture

@@ -27,7 +27,7 @@ from icons.report import figures
 from icons.report.accuracies import mean_and_spread, method_results
 from icons.report.page import Cell, Fact, Picture, Section, Table
 
-NUM_FACTS = 2
+_NUM_FACTS = 2
 """Shares in the page's head: those that the selection lowers most."""
 
 
@@ -80,7 +80,7 @@ def results(path: Path) -> tuple[Section, list[Fact]]:
         f"Rel. (%) is the mean over tasks of the accuracy relative to “{content['reference']}”, as in the paper.",
     ]
     section = Section("results", "Results", text, [picture], tables=[table])
-    fell = sorted(content.get("shares", []), key=lambda share: share["selection"] - share["pool"])[:NUM_FACTS]
+    fell = sorted(content.get("shares", []), key=lambda share: share["selection"] - share["pool"])[:_NUM_FACTS]
     facts = [
         Fact(share["name"], f"{100 * share['pool']:.0f} → {100 * share['selection']:.0f} %", "pool → selection")
         for share in fell
@@ -95,10 +95,10 @@ def validation(path: Path) -> Section:
         ValueError: a row has not as many cells as there are columns.
     """
     content = read(path, "columns", "rows")
-    tables = [measured_table(path, content)]
+    tables = [_measured_table(path, content)]
     if "counterfactual" in content:
-        tables.append(measured_table(path, content["counterfactual"]))
-    tables += [measured_table(path, further) for further in content.get("tables", [])]
+        tables.append(_measured_table(path, content["counterfactual"]))
+    tables += [_measured_table(path, further) for further in content.get("tables", [])]
     columns, rows = list(content["columns"]), list(content["rows"])
     pictures = []
     for i, column in enumerate(columns):
@@ -115,7 +115,7 @@ def validation(path: Path) -> Section:
     return Section("validation", content.get("title", "Does influence predict?"), [text], pictures, tables=tables)
 
 
-def measured_table(path: Path, content: Mapping[str, Any]) -> Table:
+def _measured_table(path: Path, content: Mapping[str, Any]) -> Table:
     """A table of estimates.
 
     Raises:

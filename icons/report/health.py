@@ -34,7 +34,7 @@ def section(content: Mapping[str, Any] | None) -> Section | None:
         ]
         tables.append(Table(["validation rows hurt by", "this selection", "random sets"], rows))
     if health.kinds:
-        kinds = [row_of(kind) for kind in health.kinds[:MOST_KINDS]]
+        kinds = [_row_of(kind) for kind in health.kinds[:MOST_KINDS]]
         columns = ["rows that differ most", "selection", "pool", "tasks' validation rows"]
         tables.append(Table(columns, kinds, "Shares of records of a kind, those first whose share differs most."))
     return Section("health", "Health of the selection", text, tables=tables)
@@ -44,9 +44,9 @@ def ends(low: float, high: float) -> str:
     return f"{100 * low:.0f} to {100 * high:.0f} %"
 
 
-def row_of(kind: Kind) -> list[Cell]:
+def _row_of(kind: Kind) -> list[Cell]:
     """
-    >>> [cell.value for cell in row_of(Kind("answer", "yes", 0.48, 0.2, None, 9.0))]
+    >>> [cell.value for cell in _row_of(Kind("answer", "yes", 0.48, 0.2, None, 9.0))]
     ['answer: yes', '48.0 %', '20.0 %', '']
     """
     asked = "" if kind.tasks is None else f"{100 * kind.tasks:.1f} %"

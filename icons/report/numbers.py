@@ -12,7 +12,7 @@ from icons.consensus.rules import voted
 from icons.store import ScoreStore
 
 BLOCK_ROWS = 1 << 18
-SAMPLE_ROWS = 100_000
+_SAMPLE_ROWS = 100_000
 """Rows that the distributions and the border are drawn from; every count is of all rows."""
 
 
@@ -59,7 +59,7 @@ def count(
     selected: Bool[np.ndarray, " rows"],
     *,
     num_ends: int = 4,
-    sample_rows: int = SAMPLE_ROWS,
+    sample_rows: int = _SAMPLE_ROWS,
     seed: int = 0,
 ) -> ScoreNumbers:
     """Reads a score store once, block by block.
@@ -110,8 +110,8 @@ def count(
         highest.add(rows, values)
         lowest.add(rows, -values)
         consensus = np.stack([row_votes[rows], values.mean(axis=1), rows]).astype(float)
-        best = foremost(np.concatenate([best, consensus[:, chosen]], axis=1), num_ends)
-        rejected = foremost(np.concatenate([rejected, consensus[:, ~chosen]], axis=1), num_ends, sign=-1)
+        best = _foremost(np.concatenate([best, consensus[:, chosen]], axis=1), num_ends)
+        rejected = _foremost(np.concatenate([rejected, consensus[:, ~chosen]], axis=1), num_ends, sign=-1)
     return ScoreNumbers(
         tasks=list(scores.tasks),
         thresholds=thresholds,
@@ -132,7 +132,7 @@ def count(
     )
 
 
-def foremost(consensus: Float[np.ndarray, "3 rows"], num_ends: int, sign: int = 1) -> Float[np.ndarray, "3 ends"]:
+def _foremost(consensus: Float[np.ndarray, "3 rows"], num_ends: int, sign: int = 1) -> Float[np.ndarray, "3 ends"]:
     """The columns (votes, mean score, row) with most votes, then the highest mean score, then the lower row.
 
     Args:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from icons.output import put
 from icons.report.figures import png, svg
 
-GENERATOR = b'<meta name="generator" content="icons report">'
+_GENERATOR = b'<meta name="generator" content="icons report">'
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def render(page: Page) -> str:
 def is_page(path: Path) -> bool:
     """Whether a file is such a page, by what its head says of who made it."""
     with path.open("rb") as file:
-        return GENERATOR in file.read(1024)
+        return _GENERATOR in file.read(1024)
 
 
 def write_pictures(page: Page, folder: Path) -> list[Path]:

@@ -16,10 +16,10 @@ from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.record_lists import source_of
 from icons.report.page import Turn
 
-THUMBNAIL = 216
+_THUMBNAIL = 216
 """Pixels of a picture's longer side: twice what the page shows, for sharp screens."""
-MAX_TEXT, MAX_TURNS = 320, 4
-MAX_SOURCES = 12
+_MAX_TEXT, _MAX_TURNS = 320, 4
+_MAX_SOURCES = 12
 """Sources shown by name; the rest are one bar."""
 
 Record = Mapping[str, Any]
@@ -39,12 +39,12 @@ def turns(record: Record) -> list[Turn]:
     except FailedRowError:
         return []
     shown = []
-    for turn in said[:MAX_TURNS]:
+    for turn in said[:_MAX_TURNS]:
         text = turn.text.replace(IMAGE, "").strip()
-        text = text if len(text) <= MAX_TEXT else text[:MAX_TEXT].rstrip() + " …"
+        text = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT].rstrip() + " …"
         shown.append(Turn(text, not turn.human))
-    if len(said) > MAX_TURNS:
-        shown.append(Turn(f"… and {len(said) - MAX_TURNS} more turns", False))
+    if len(said) > _MAX_TURNS:
+        shown.append(Turn(f"… and {len(said) - _MAX_TURNS} more turns", False))
     return shown
 
 
@@ -54,8 +54,8 @@ def thumbnail(image: Image.Image) -> str:
     >>> thumbnail(Image.new("RGB", (4, 4)))[:23]
     'data:image/jpeg;base64,'
     """
-    image.draft("RGB", (THUMBNAIL, THUMBNAIL))  # a JPEG is decoded at a fraction of its size
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.draft("RGB", (_THUMBNAIL, _THUMBNAIL))  # a JPEG is decoded at a fraction of its size
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     if image.mode != "RGB":
         with_alpha = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", with_alpha.size, "white"), with_alpha).convert("RGB")
@@ -88,7 +88,7 @@ def composition(
         source = "(unreadable)" if record is None else source_of(record, field)
         pool[source] += 1
         chosen[source] += bool(selected[row])
-    names = [name for name, _ in pool.most_common(MAX_SOURCES)]
+    names = [name for name, _ in pool.most_common(_MAX_SOURCES)]
     both = [np.array([count[name] for name in names], dtype=float) for count in (pool, chosen)]
     if len(pool) > len(names):
         names.append("other")

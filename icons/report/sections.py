@@ -12,8 +12,8 @@ from icons.report.numbers import ScoreNumbers
 from icons.report.page import Cell, Picture, Section, Table
 from icons.report.rows import flat
 
-MAX_BINS = 60
-BORDER_ROWS, BORDER_REACH = 41, 0.05
+_MAX_BINS = 60
+_BORDER_ROWS, _BORDER_REACH = 41, 0.05
 """Rows drawn at the border, and the share of the pool on either side of it that they are taken from."""
 
 
@@ -33,7 +33,7 @@ def scores(numbers: ScoreNumbers) -> Section:
     for task, column, threshold in zip(
         numbers.tasks, numbers.sample_scores.T, numbers.thresholds.tolist(), strict=True
     ):
-        counts, edges = histogram(column)
+        counts, edges = _histogram(column)
         drawn = figures.score_distribution(task, counts, edges, threshold)
         said = f"{task}: scores from {column.min():.3g} to {column.max():.3g}, threshold {threshold:.3g}"
         gallery.append(Picture(drawn, said, name=task))
@@ -41,21 +41,21 @@ def scores(numbers: ScoreNumbers) -> Section:
     text = [
         "The influence of each row on each task: how well its training step goes with the steps the task's validation "
         "rows ask for. The line is the task's threshold.",
-        drawn_from(numbers),
+        _drawn_from(numbers),
     ]
     return Section("scores", "Scores by task", list(filter(None, text)), gallery=gallery, key=key)
 
 
-def histogram(column: Float[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:
+def _histogram(column: Float[np.ndarray, " rows"]) -> tuple[np.ndarray, np.ndarray]:
     """Counts and edges between the 0.1st and 99.9th percentile: a single far row would squeeze the rest."""
     low, high = np.percentile(column, [0.1, 99.9])
     if not low < high:
         low, high = float(column.min()) - 0.5, float(column.max()) + 0.5
-    bins = min(MAX_BINS, max(12, round(1.5 * len(column) ** 0.5)))
+    bins = min(_MAX_BINS, max(12, round(1.5 * len(column) ** 0.5)))
     return np.histogram(column, bins, range=(float(low), float(high)))
 
 
-def drawn_from(numbers: ScoreNumbers) -> str:
+def _drawn_from(numbers: ScoreNumbers) -> str:
     if len(numbers.sample) == numbers.num_scored:
         return ""
     return f"Drawn from a random sample of {len(numbers.sample):,} rows; all counts are of all rows."
@@ -128,9 +128,9 @@ def border(numbers: ScoreNumbers, verdict: str) -> Section:
         if not exact:
             order = np.argsort(-column, kind="stable")
             at = int((column >= threshold).sum())
-            reach = max(BORDER_ROWS // 2, round(BORDER_REACH * len(order)))
+            reach = max(_BORDER_ROWS // 2, round(_BORDER_REACH * len(order)))
             low, high = max(0, at - reach), min(len(order) - 1, at + reach)
-            places = np.unique(np.linspace(low, high, BORDER_ROWS).astype(int))
+            places = np.unique(np.linspace(low, high, _BORDER_ROWS).astype(int))
             shown = order[places]
             ranks = places / len(order)
             drawn = figures.border(task, ranks, column[shown], errors[shown], threshold)
@@ -149,7 +149,7 @@ def border(numbers: ScoreNumbers, verdict: str) -> Section:
             "each task's threshold.",
             f"A vote is certain if the score lies more than {CERTAIN} standard errors above the threshold.",
             verdict,
-            drawn_from(numbers),
+            _drawn_from(numbers),
         ]
     key = [("chosen", "the task votes for it"), ("below", "it does not"), ("accent", "threshold")]
     return Section(

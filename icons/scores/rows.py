@@ -14,7 +14,7 @@ from icons.batch import Status
 from icons.partition import Partition
 
 BLOCK_ROWS = 512
-READ_AHEAD = 2
+_READ_AHEAD = 2
 
 
 @runtime_checkable
@@ -92,11 +92,11 @@ def blocks(source: StoredRows, pieces: Sequence[range], device: torch.device) ->
     """The given pieces of a source, in order, reading ahead in one thread."""
     buffer = Buffer(device)
     with ThreadPoolExecutor(1) as reader:
-        waiting = [reader.submit(read, source, rows) for rows in pieces[:READ_AHEAD]]
+        waiting = [reader.submit(read, source, rows) for rows in pieces[:_READ_AHEAD]]
         for place in range(len(pieces)):
             raw = waiting.pop(0).result()
-            if place + READ_AHEAD < len(pieces):
-                waiting.append(reader.submit(read, source, pieces[place + READ_AHEAD]))
+            if place + _READ_AHEAD < len(pieces):
+                waiting.append(reader.submit(read, source, pieces[place + _READ_AHEAD]))
             yield buffer.fill(raw)
 
 

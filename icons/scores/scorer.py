@@ -79,7 +79,7 @@ def influence(
     [[0.5], [0.5]]
     """
     if not preconditioned_tasks:
-        check_plain({name: [as_rows(source) for source in listed(sources)] for name, sources in tasks.items()})
+        check_plain({name: [as_rows(source) for source in _listed(sources)] for name, sources in tasks.items()})
     scorer = Scorer.of(
         train,
         tasks,
@@ -154,11 +154,11 @@ class Scorer:
         if drop_axes < 0:
             raise ValueError(f"drop axes: got {drop_axes}; expected 0 or more")
         if subspace is not None:
-            check_subspace(normalize, task_normalize, groups, reduce)
-        trains = [as_rows(source) for source in listed(train)]
+            _check_subspace(normalize, task_normalize, groups, reduce)
+        trains = [as_rows(source) for source in _listed(train)]
         if not tasks:
             raise ValueError("influence: got no task; expected at least one")
-        on = {name: [as_rows(source) for source in listed(sources)] for name, sources in tasks.items()}
+        on = {name: [as_rows(source) for source in _listed(sources)] for name, sources in tasks.items()}
         for name, sources in on.items():
             if len(sources) != len(trains):
                 raise ValueError(
@@ -297,7 +297,7 @@ class Scorer:
         return {name: part.masked_fill(~done[:, None], torch.nan).cpu() for name, part in found.items()}
 
 
-def check_subspace(
+def _check_subspace(
     normalize: Normalize, task_normalize: Normalize | None, groups: Mapping[str, Sequence[str]] | None, reduce: Reduce
 ) -> None:
     """Within a subspace there are cosines only, and no mean over a group's tasks, which have subspaces of their own."""
@@ -310,6 +310,6 @@ def check_subspace(
         raise ValueError("subspace: got groups reduced to their mean; expected reduce='max', or no groups")
 
 
-def listed(sources: Any) -> list[Any]:
+def _listed(sources: Any) -> list[Any]:
     """One source, or one per checkpoint, as a list."""
     return list(sources) if isinstance(sources, list | tuple) else [sources]

@@ -16,7 +16,7 @@ from icons.scores.span import Span, span_of
 from icons.scores.stderr import mean_squared_cosine
 
 Normalize: TypeAlias = Literal["projected", "exact", "none"]
-NORMALIZE = ("projected", "exact", "none")
+_NORMALIZE = ("projected", "exact", "none")
 SAMPLE_ROWS = 256
 """Validation rows, evenly spaced, from which the mean squared cosine between a task's rows is estimated."""
 
@@ -63,7 +63,7 @@ class TaskVectors:
         return replace(
             self,
             mean=without(self.mean, axes),
-            overlap=overlaps(samples),
+            overlap=_overlaps(samples),
             sample=samples,
             rows={name: without(rows, axes) for name, rows in self.rows.items()},
         )
@@ -84,7 +84,7 @@ class TaskVectors:
             names=list(members),
             mean=torch.stack([self.mean[places].mean(dim=0) for places in members.values()]),
             num_rows=[sum(self.num_rows[place] for place in places) for places in members.values()],
-            overlap=overlaps(samples),
+            overlap=_overlaps(samples),
             sample=samples,
             exact=self.exact,
             rows=self.rows,
@@ -104,11 +104,11 @@ def task_vectors(
         ValueError: an unknown normalisation; a task without rows, without a usable row or with units not yet written;
             or one of another model, projector or dimension than the training rows.
     """
-    if normalize not in NORMALIZE:
-        raise ValueError(f"normalisation {normalize!r}: expected one of {', '.join(NORMALIZE)}")
+    if normalize not in _NORMALIZE:
+        raise ValueError(f"normalisation {normalize!r}: expected one of {', '.join(_NORMALIZE)}")
     means, counts, samples, rows = [], [], [], {}
     for name, source in tasks.items():
-        check_task(train, source, name)
+        _check_task(train, source, name)
         total = torch.zeros(source.gradients.shape[1], dtype=torch.float64, device=device)
         num_usable, sample, kept = 0, [], []
         step = -(-source.partition.num_rows // SAMPLE_ROWS)
@@ -130,10 +130,10 @@ def task_vectors(
         if keep_rows:
             rows[name] = torch.cat(kept)
     exact = train.manifest.get("projector", {}).get("kind") == "identity"
-    return TaskVectors(list(tasks), torch.stack(means), counts, overlaps(samples), samples, exact, rows)
+    return TaskVectors(list(tasks), torch.stack(means), counts, _overlaps(samples), samples, exact, rows)
 
 
-def overlaps(samples: Sequence[Float[Tensor, "_ dim"]]) -> Float[Tensor, " vectors"]:
+def _overlaps(samples: Sequence[Float[Tensor, "_ dim"]]) -> Float[Tensor, " vectors"]:
     return torch.tensor([mean_squared_cosine(rows) for rows in samples], device=samples[0].device)
 
 
@@ -146,7 +146,7 @@ def row_factor(block: Block, normalize: Normalize) -> Float[Tensor, " block"]:
     return torch.where(length > 0, numerator / length, torch.zeros_like(length))
 
 
-def check_task(train: StoredRows, task: StoredRows, name: str) -> None:
+def _check_task(train: StoredRows, task: StoredRows, name: str) -> None:
     if task.partition.num_rows == 0:
         raise ValueError(f"task {name}: has no validation rows; expected at least one")
     dims = train.gradients.shape[1], task.gradients.shape[1]

@@ -46,28 +46,28 @@ def tables(measured: Measured, tasks: Sequence[str], measure: Measure) -> dict[s
             continue
         own = {against: differences.get(((rule, share), against)) for against in REFERENCES}
         significant = [against for against, one in own.items() if one is not None and one.is_significant]
-        rows.append([label(rule, share, shares), *map(cell, own.values()), ", ".join(significant) or "none"])
+        rows.append([_label(rule, share, shares), *map(_cell, own.values()), ", ".join(significant) or "none"])
     unit, worst = ("accuracy (%)", np.min) if measure == "accuracy" else ("loss", np.max)
-    reached = [[label(*entry, shares), *spread(factor * values, worst)] for entry, values in measured.items()]
+    reached = [[_label(*entry, shares), *_spread(factor * values, worst)] for entry, values in measured.items()]
     several = ["worst pool"] if len(next(iter(means.values()))) > 1 else []
     return {
         "title": "Which rule selects best?",
-        "text": explained(measured, unit, len(compared)),
+        "text": _explained(measured, unit, len(compared)),
         "columns": ["rule", "minus random", "minus vote", "significant against"],
         "rows": rows,
         "tables": [{"columns": [f"{unit} after training", *tasks, "mean", *several], "rows": reached}],
     }
 
 
-def label(rule: str, share: float, shares: set[float]) -> str:
+def _label(rule: str, share: float, shares: set[float]) -> str:
     """
-    >>> label("vote", 0.2, {0.2}), label("vote", 0.2, {0.05, 0.2})
+    >>> _label("vote", 0.2, {0.2}), _label("vote", 0.2, {0.05, 0.2})
     ('vote', 'vote, 20 %')
     """
     return rule if len(shares) == 1 else f"{rule}, {100 * share:.4g} %"
 
 
-def cell(difference: Difference | None) -> Any:
+def _cell(difference: Difference | None) -> Any:
     """A table's cell: an estimate with its interval; of a single pair the estimate alone."""
     if difference is None:
         return "itself"
@@ -76,7 +76,7 @@ def cell(difference: Difference | None) -> Any:
     return [round(number, 3) for number in (difference.mean, difference.low, difference.high)]
 
 
-def spread(
+def _spread(
     values: Float[np.ndarray, "pools seeds tasks"], worst: Callable[[Float[np.ndarray, " pools"]], Any]
 ) -> list[float]:
     """Means over pools and seeds, task by task and over all tasks; of several pools also the worst one's mean."""
@@ -85,7 +85,7 @@ def spread(
     return [round(float(value), 3) for value in found]
 
 
-def explained(measured: Measured, unit: str, num_comparisons: int) -> str:
+def _explained(measured: Measured, unit: str, num_comparisons: int) -> str:
     pools, seeds, _ = next(iter(measured.values())).shape
     pairs, what = (pools, "pools") if pools > 1 else (seeds, "seeds")
     better = "above" if unit.startswith("accuracy") else "below"

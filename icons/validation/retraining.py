@@ -24,7 +24,7 @@ from icons.output import put, whole_file
 from icons.store.lease import Leases
 from icons.store.storage import Storage
 
-LOSSES, ROWS, FIT = "losses.json", "rows.npy", "fit"
+_LOSSES, ROWS, _FIT = "losses.json", "rows.npy", "fit"
 log = logging.getLogger(__name__)
 
 
@@ -72,9 +72,9 @@ class Retrainer:
             np.save(partial, retraining.rows)
         file = folder / f"data{self.data.suffix}"
         open_records(self.data).write_selection(retraining.rows.tolist(), file)
-        status = self.warmup(data=file, out=folder / FIT, seed=retraining.seed, **self.settings)
+        status = self.warmup(data=file, out=folder / _FIT, seed=retraining.seed, **self.settings)
         if status == 0:
-            put(folder / LOSSES, json.dumps(open_warmup(folder / FIT).facts.losses.after))
+            put(folder / _LOSSES, json.dumps(open_warmup(folder / _FIT).facts.losses.after))
         return status
 
     def losses(self, retraining: Retraining) -> dict[str, float] | None:
@@ -84,14 +84,14 @@ class Retrainer:
             ValueError: it was trained on other rows.
         """
         folder = self.out / retraining.name
-        if not (folder / LOSSES).is_file():
+        if not (folder / _LOSSES).is_file():
             return None
         if (folder / ROWS).is_file() and not np.array_equal(np.load(folder / ROWS), retraining.rows):
             raise ValueError(
                 f"{folder}: was trained on other rows than it would be now; expected the same scores, data and seed as "
                 "before: give another --out, or delete this folder"
             )
-        found: dict[str, float] = json.loads((folder / LOSSES).read_text())
+        found: dict[str, float] = json.loads((folder / _LOSSES).read_text())
         return found
 
     def measured(self, retraining: Retraining, measure: Literal["accuracy", "loss"]) -> dict[str, float] | None:
@@ -103,7 +103,7 @@ class Retrainer:
         losses = self.losses(retraining)
         if losses is None or measure == "loss":
             return losses
-        manifest = json.loads((self.out / retraining.name / FIT / MANIFEST).read_text())
+        manifest = json.loads((self.out / retraining.name / _FIT / MANIFEST).read_text())
         found: dict[str, float] = manifest["accuracy"]["after"]
         return found
 
@@ -170,9 +170,9 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
     retrainer.out.mkdir(parents=True, exist_ok=True)
     for process in processes:
         process.start()
-    with forwarded(processes), Console(stderr=True).status("") as shown:
+    with _forwarded(processes), Console(stderr=True).status("") as shown:
         while any(process.is_alive() for process in processes):
-            done = sum((retrainer.out / one.name / LOSSES).is_file() for one in retrainings)
+            done = sum((retrainer.out / one.name / _LOSSES).is_file() for one in retrainings)
             shown.update(f"{done:,} of {len(retrainings):,} models trained, {workers} at a time")
             time.sleep(0.1)
     statuses = [process.exitcode or 0 for process in processes]
@@ -185,7 +185,7 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
 
 
 @contextlib.contextmanager
-def forwarded(processes: Sequence[Any]) -> Any:
+def _forwarded(processes: Sequence[Any]) -> Any:
     """While it lasts, SIGTERM goes on to the processes, which save and end."""
     interruption = Interruption(lambda: [process.terminate() for process in processes])
     interruption.watch()

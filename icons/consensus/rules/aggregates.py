@@ -20,10 +20,10 @@ def vote(evidence: Evidence) -> Shaped[np.ndarray, " scored"]:
 
 def mean(evidence: Evidence) -> Float[np.ndarray, " scored"]:
     """Weighted mean of the scores."""
-    return weighted_mean(evidence, evidence.weights)
+    return _weighted_mean(evidence, evidence.weights)
 
 
-def weighted_mean(evidence: Evidence, weights: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " scored"]:
+def _weighted_mean(evidence: Evidence, weights: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " scored"]:
     return evidence.columns.total(lambda column, task: column.astype(np.float64), weights) / weights.sum()
 
 
@@ -78,7 +78,7 @@ def direct_merge(evidence: Evidence) -> Float[np.ndarray, " scored"]:
     Raises:
         ValueError: their numbers are not known.
     """
-    return weighted_mean(evidence, merge_weights(evidence))
+    return _weighted_mean(evidence, merge_weights(evidence))
 
 
 def merge_weights(evidence: Evidence) -> Float[np.ndarray, " tasks"]:

@@ -29,7 +29,7 @@ def balanced(evidence: Evidence, *, rounds: int = 30, scale: float = 1.0) -> Int
         raise ValueError(f"balanced: got rounds={rounds}, scale={scale}; expected at least 1, and above 0")
     pairs, ties, free = evidence.pairs, evidence.ties, evidence.candidates
     total = min(evidence.wanted, int(free.sum()))
-    spread = scales(evidence, pairs, total) * scale
+    spread = _scales(evidence, pairs, total) * scale
     weight = pairs.share * evidence.weights[pairs.task] / spread
     served = pairs.total(evidence.included)
     order: list[np.ndarray] = []
@@ -42,7 +42,7 @@ def balanced(evidence: Evidence, *, rounds: int = 30, scale: float = 1.0) -> Int
     return evidence.placed(np.concatenate(order))
 
 
-def scales(evidence: Evidence, pairs: Pairs, total: int) -> Float[np.ndarray, " validation"]:
+def _scales(evidence: Evidence, pairs: Pairs, total: int) -> Float[np.ndarray, " validation"]:
     """Of each validation row its task's mean |x_m| when `total` rows are chosen by mean score; 1 where that is 0."""
     scores = np.full(evidence.columns.num_rows, np.nan)
     scores[evidence.columns.scored] = mean(evidence)

@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from icons.consensus.ranking import midranks
 
 T = TypeVar("T")
-BLOCK_ROWS = 1 << 16
-NUM_THREADS = 2
+_BLOCK_ROWS = 1 << 16
+_NUM_THREADS = 2
 """Columns worked on at once: each needs about 200 bytes per row, and numpy sorts without holding the interpreter."""
 
 
@@ -31,7 +31,7 @@ class Columns:
         self.num_rows, self.num_tasks = scores.shape
         if self.num_tasks == 0:
             raise ValueError(f"scores: got shape {scores.shape}; expected at least one task")
-        blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, self.num_rows, BLOCK_ROWS)]
+        blocks = [slice(start, start + _BLOCK_ROWS) for start in range(0, self.num_rows, _BLOCK_ROWS)]
         finite = [np.isfinite(scores[block]).all(axis=1) for block in blocks]
         self.scored = np.concatenate([np.empty(0, bool), *finite])
         self.num_scored = int(self.scored.sum())
@@ -44,7 +44,7 @@ class Columns:
 
     def each(self, work: Callable[[Float[np.ndarray, " scored"]], T]) -> list[T]:
         """`work` on every column, two at a time; results in the order of the tasks."""
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
             return list(pool.map(lambda task: work(self.column(task)), range(self.num_tasks)))
 
     def total(
@@ -65,9 +65,9 @@ class Columns:
     ) -> list[Shaped[np.ndarray, " scored"]]:
         """Sums over tasks of each thing that `work(column, task)` gives: several for one reading of a column."""
         sums: list[np.ndarray] = []
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for first in range(0, self.num_tasks, NUM_THREADS):
-                some = range(first, min(first + NUM_THREADS, self.num_tasks))
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            for first in range(0, self.num_tasks, _NUM_THREADS):
+                some = range(first, min(first + _NUM_THREADS, self.num_tasks))
                 for parts in pool.map(lambda task: work(self.column(task), task), some):
                     if sums:
                         for whole, part in zip(sums, parts, strict=True):
@@ -104,19 +104,12 @@ def percentile(fraction: float) -> float:
     return round(100 - 100 * fraction, 9)
 
 
-def percentile_ranks(columns: Columns, weights: Float[np.ndarray, " tasks"]) -> Float[np.ndarray, " rows"]:
-    """Weighted mean over tasks of the percentile rank, in (0, 1). Equal weights: exact sums, so that ties stay ties."""
-    factors = rank_factors(weights)
-    doubled = columns.total(lambda column, task: midranks(column) * factors[task])
-    return shares_of_ranks(doubled, factors, columns.num_scored)
-
-
-def rank_factors(weights: Float[np.ndarray, " tasks"]) -> Shaped[np.ndarray, " tasks"]:
+def _rank_factors(weights: Float[np.ndarray, " tasks"]) -> Shaped[np.ndarray, " tasks"]:
     """What midranks are multiplied by: integer ones for equal weights, so that sums are exact."""
     return np.ones(len(weights), np.int64) if (weights == weights[0]).all() else weights
 
 
-def shares_of_ranks(
+def _shares_of_ranks(
     doubled: Shaped[np.ndarray, " rows"], factors: Shaped[np.ndarray, " tasks"], num_rows: int
 ) -> Float[np.ndarray, " rows"]:
     """Sums of doubled midranks as mean percentile ranks."""
@@ -129,7 +122,7 @@ def survey(
 ) -> tuple[Float[np.ndarray, " tasks"], Int[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
     """What every selection needs, reading each column once: thresholds, votes, and mean percentile ranks."""
     thresholds = np.empty(columns.num_tasks, columns.scores.dtype)
-    factors = rank_factors(weights)
+    factors = _rank_factors(weights)
 
     def work(column: Float[np.ndarray, " rows"], task: int) -> tuple[Shaped[np.ndarray, " rows"], ...]:
         thresholds[task] = threshold(column, fraction)
@@ -138,4 +131,4 @@ def survey(
         return (column >= thresholds[task]).astype(np.int32), ranks
 
     votes, doubled = columns.totals(work)
-    return thresholds, votes, shares_of_ranks(doubled, factors, columns.num_scored)
+    return thresholds, votes, _shares_of_ranks(doubled, factors, columns.num_scored)

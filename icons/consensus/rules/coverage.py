@@ -12,7 +12,7 @@ from icons.consensus.rules.evidence import Evidence
 
 POOL_NUMBERS = 1 << 26
 """Products of a pool in memory: 256 MB in float32."""
-TINY = 1e-30
+_TINY = 1e-30
 
 
 def coverage(evidence: Evidence, *, rounds: int = 50, better: float = 1.0) -> Int[np.ndarray, " scored"]:
@@ -46,7 +46,7 @@ def coverage(evidence: Evidence, *, rounds: int = 50, better: float = 1.0) -> In
         pool = best(free, gains, ties, most)
         free[pool] = False
         outside = float(gains[free].max()) if free.any() else -np.inf
-        chosen = choose(pairs, pool, ties, served, weight, outside, min(least, total - len(order)), total - len(order))
+        chosen = _choose(pairs, pool, ties, served, weight, outside, min(least, total - len(order)), total - len(order))
         free[pool] = True
         free[chosen] = False
         order += chosen
@@ -61,12 +61,12 @@ def added(
     root, factor = before.sqrt(), torch.from_numpy(weight).float()
     for rows, block in pairs.blocks():
         block.clamp_(min=0)
-        below = (block + before).sqrt_().add_(root).clamp_(min=TINY)
+        below = (block + before).sqrt_().add_(root).clamp_(min=_TINY)
         gains[rows] = block.mul_(factor).div_(below).sum(dim=1).numpy()
     return gains
 
 
-def choose(
+def _choose(
     pairs: Pairs,
     pool: Int[np.ndarray, " pool"],
     ties: Float[np.ndarray, " rows"],
@@ -86,7 +86,7 @@ def choose(
 
     def gain(place: int) -> float:  # sqrt(a + b) - sqrt(a) = b / (sqrt(a + b) + sqrt(a)), without loss of digits
         part = products[place]
-        return float((part * weight / np.maximum(np.sqrt(served + part) + root, TINY)).sum())
+        return float((part * weight / np.maximum(np.sqrt(served + part) + root, _TINY)).sum())
 
     heap = [(-gain(place), -ties[row], row, place) for place, row in enumerate(pool.tolist())]
     heapq.heapify(heap)

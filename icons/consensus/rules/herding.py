@@ -41,20 +41,20 @@ def herding(evidence: Evidence, *, rounds: int = 32) -> Int[np.ndarray, " scored
     total_of = rows.sum_of(evidence.included) if len(evidence.included) else torch.zeros_like(target)
     order: list[int] = []
     while len(order) < total:
-        pool, unit = rows.highest(target - coefficient(target, total_of) * total_of, free, ties, most)
-        chosen = pursue(unit, ties[pool], target, total_of, min(least, total - len(order)))
+        pool, unit = rows.highest(target - _coefficient(target, total_of) * total_of, free, ties, most)
+        chosen = _pursue(unit, ties[pool], target, total_of, min(least, total - len(order)))
         total_of = total_of + unit[chosen].sum(dim=0)
         free[pool[chosen]] = False
         order += pool[chosen].tolist()
     return evidence.placed(np.array(order, np.int64))
 
 
-def coefficient(target: Float[Tensor, " dim"], total: Float[Tensor, " dim"]) -> float:
+def _coefficient(target: Float[Tensor, " dim"], total: Float[Tensor, " dim"]) -> float:
     square = float(total @ total)
     return max(0.0, float(target @ total) / square) if square > 0 else 0.0
 
 
-def pursue(
+def _pursue(
     unit: Float[Tensor, "pool dim"],
     ties: Float[np.ndarray, " pool"],
     target: Float[Tensor, " dim"],

@@ -9,9 +9,9 @@ from icons.consensus.nearest import nearest_with_products
 from icons.consensus.rules.evidence import Evidence
 from icons.consensus.unit_rows import UnitRows
 
-SKETCH_DIM = 256
+_SKETCH_DIM = 256
 REFERENCE_ROWS = 1 << 16
-BLOCK_ROWS = 256
+_BLOCK_ROWS = 256
 
 
 def knn_kde(
@@ -51,15 +51,15 @@ def knn_kde(
     rows, distance = np.stack(lists), 1 - np.stack(products).astype(np.float64)
     near = np.unique(rows)
     inverse = np.ones(pairs.num_rows)
-    inverse[near] = 1 / density(UnitRows(evidence.scorer), near, sigma, evidence.seed)
+    inverse[near] = 1 / _density(UnitRows(evidence.scorer), near, sigma, evidence.seed)
     mass = pairs.share * evidence.weights[pairs.task] / evidence.weights.sum()
-    received = assign(rows, distance, inverse[rows], mass, alpha / cost, 1 - alpha, pairs.num_rows)
+    received = _assign(rows, distance, inverse[rows], mass, alpha / cost, 1 - alpha, pairs.num_rows)
     return received[evidence.columns.scored]
 
 
-def density(unit: UnitRows, near: Int[np.ndarray, " near"], sigma: float, seed: int) -> Float[np.ndarray, " near"]:
+def _density(unit: UnitRows, near: Int[np.ndarray, " near"], sigma: float, seed: int) -> Float[np.ndarray, " near"]:
     """1, for the row itself, plus the kernel's sum over the others."""
-    sketches = sketch(unit, near)
+    sketches = _sketch(unit, near)
     reference = np.arange(len(near))
     if len(near) > REFERENCE_ROWS:
         reference = np.sort(np.random.default_rng(seed).choice(len(near), REFERENCE_ROWS, replace=False))
@@ -67,8 +67,8 @@ def density(unit: UnitRows, near: Int[np.ndarray, " near"], sigma: float, seed: 
     found = np.empty(len(near))
     place = np.full(len(near), -1)
     place[reference] = np.arange(len(reference))
-    for start in range(0, len(near), BLOCK_ROWS):
-        part = slice(start, min(start + BLOCK_ROWS, len(near)))
+    for start in range(0, len(near), _BLOCK_ROWS):
+        part = slice(start, min(start + _BLOCK_ROWS, len(near)))
         kernel = (1 - 2 * (1 - sketches[part] @ others.T) / sigma**2).clamp_(min=0)
         here = np.flatnonzero(place[part] >= 0)
         kernel[torch.from_numpy(here), torch.from_numpy(place[part][here])] = 0
@@ -76,12 +76,12 @@ def density(unit: UnitRows, near: Int[np.ndarray, " near"], sigma: float, seed: 
     return found.round(4)  # equal rows are level, wherever they stand
 
 
-def sketch(unit: UnitRows, near: Int[np.ndarray, " near"]) -> Float[Tensor, "near width"]:
+def _sketch(unit: UnitRows, near: Int[np.ndarray, " near"]) -> Float[Tensor, "near width"]:
     """The first numbers of each of these rows, normalised."""
     wanted = np.zeros(unit.scorer.num_rows, bool)
     wanted[near] = True
     found, start = torch.empty(0, 0), 0
-    for part, rows in unit.blocks(SKETCH_DIM):
+    for part, rows in unit.blocks(_SKETCH_DIM):
         here = rows[torch.from_numpy(np.flatnonzero(wanted[part.start : part.stop]))]
         if not found.numel():
             found = torch.empty(len(near), rows.shape[1])
@@ -90,7 +90,7 @@ def sketch(unit: UnitRows, near: Int[np.ndarray, " near"]) -> Float[Tensor, "nea
     return found
 
 
-def assign(
+def _assign(
     rows: Int[np.ndarray, "validation near"],
     distance: Float[np.ndarray, "validation near"],
     inverse: Float[np.ndarray, "validation near"],

@@ -37,9 +37,18 @@ class LeftOut:
 
 
 Reader = Callable[[Path, str], Iterator[Example | LeftOut]]
-COMMAND = "tasks build"
+_COMMAND = "tasks build"
 # what a reader runs into in a file of another form than it knows
-OTHER_FORM = (KeyError, TypeError, AttributeError, IndexError, AssertionError, OverflowError, RecursionError, csv.Error)
+_OTHER_FORM = (
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    AssertionError,
+    OverflowError,
+    RecursionError,
+    csv.Error,
+)
 
 
 @dataclass(frozen=True)
@@ -110,7 +119,7 @@ def build(
     if num_rows is not None and num_rows < 1:
         raise ValueError(f"num_rows must be at least 1, got {num_rows}")
     names = ["_".join(filter(None, [benchmark.name, subtask])) for subtask in benchmark.subtasks or ("",)]
-    check_outputs(benchmark, names, source, out, overwrite)
+    _check_outputs(benchmark, names, source, out, overwrite)
     try:
         found = list(benchmark.read(source, split))
     except FileNotFoundError as error:
@@ -120,7 +129,7 @@ def build(
         raise ValueError(f"{benchmark.name}: a file in {source} is not UTF-8 ({error.reason}); convert it") from error
     except KeyError as error:
         raise ValueError(f"{benchmark.name}: no {error} in {source}'s files; is it another version of them?") from error
-    except OTHER_FORM as error:
+    except _OTHER_FORM as error:
         what = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"{benchmark.name}: the files in {source} are of another form than known ({what}); is it another version?"
@@ -129,31 +138,31 @@ def build(
         raise ValueError(f"{benchmark.name}: {error}") from error
     examples = [one for one in found if isinstance(one, Example)]
     left_out = Counter(one.reason for one in found if isinstance(one, LeftOut))
-    mark(out / benchmark.name, COMMAND)
+    mark(out / benchmark.name, _COMMAND)
     groups = {name: [one for one in examples if one.subtask == name] for name in benchmark.subtasks or ("",)}
     share = None if num_rows is None else -(-num_rows // len(groups))
     return [
-        write_task(benchmark, subtask, group, share, out, source=source, split=split, seed=seed, left_out=left_out)
+        _write_task(benchmark, subtask, group, share, out, source=source, split=split, seed=seed, left_out=left_out)
         for subtask, group in groups.items()
     ]
 
 
-def check_outputs(benchmark: Benchmark, names: Sequence[str], source: Path, out: Path, overwrite: bool) -> None:
+def _check_outputs(benchmark: Benchmark, names: Sequence[str], source: Path, out: Path, overwrite: bool) -> None:
     """Refuses to write over anything but a task that was built before, with not a byte changed since."""
     common: dict[str, Any] = {"inputs": {}, "searched": {"--source": source}, "overwrite": overwrite}
     for name in names:
         manifest = out / f"{name}.manifest.json"
         kept = read_object(manifest)
         check_output(manifest, kind="file", ours=lambda _: kept.get("benchmark") == benchmark.name, **common)  # noqa: B023
-        check_output(out / f"{name}.json", kind="file", ours=partial(is_as_built, kept=kept), **common)
-    check_output(out / benchmark.name, kind="folder", ours=partial(is_marked, command=COMMAND), **common)
+        check_output(out / f"{name}.json", kind="file", ours=partial(_is_as_built, kept=kept), **common)
+    check_output(out / benchmark.name, kind="folder", ours=partial(is_marked, command=_COMMAND), **common)
 
 
-def is_as_built(path: Path, kept: dict[str, object]) -> bool:
+def _is_as_built(path: Path, kept: dict[str, object]) -> bool:
     return kept.get("sha256") == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def write_task(
+def _write_task(
     benchmark: Benchmark,
     subtask: str,
     examples: Sequence[Example],
@@ -176,8 +185,8 @@ def write_task(
     records = []
     for example in chosen:
         image_name = images.add(example.image, example.image_name, example.id)
-        records.append(record(replace(example, image_name=image_name)))
-    content = json_of(records)
+        records.append(_record(replace(example, image_name=image_name)))
+    content = _json_of(records)
     put(out / f"{name}.json", content)
     manifest = {
         "benchmark": benchmark.name,
@@ -192,14 +201,14 @@ def write_task(
         "source": str(source.resolve()),
         "ids": [example.id for example in chosen],
     }
-    put(out / f"{name}.manifest.json", json_of(manifest))
+    put(out / f"{name}.manifest.json", _json_of(manifest))
     return BuiltTask(name, out / f"{name}.json", images.folder, len(records), len(examples), dict(left_out))
 
 
-def record(example: Example) -> dict[str, Any]:
+def _record(example: Example) -> dict[str, Any]:
     """An example as a LLaVA record.
 
-    >>> record(Example("7", Path("a.png"), "a.png", "Red?", "Yes"))["conversations"][0]["value"]
+    >>> _record(Example("7", Path("a.png"), "a.png", "Red?", "Yes"))["conversations"][0]["value"]
     '<image>\\nRed?'
     """
     return {
@@ -224,5 +233,5 @@ def sample(examples: Sequence[Example], num_rows: int | None, seed: int) -> list
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), num_rows))]
 
 
-def json_of(value: object) -> bytes:
+def _json_of(value: object) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")

@@ -11,7 +11,7 @@ from icons.datamodules.benchmarks.files import locate, locate_beside, read_json,
 from icons.datamodules.benchmarks.pictures import within
 
 
-def read_llava_bench(source: Path, split: str) -> Iterator[Example]:
+def _read_llava_bench(source: Path, split: str) -> Iterator[Example]:
     """The reference answers are GPT-4's, which LLaVA's evaluation compares with."""
     answers = {one["question_id"]: one["text"] for one in read_lines(locate(source, "answers_gpt4.jsonl"))}
     questions = locate(source, "questions.jsonl")
@@ -21,28 +21,28 @@ def read_llava_bench(source: Path, split: str) -> Iterator[Example]:
         yield Example(str(number), within(images, name), name, one["text"], answers[number])
 
 
-def read_mmvet(source: Path, split: str) -> Iterator[Example]:
+def _read_mmvet(source: Path, split: str) -> Iterator[Example]:
     questions = locate(source, "mm-vet.json")
     images = locate_beside(questions, source, "images")
     for number, one in read_json(questions).items():
         name = one["imagename"]
-        yield Example(number, within(images, name), name, one["question"], mmvet_answer(one["answer"]))
+        yield Example(number, within(images, name), name, one["question"], _mmvet_answer(one["answer"]))
 
 
-def mmvet_answer(answer: str) -> str:
+def _mmvet_answer(answer: str) -> str:
     """MM-Vet's notation as one answer: the first alternative, with all that it must name.
 
-    >>> mmvet_answer("left<AND>red<OR>port")
+    >>> _mmvet_answer("left<AND>red<OR>port")
     'left, red'
     """
     return ", ".join(part.strip() for part in answer.split("<OR>")[0].split("<AND>"))
 
 
-def read_realworldqa(source: Path, split: str) -> Iterator[Example]:
+def _read_realworldqa(source: Path, split: str) -> Iterator[Example]:
     """From Hugging Face's Parquet files, or a folder with `annotations.json`. Questions hold their request."""
     tables = sorted(source.glob("**/test-*.parquet"))
     if tables:
-        yield from read_realworldqa_tables(tables)
+        yield from _read_realworldqa_tables(tables)
         return
     path = locate(source, "annotations.json", "annotations.jsonl")
     for number, one in enumerate(read_json(path) if path.suffix == ".json" else read_lines(path)):
@@ -51,7 +51,7 @@ def read_realworldqa(source: Path, split: str) -> Iterator[Example]:
         yield Example(str(number), image, name, one["question"].strip(), one["answer"].strip())
 
 
-def read_realworldqa_tables(tables: list[Path]) -> Iterator[Example]:
+def _read_realworldqa_tables(tables: list[Path]) -> Iterator[Example]:
     try:
         import pyarrow
         import pyarrow.parquet as parquet
@@ -70,37 +70,37 @@ def read_realworldqa_tables(tables: list[Path]) -> Iterator[Example]:
         for group in range(table.num_row_groups):
             for i, one in enumerate(table.read_row_group(group, columns=["question", "answer"]).to_pylist()):
                 # the images are read at the end, for the sample alone: all of them take 700 MB
-                image = partial(parquet_image, table, group, i)
+                image = partial(_parquet_image, table, group, i)
                 yield Example(str(number), image, f"{number}.webp", one["question"].strip(), one["answer"].strip())
                 number += 1
 
 
-def parquet_image(table: Any, group: int, index: int) -> bytes:
+def _parquet_image(table: Any, group: int, index: int) -> bytes:
     found = table.read_row_group(group, columns=["image"]).column("image")[index].as_py() or {}
     return found.get("bytes") or b""
 
 
-LLAVA_BENCH = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
-MMVET = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
+_LLAVA_BENCH = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"
+_MMVET = "https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip"
 
 CONVERSATION = (
     Benchmark(
         "llava_bench",
         "LLaVA-Bench in the wild: open questions on 24 images",
-        (("questions.jsonl", LLAVA_BENCH), ("answers_gpt4.jsonl", LLAVA_BENCH), ("images/", LLAVA_BENCH)),
+        (("questions.jsonl", _LLAVA_BENCH), ("answers_gpt4.jsonl", _LLAVA_BENCH), ("images/", _LLAVA_BENCH)),
         "question -> GPT-4's reference answer",
         ("test",),
         ("test",),
-        read_llava_bench,
+        _read_llava_bench,
     ),
     Benchmark(
         "mmvet",
         "MM-Vet: several abilities at once, open answers",
-        (("mm-vet.json", MMVET), ("images/", MMVET)),
+        (("mm-vet.json", _MMVET), ("images/", _MMVET)),
         "question -> the first accepted answer",
         ("test",),
         ("test",),
-        read_mmvet,
+        _read_mmvet,
     ),
     Benchmark(
         "realworldqa",
@@ -109,6 +109,6 @@ CONVERSATION = (
         "question with its own request (letter, word or number) -> the answer",
         ("test",),
         ("test",),
-        read_realworldqa,
+        _read_realworldqa,
     ),
 )

@@ -8,20 +8,20 @@ from icons.datamodules.benchmarks.files import locate, locate_beside, read_json
 from icons.datamodules.benchmarks.pictures import within
 from icons.datamodules.benchmarks.wording import short_answer
 
-SINGLE_WORD = "Answer the question with a single word."
+_SINGLE_WORD = "Answer the question with a single word."
 
 
-def read_chartqa(source: Path, split: str) -> Iterator[Example]:
+def _read_chartqa(source: Path, split: str) -> Iterator[Example]:
     """LLaVA does not evaluate on it; the request is lmms-eval's, as all of these benchmarks' is."""
     images = locate(source, f"{split}/png")
     for part in ("human", "augmented"):
         for number, one in enumerate(read_json(images.parent / f"{split}_{part}.json")):
             name = one["imgname"]
-            prompt = f"{one['query']}\n{SINGLE_WORD}"
+            prompt = f"{one['query']}\n{_SINGLE_WORD}"
             yield Example(f"{part}_{number}", within(images, name), name, prompt, str(one["label"]))
 
 
-def read_docvqa(source: Path, split: str) -> Iterator[Example]:
+def _read_docvqa(source: Path, split: str) -> Iterator[Example]:
     """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
     path = locate(source, f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
     images = locate_beside(path, source, "documents", "spdocvqa_images")
@@ -32,7 +32,7 @@ def read_docvqa(source: Path, split: str) -> Iterator[Example]:
         )
 
 
-def read_infovqa(source: Path, split: str) -> Iterator[Example]:
+def _read_infovqa(source: Path, split: str) -> Iterator[Example]:
     """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
     path = locate(source, f"infographicsVQA_{split}_v1.0_withQT.json", f"infographic*VQA_{split}_v1.0.json")
     images = locate_beside(path, source, "infographicsvqa_images", f"infographic*{split}*images", "infographic*images")
@@ -43,7 +43,7 @@ def read_infovqa(source: Path, split: str) -> Iterator[Example]:
         )
 
 
-RRC = "https://rrc.cvc.uab.es/?ch=17&com=downloads"
+_RRC = "https://rrc.cvc.uab.es/?ch=17&com=downloads"
 
 DOCUMENTS = (
     Benchmark(
@@ -57,30 +57,30 @@ DOCUMENTS = (
         "question, single-word line -> the label",
         ("val", "train", "test"),
         ("test",),
-        read_chartqa,
+        _read_chartqa,
     ),
     Benchmark(
         "docvqa",
         "DocVQA: questions about scanned documents (task 1)",
         (
-            ("spdocvqa_qas/val_v1.0_withQT.json", f"{RRC} (Single Document VQA, annotations)"),
-            ("spdocvqa_images/", f"{RRC} (Single Document VQA, images)"),
+            ("spdocvqa_qas/val_v1.0_withQT.json", f"{_RRC} (Single Document VQA, annotations)"),
+            ("spdocvqa_images/", f"{_RRC} (Single Document VQA, images)"),
         ),
         "question, short-answer line -> the first accepted answer",
         ("val", "train"),
         ("val",),
-        read_docvqa,
+        _read_docvqa,
     ),
     Benchmark(
         "infovqa",
         "InfoVQA: questions about infographics (task 3)",
         (
-            ("infographicsVQA_val_v1.0_withQT.json", f"{RRC} (Infographics VQA, annotations)"),
-            ("infographicsvqa_images/", f"{RRC} (Infographics VQA, images)"),
+            ("infographicsVQA_val_v1.0_withQT.json", f"{_RRC} (Infographics VQA, annotations)"),
+            ("infographicsvqa_images/", f"{_RRC} (Infographics VQA, images)"),
         ),
         "question, short-answer line -> the first accepted answer",
         ("val", "train"),
         ("val",),
-        read_infovqa,
+        _read_infovqa,
     ),
 )

@@ -9,7 +9,7 @@ from icons.datamodules.benchmarks.pictures import within
 from icons.datamodules.benchmarks.wording import SHORT_ANSWER, capital, majority, short_answer
 
 
-def read_vqav2(source: Path, split: str) -> Iterator[Example]:
+def _read_vqav2(source: Path, split: str) -> Iterator[Example]:
     questions = read_json(locate(source, f"v2_OpenEnded_mscoco_{split}2014_questions.json"))["questions"]
     annotations = read_json(locate(source, f"v2_mscoco_{split}2014_annotations.json"))["annotations"]
     answers = {one["question_id"]: majority(answer["answer"] for answer in one["answers"]) for one in annotations}
@@ -20,7 +20,7 @@ def read_vqav2(source: Path, split: str) -> Iterator[Example]:
         yield Example(str(one["question_id"]), within(images, name), name, short_answer(one["question"]), answer)
 
 
-def read_gqa(source: Path, split: str) -> Iterator[Example]:
+def _read_gqa(source: Path, split: str) -> Iterator[Example]:
     questions = read_json(locate(source, f"{split}_balanced_questions.json"))
     images = locate(source, "images")
     for number, one in questions.items():
@@ -28,7 +28,7 @@ def read_gqa(source: Path, split: str) -> Iterator[Example]:
         yield Example(number, within(images, name), name, short_answer(one["question"]), capital(one["answer"]))
 
 
-def read_vizwiz(source: Path, split: str) -> Iterator[Example]:
+def _read_vizwiz(source: Path, split: str) -> Iterator[Example]:
     questions = read_json(locate(source, f"Annotations/{split}.json", f"annotations/{split}.json", f"{split}.json"))
     images = locate(source, split)
     instruction = "When the provided information is insufficient, respond with 'Unanswerable'."
@@ -39,7 +39,7 @@ def read_vizwiz(source: Path, split: str) -> Iterator[Example]:
         yield Example(Path(name).stem, within(images, name), name, prompt, answer)
 
 
-def read_textvqa(source: Path, split: str) -> Iterator[Example]:
+def _read_textvqa(source: Path, split: str) -> Iterator[Example]:
     """LLaVA's evaluation tells the model the text that Rosetta read in the image; so is it here, from the same file."""
     questions = read_json(locate(source, f"TextVQA_0.5.1_{split}.json"))["data"]
     readings = read_json(locate(source, f"TextVQA_Rosetta_OCR_v0.2_{split}.json"))["data"]
@@ -52,23 +52,23 @@ def read_textvqa(source: Path, split: str) -> Iterator[Example]:
         yield Example(str(one["question_id"]), within(images, name), name, prompt, capital(majority(one["answers"])))
 
 
-COCO = "http://images.cocodataset.org/zips"
-VQA = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
-TEXTVQA = "https://dl.fbaipublicfiles.com/textvqa"
+_COCO = "http://images.cocodataset.org/zips"
+_VQA = "https://s3.amazonaws.com/cvmlp/vqa/mscoco/vqa"
+_TEXTVQA = "https://dl.fbaipublicfiles.com/textvqa"
 
 NATURAL_IMAGES = (
     Benchmark(
         "vqav2",
         "VQAv2: open questions on COCO photographs",
         (
-            ("v2_OpenEnded_mscoco_val2014_questions.json", f"{VQA}/v2_Questions_Val_mscoco.zip"),
-            ("v2_mscoco_val2014_annotations.json", f"{VQA}/v2_Annotations_Val_mscoco.zip"),
-            ("val2014/", f"{COCO}/val2014.zip"),
+            ("v2_OpenEnded_mscoco_val2014_questions.json", f"{_VQA}/v2_Questions_Val_mscoco.zip"),
+            ("v2_mscoco_val2014_annotations.json", f"{_VQA}/v2_Annotations_Val_mscoco.zip"),
+            ("val2014/", f"{_COCO}/val2014.zip"),
         ),
         "question, short-answer line -> the majority answer of ten",
         ("val", "train"),
         (),
-        read_vqav2,
+        _read_vqav2,
     ),
     Benchmark(
         "gqa",
@@ -80,7 +80,7 @@ NATURAL_IMAGES = (
         "question, short-answer line -> the answer",
         ("val", "train", "testdev"),
         ("testdev",),
-        read_gqa,
+        _read_gqa,
     ),
     Benchmark(
         "vizwiz",
@@ -92,22 +92,22 @@ NATURAL_IMAGES = (
         "question, when to say 'Unanswerable', short-answer line -> the majority answer of ten",
         ("val", "train"),
         (),
-        read_vizwiz,
+        _read_vizwiz,
     ),
     Benchmark(
         "textvqa",
         "TextVQA: questions about text in photographs",
         (
-            ("TextVQA_0.5.1_train.json", f"{TEXTVQA}/data/TextVQA_0.5.1_train.json"),
+            ("TextVQA_0.5.1_train.json", f"{_TEXTVQA}/data/TextVQA_0.5.1_train.json"),
             (
                 "TextVQA_Rosetta_OCR_v0.2_train.json",
-                f"{TEXTVQA}/data/TextVQA_Rosetta_OCR_v0.2_train.json",
+                f"{_TEXTVQA}/data/TextVQA_Rosetta_OCR_v0.2_train.json",
             ),
-            ("train_images/", f"{TEXTVQA}/images/train_val_images.zip"),
+            ("train_images/", f"{_TEXTVQA}/images/train_val_images.zip"),
         ),
         "question, Rosetta's reading of the image, short-answer line -> the majority answer of ten",
         ("train", "val"),
         ("val",),
-        read_textvqa,
+        _read_textvqa,
     ),
 )

@@ -8,25 +8,25 @@ from icons.datamodules.benchmarks.files import locate, read_lines, read_text
 from icons.datamodules.benchmarks.pictures import within
 from icons.datamodules.benchmarks.wording import capital, short_answer
 
-POPE_PARTS = ("adversarial", "popular", "random")
+_POPE_PARTS = ("adversarial", "popular", "random")
 MME_SUBTASKS = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "OCR"),
     *("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
 )
 """The 13 that the original code of ICONS takes the maximum over. MME's fourteenth, `artwork`, is not among them."""
-MME_REQUEST = "Please answer yes or no."
+_MME_REQUEST = "Please answer yes or no."
 
 
-def read_pope(source: Path, split: str) -> Iterator[Example]:
+def _read_pope(source: Path, split: str) -> Iterator[Example]:
     images = locate(source, "val2014")
-    for part in POPE_PARTS:
+    for part in _POPE_PARTS:
         for one in read_lines(locate(source, f"coco_pope_{part}.json")):
             name = one["image"]
             number = f"{part}_{one['question_id']}"
             yield Example(number, within(images, name), name, short_answer(one["text"]), capital(one["label"]))
 
 
-def read_mme(source: Path, split: str) -> Iterator[Example | LeftOut]:
+def _read_mme(source: Path, split: str) -> Iterator[Example | LeftOut]:
     """Questions lie as `IMAGE.txt`, one `question TAB Yes|No` a line: beside the images, or in a folder of their own.
 
     LLaVA asks without MME's "Please answer yes or no." and with its own short-answer line.
@@ -50,7 +50,7 @@ def read_mme(source: Path, split: str) -> Iterator[Example | LeftOut]:
                 if not line.strip():
                     continue
                 question, _, answer = line.rpartition("\t")
-                question = question.replace(MME_REQUEST, "").strip()
+                question = question.replace(_MME_REQUEST, "").strip()
                 if not question or answer.strip().lower() not in ("yes", "no"):
                     yield LeftOut(f"{subtask}: a line that is no question, tab, and Yes or No")
                     continue
@@ -64,20 +64,20 @@ def read_mme(source: Path, split: str) -> Iterator[Example | LeftOut]:
                 )
 
 
-POPE = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
+_POPE = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
 
 YES_NO = (
     Benchmark(
         "pope",
         "POPE: objects that a photograph shows, or does not",
         (
-            *((f"coco_pope_{part}.json", POPE) for part in POPE_PARTS),
+            *((f"coco_pope_{part}.json", _POPE) for part in _POPE_PARTS),
             ("val2014/", "http://images.cocodataset.org/zips/val2014.zip"),
         ),
         "question, short-answer line -> Yes or No",
         ("test",),
         ("test",),
-        read_pope,
+        _read_pope,
     ),
     Benchmark(
         "mme",
@@ -91,7 +91,7 @@ YES_NO = (
         "question, short-answer line -> Yes or No; one file per subtask",
         ("test",),
         ("test",),
-        read_mme,
+        _read_mme,
         MME_SUBTASKS,
     ),
 )

@@ -16,7 +16,7 @@ from transformers.utils import chat_template_utils
 
 SECONDS = 1.0
 """Of computing, for one conversation: some thousand times what a template takes."""
-HERE = threading.local()
+_HERE = threading.local()
 
 
 class EndlessError(jinja2.TemplateError):
@@ -32,38 +32,38 @@ def ending(template: str) -> Iterator[None]:
     """
     compiled: Any = chat_template_utils._compile_jinja_template(template)  # transformers keeps it for its own use
     if not hasattr(compiled, "looks_at_the_time"):
-        counted = watched(compiled.environment, template)
+        counted = _watched(compiled.environment, template)
         compiled.root_render_func, compiled.blocks = counted.root_render_func, counted.blocks
         compiled.looks_at_the_time = True
-    HERE.until = time.thread_time() + SECONDS
+    _HERE.until = time.thread_time() + SECONDS
     try:
         yield
     finally:
-        del HERE.until
+        del _HERE.until
 
 
-def watched(environment: Environment, template: str) -> jinja2.Template:
+def _watched(environment: Environment, template: str) -> jinja2.Template:
     """The template with a look at the time in every loop and macro; writes the same."""
     tree = environment.parse(template)
     found: Any = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
     for node in found:
-        node.body.insert(0, nodes.Output([look()]))
+        node.body.insert(0, nodes.Output([_look()]))
         if isinstance(node, nodes.For) and node.test is not None:  # what it leaves out takes time too
-            node.test = nodes.And(nodes.Not(look()), node.test)
+            node.test = nodes.And(nodes.Not(_look()), node.test)
     tree.set_environment(environment)
     return environment.from_string(tree)
 
 
-def look() -> nodes.Call:
+def _look() -> nodes.Call:
     return nodes.Call(nodes.ImportedName(f"{__name__}.check_time"), [], [], None, None)
 
 
-def check_time() -> str:
+def _check_time() -> str:
     """Nothing, which is what it writes.
 
     Raises:
         EndlessError: the time is over.
     """
-    if time.thread_time() > getattr(HERE, "until", float("inf")):
+    if time.thread_time() > getattr(_HERE, "until", float("inf")):
         raise EndlessError(f"it does not come to an end within {SECONDS:g} s of computing")
     return ""

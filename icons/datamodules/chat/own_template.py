@@ -44,7 +44,7 @@ class OwnTemplate:
         rendered = self.template(messages_of(alternating(turns), image, system))
         ids: list[int] = []
         labels: list[int] = []
-        for begin, end in pieces(rendered, tokenizer.is_fast):
+        for begin, end in _pieces(rendered, tokenizer.is_fast):
             if (begin, end) in rendered.images:
                 ids.append(IMAGE_PLACE)
                 labels.append(IGNORE_INDEX)
@@ -66,13 +66,13 @@ class OwnTemplate:
 def messages_of(turns: Sequence[Turn], image: bool, system: str | None = None) -> list[Message]:
     """Turns as messages, a system text before them; if `image`, each mark is an image's place, and otherwise text."""
     first = [] if system is None else [Message("system", (system,))]
-    return [*first, *(Message("user" if turn.human else "assistant", parts_of(turn.text, image)) for turn in turns)]
+    return [*first, *(Message("user" if turn.human else "assistant", _parts_of(turn.text, image)) for turn in turns)]
 
 
-def parts_of(text: str, image: bool) -> tuple[Part, ...]:
+def _parts_of(text: str, image: bool) -> tuple[Part, ...]:
     """A turn's text as texts and image places in their order.
 
-    >>> [part if isinstance(part, str) else "(image)" for part in parts_of("<image>\\nWhat?", True)]
+    >>> [part if isinstance(part, str) else "(image)" for part in _parts_of("<image>\\nWhat?", True)]
     ['(image)', '\\nWhat?']
     """
     pieces = text.split(IMAGE) if image else [text]
@@ -82,7 +82,7 @@ def parts_of(text: str, image: bool) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def pieces(rendered: Rendered, whole: bool) -> list[tuple[int, int]]:
+def _pieces(rendered: Rendered, whole: bool) -> list[tuple[int, int]]:
     """Where to cut a text before it is tokenised: around each image and, unless `whole`, around each answer."""
     spans = rendered.images if whole else [*rendered.images, *rendered.answers]
     places = {0, len(rendered.text), *(place for span in spans for place in span)}

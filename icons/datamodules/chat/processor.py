@@ -23,9 +23,9 @@ from icons.datamodules.conversation import IMAGE
 from icons.datamodules.failed_row import FailedRowError
 from icons.models.folder import own_code
 
-SMALLER = ("max_pixels", "max_image_size", "max_patches", "max_dynamic_patch", "size")
+_SMALLER = ("max_pixels", "max_image_size", "max_patches", "max_dynamic_patch", "size")
 # of a single call, or the class's name
-NO_SETTINGS = {
+_NO_SETTINGS = {
     "return_tensors", "data_format", "input_data_format", "device", "disable_grouping", "image_processor_type",
     "processor_class", "auto_map",
 }  # fmt: skip
@@ -56,7 +56,7 @@ class ProcessorSamples:
     ) -> None:
         self.processor = load_processor(folder, trust_remote_code)
         if options:
-            self.processor.image_processor = with_options(self.processor, options, folder)
+            self.processor.image_processor = _with_options(self.processor, options, folder)
         self.tokenizer = self.processor.tokenizer
         self.image_token_id = image_token_id
         self.template = ChatTemplate(self.processor, f"template chat: {folder}", self.image_marks())
@@ -108,7 +108,7 @@ class ProcessorSamples:
 
     def smaller(self) -> str:
         """How the image processor is told to make less of an image, for messages."""
-        name = next((name for name in SMALLER if name in settings_of(self.processor.image_processor)), None)
+        name = next((name for name in _SMALLER if name in _settings_of(self.processor.image_processor)), None)
         return f" (--processor.{name})" if name else ""
 
     def image_marks(self) -> list[str]:
@@ -211,20 +211,20 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         reason = " ".join(str(error).split())
         if "torchvision" in reason.lower():
             with suppress(ImportError, ValueError, TypeError, KeyError):
-                return images_only(folder, trust_remote_code)
+                return _images_only(folder, trust_remote_code)
         elif isinstance(error, ValueError):
             raise
         raise ValueError(f"{folder}: its processor needs a package that is not installed ({reason})") from None
 
 
-def with_options(processor: Any, options: Mapping[str, Any], folder: Path) -> Any:
+def _with_options(processor: Any, options: Mapping[str, Any], folder: Path) -> Any:
     """The image processor of `processor` with other settings.
 
     Raises:
         ValueError: it has no such setting, or does not take the value.
     """
     former = processor.image_processor
-    known = settings_of(former)
+    known = _settings_of(former)
     asked = ", ".join(f"{name} {value}" for name, value in options.items())
     if strange := sorted(set(options) - known):
         raise ValueError(
@@ -240,14 +240,14 @@ def with_options(processor: Any, options: Mapping[str, Any], folder: Path) -> An
     return made
 
 
-def settings_of(image_processor: Any) -> set[str]:
+def _settings_of(image_processor: Any) -> set[str]:
     """Names of what may be set of an image processor."""
     documented = getattr(getattr(image_processor, "valid_kwargs", None), "__annotations__", {})
     own = {name for name in image_processor.to_dict() if not name.startswith("_")}
-    return (set(documented) | own) - NO_SETTINGS
+    return (set(documented) | own) - _NO_SETTINGS
 
 
-def images_only(folder: Path, trust_remote_code: bool) -> Any:
+def _images_only(folder: Path, trust_remote_code: bool) -> Any:
     """A processor without its part for videos, which transformers has for torchvision alone."""
     kind: Any = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code))]
     made: Any = type(kind.__name__, (ImagesOnly, kind), {})

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-TOKENIZER = (
+_TOKENIZER = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt",
 )  # fmt: skip
-PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_PROCESSOR = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # what a file says about who wrote it, and what is fingerprinted by itself
-LEFT_OUT = ("transformers_version", "_name_or_path", "name_or_path", "chat_template", "tokenizer_file")
+_LEFT_OUT = ("transformers_version", "_name_or_path", "name_or_path", "chat_template", "tokenizer_file")
 
 
 def describe_reader(tokenizer: Path, processor: Path | None, chat_template: str | None) -> dict[str, str | None]:
@@ -28,21 +28,21 @@ def describe_reader(tokenizer: Path, processor: Path | None, chat_template: str 
         chat_template: the template in use, where it is the model's own.
     """
     return {
-        "tokenizer": fingerprint(tokenizer, TOKENIZER),
-        "processor": None if processor is None else fingerprint(processor, PROCESSOR),
-        "chat_template": None if chat_template is None else digest([chat_template.encode()]),
+        "tokenizer": _fingerprint(tokenizer, _TOKENIZER),
+        "processor": None if processor is None else _fingerprint(processor, _PROCESSOR),
+        "chat_template": None if chat_template is None else _digest([chat_template.encode()]),
     }
 
 
-def fingerprint(folder: Path, names: Sequence[str]) -> str:
+def _fingerprint(folder: Path, names: Sequence[str]) -> str:
     parts: list[bytes] = []
     for name in names:
         if (folder / name).is_file():
-            parts += [name.encode(), meaning(folder / name)]
-    return digest(parts)
+            parts += [name.encode(), _meaning(folder / name)]
+    return _digest(parts)
 
 
-def meaning(file: Path) -> bytes:
+def _meaning(file: Path) -> bytes:
     """A settings file's values whatever their order and spacing; any other file's bytes."""
     content = file.read_bytes()
     if file.suffix != ".json":
@@ -52,11 +52,11 @@ def meaning(file: Path) -> bytes:
     except ValueError:
         return content
     if isinstance(values, dict):
-        values = {name: value for name, value in values.items() if name not in LEFT_OUT}
+        values = {name: value for name, value in values.items() if name not in _LEFT_OUT}
     return json.dumps(values, sort_keys=True).encode()
 
 
-def digest(parts: Sequence[bytes]) -> str:
+def _digest(parts: Sequence[bytes]) -> str:
     found = hashlib.sha256()
     for part in parts:
         found.update(len(part).to_bytes(8, "little") + part)

@@ -34,15 +34,15 @@ from icons.datamodules.chat.skeleton import (
 
 Form = Literal["text", "parts"]
 SPECIAL = re.compile(r"<[^<>\s]+>")
-GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Llama's own default. The day on which rows are computed must not change them.
-FIXED_DATE = (
+_FIXED_DATE = (
     "{%- macro strftime_now(format) -%}{{ {'%Y-%m-%d': '2024-07-26'}.get(format, '26 Jul 2024') }}{%- endmacro -%}"
 )
 MOST_SKELETONS = 64
-SHORT = (Message("user", (IMAGE_PART, "?")), Message("assistant", (".",)))
+_SHORT = (Message("user", (IMAGE_PART, "?")), Message("assistant", (".",)))
 # what a template written by others may raise when it runs
-FAILURES = (
+_FAILURES = (
     jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError,
     MemoryError,
 )  # fmt: skip
@@ -83,7 +83,7 @@ class ChatTemplate:
 
     def __init__(self, source: Any, what: str, marks: Sequence[str] = ()) -> None:
         self.source, self.mark = source, ""
-        self.template = with_fixed_date(own_template(source, what))
+        self.template = _with_fixed_date(own_template(source, what))
         self.skeletons: dict[Any, Skeleton] = {}
         reasons: dict[Form, str] = {}
         forms: tuple[Form, Form] = ("parts", "text") if marks else ("text", "parts")
@@ -126,7 +126,7 @@ class ChatTemplate:
                 "answers cannot be told apart"
             )
         images = list(self.image_marks(skeleton, begins))
-        if GENERATION.search(self.template):
+        if _GENERATION.search(self.template):
             return Rendered(text, self.generated(messages, text), images)
         return Rendered(text, self.answers(skeleton, slots, begins), images)
 
@@ -134,7 +134,7 @@ class ChatTemplate:
         """What is wrong with the present form and mark, seen on short conversations; None: nothing."""
         try:
             self([Message("user", ("?",)), Message("assistant", (".",))])
-            if self.mark and (count := len(self(SHORT).images)) != 1:
+            if self.mark and (count := len(self(_SHORT).images)) != 1:
                 return f"{count} times {self.mark!r} for one image"
         except TemplateError as error:
             if isinstance(error.__cause__, EndlessError):
@@ -148,7 +148,7 @@ class ChatTemplate:
         Raises:
             TemplateError: it refuses them.
         """
-        with refusals(self.template):
+        with _refusals(self.template):
             text: str = self.source.apply_chat_template(
                 list(messages), chat_template=self.template, tokenize=False, add_generation_prompt=ask
             )
@@ -236,7 +236,7 @@ class ChatTemplate:
     def generated(self, messages: Sequence[Message], text: str) -> list[tuple[int, int]]:
         """What stands between the template's generation marks."""
         tokenizer = getattr(self.source, "tokenizer", self.source)
-        with refusals(self.template):
+        with _refusals(self.template):
             found: Any = render_jinja_template(
                 [self.contents(messages)],
                 chat_template=self.template,
@@ -279,12 +279,12 @@ class ChatTemplate:
 
 
 @contextmanager
-def refusals(template: str) -> Iterator[None]:
+def _refusals(template: str) -> Iterator[None]:
     """What the template raises, or that it takes too long, as a TemplateError."""
     try:
         with ending(template):
             yield
-    except FAILURES as error:
+    except _FAILURES as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise TemplateError(f"the chat template refuses the turns: {reason}") from error
 
@@ -307,5 +307,5 @@ def own_template(source: Any, what: str) -> str:
     )
 
 
-def with_fixed_date(template: str) -> str:
-    return FIXED_DATE + template if "strftime_now" in template else template
+def _with_fixed_date(template: str) -> str:
+    return _FIXED_DATE + template if "strftime_now" in template else template

@@ -84,7 +84,7 @@ def place(text: str, skeleton: Skeleton, slots: Sequence[Slot]) -> list[tuple[in
     for number, literal in zip(skeleton.slots, skeleton.literals[1:], strict=True):
         onward: dict[int, list[tuple[int, int]]] = {}
         for position, places in reached.items():
-            for spelling in spellings(slots[number].text):
+            for spelling in _spellings(slots[number].text):
                 end = position + len(spelling)
                 if text.startswith(spelling, position) and text.startswith(literal, end):
                     onward.setdefault(end + len(literal), [*places, (position, end)])
@@ -92,7 +92,7 @@ def place(text: str, skeleton: Skeleton, slots: Sequence[Slot]) -> list[tuple[in
     return reached.get(len(text))
 
 
-def spellings(text: str) -> list[str]:
+def _spellings(text: str) -> list[str]:
     """A text as templates write it: whole first, then trimmed."""
     trimmed = (text.strip(), text.lstrip(), text.rstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n"))
     return list(dict.fromkeys((text, *trimmed)))

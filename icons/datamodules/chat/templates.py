@@ -116,15 +116,15 @@ def alternating(turns: Sequence[Turn]) -> Sequence[Turn]:
 
 CHAT = "A chat between a curious user and an artificial intelligence assistant. "
 CHAT += "The assistant gives helpful, detailed, and polite answers to the user's questions."
-LLAMA_2 = (
+_LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
 )
-LLAMA_2 += "provides, and assist the user with a variety of tasks using natural language."
+_LLAMA_2 += "provides, and assist the user with a variety of tasks using natural language."
 MPT = "A conversation between a user and an LLM-based AI assistant. "
 MPT += "The assistant gives helpful and honest answers."
 
 
-def v1_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
+def _v1_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
     parts = [f"{CHAT if system is None else system} "]
     for turn in turns:
         role, end = ("USER", " ") if turn.human else ("ASSISTANT", "</s>")
@@ -132,9 +132,9 @@ def v1_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
     return "".join(parts)
 
 
-def llama_2_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
+def _llama_2_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
     parts = []
-    first = LLAMA_2 if system is None else system
+    first = _LLAMA_2 if system is None else system
     for number, (human, text) in enumerate(turns):
         if not text and number:
             continue
@@ -146,7 +146,7 @@ def llama_2_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
     return "".join(parts).lstrip("<s>")
 
 
-def mpt_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
+def _mpt_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
     parts = [f"<|im_start|>system\n{MPT if system is None else system}<|im_end|>"]
     for turn in turns:
         role = "<|im_start|>user\n" if turn.human else "<|im_start|>assistant\n"
@@ -154,13 +154,13 @@ def mpt_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
     return "".join(parts)
 
 
-def mpt_rounds(text: str) -> list[str]:
+def _mpt_rounds(text: str) -> list[str]:
     parts = text.split("<|im_end|>")
     pairs = [parts[:3], *(parts[place : place + 2] for place in range(3, len(parts), 2))]
     return ["<|im_end|>".join(pair) for pair in pairs]
 
 
-def by_eos(text: str) -> list[str]:
+def _by_eos(text: str) -> list[str]:
     return text.split("</s>")
 
 
@@ -208,19 +208,19 @@ def encode(tokenizer: Any, text: str) -> list[int]:
 
 Template = Callable[[Any, Sequence[Turn], bool, int, str | None], Tokens]
 TEMPLATES: dict[str, Template] = {
-    "v1": Rounds(v1_prompt, by_eos, " ASSISTANT: ", 1, 2, lambda legacy: -1 if legacy is False else 0),
-    "llama_2": Rounds(llama_2_prompt, by_eos, "[/INST] ", 1, 2, lambda legacy: 0),
+    "v1": Rounds(_v1_prompt, _by_eos, " ASSISTANT: ", 1, 2, lambda legacy: -1 if legacy is False else 0),
+    "llama_2": Rounds(_llama_2_prompt, _by_eos, "[/INST] ", 1, 2, lambda legacy: 0),
     # as LLaVA-MPT was trained (llava/train/train.py up to v1.1.3); from v1.2 on the original leaves each round's end
     # out of its count, so that every sample is a "mismatch" and none is supervised
     "mpt": Rounds(
-        mpt_prompt, mpt_rounds, "<|im_end|><|im_start|>assistant\n", 0, 0, lambda legacy: 0, close="<|im_end|>"
+        _mpt_prompt, _mpt_rounds, "<|im_end|><|im_start|>assistant\n", 0, 0, lambda legacy: 0, close="<|im_end|>"
     ),
     "plain": plain,
     "llama_3": llama_3,
 }
 CHAT_TEMPLATE = "chat"  # the model's own, see own_template.py
 NAMES = (*TEMPLATES, CHAT_TEMPLATE)
-SPECIAL_TOKENS = {
+_SPECIAL_TOKENS = {
     "v1": ["</s>"],
     "llama_2": ["<s>", "</s>"],
     "mpt": ["<|im_start|>", "<|im_end|>"],
@@ -237,7 +237,7 @@ def check_fits(name: str, tokenizer: Any, what: str) -> None:
     Raises:
         ValueError: one is not.
     """
-    for token in SPECIAL_TOKENS[name]:
+    for token in _SPECIAL_TOKENS[name]:
         number, ids = tokenizer.convert_tokens_to_ids(token), encode(tokenizer, token)
         if number is None or number == tokenizer.unk_token_id or ids[-1:] != [number] or len(ids) > 2:
             raise ValueError(

@@ -12,7 +12,7 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from icons.models.folder import own_code
 from icons.models.tensor_files import readable
 
-WORD = "▁"
+_WORD = "▁"
 
 
 class SentencePieceTokenizer(SentencePieceBackend):
@@ -26,20 +26,20 @@ class SentencePieceTokenizer(SentencePieceBackend):
         """Pieces of `text`; with `legacy=False` the word mark is put before the text, not before every part of it."""
         if self.legacy or not text:
             return super().tokenize(text, **options)
-        pieces = super().tokenize(WORD + text.replace(WORD, " "), **options)
-        if len(pieces) > 1 and pieces[0] == WORD and pieces[1] in self.all_special_tokens:
+        pieces = super().tokenize(_WORD + text.replace(_WORD, " "), **options)
+        if len(pieces) > 1 and pieces[0] == _WORD and pieces[1] in self.all_special_tokens:
             return pieces[1:]
         return pieces
 
     def text_ids(self, text: str) -> list[int]:
         """`self(text).input_ids`, without the detour by pieces."""
         encode, added = self.sp_model.encode, self.added_tokens_encoder
-        parts = self.added_pattern.split(text if self.legacy or not text else WORD + text.replace(WORD, " "))
+        parts = self.added_pattern.split(text if self.legacy or not text else _WORD + text.replace(_WORD, " "))
         ids: list[int] = []
         for place, part in enumerate(parts):
             if place % 2:
                 ids.append(added[part])
-            elif part and not self.legacy and part.startswith((WORD, " ")):
+            elif part and not self.legacy and part.startswith((_WORD, " ")):
                 found = encode(self.unk_token + part)[self.unk_pieces :]
                 ids += [] if place == 0 and len(parts) > 1 and found == [self.word_id] else found
             elif part:
@@ -52,7 +52,7 @@ class SentencePieceTokenizer(SentencePieceBackend):
 
     @cached_property
     def word_id(self) -> int:
-        return int(self.sp_model.piece_to_id(WORD))
+        return int(self.sp_model.piece_to_id(_WORD))
 
     @cached_property
     def added_pattern(self) -> re.Pattern[str]:
@@ -76,17 +76,17 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """
     if not any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(f"{folder}: no tokenizer there; expected tokenizer.model or tokenizer.json")
-    if not (folder / "tokenizer.model").is_file() or is_other(folder):
+    if not (folder / "tokenizer.model").is_file() or _is_other(folder):
         with own_code(folder), readable(folder, "a tokenizer"):
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    settings = read_settings(folder)
-    tokens = {name: content(settings.get(name, default)) for name, default in SPECIAL.items()}
+    settings = _read_settings(folder)
+    tokens = {name: content(settings.get(name, default)) for name, default in _SPECIAL.items()}
     make: Any = SentencePieceTokenizer
     sampling = settings.get("sp_model_kwargs") or {}
-    if strange := sorted(set(sampling) - SAMPLING):  # SentencePiece would read another file of that name
+    if strange := sorted(set(sampling) - _SAMPLING):  # SentencePiece would read another file of that name
         raise ValueError(
             f"{folder}: tokenizer_config.json sets {strange[0]} of SentencePiece; expected no more than "
-            f"{', '.join(sorted(SAMPLING))}: take it out of sp_model_kwargs"
+            f"{', '.join(sorted(_SAMPLING))}: take it out of sp_model_kwargs"
         )
     with readable(folder / "tokenizer.model", "a SentencePiece model"):
         tokenizer: Any = make(
@@ -103,19 +103,19 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
-SAMPLING = {"alpha", "enable_sampling", "nbest_size"}
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
+_SAMPLING = {"alpha", "enable_sampling", "nbest_size"}
+_SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer")
 
 
-def is_other(folder: Path) -> bool:
+def _is_other(folder: Path) -> bool:
     """Whether the folder's tokenizer is not Llama's SentencePiece one; `legacy` is what only that has."""
-    settings = read_settings(folder)
-    kind = settings.get("tokenizer_class", LLAMA[0])
-    return kind not in LLAMA and not (kind == "PreTrainedTokenizerFast" and "legacy" in settings)
+    settings = _read_settings(folder)
+    kind = settings.get("tokenizer_class", _LLAMA[0])
+    return kind not in _LLAMA and not (kind == "PreTrainedTokenizerFast" and "legacy" in settings)
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def _read_settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return found

@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-CACHE = "ICONS_CACHE"
+_CACHE = "ICONS_CACHE"
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get(CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "icons")
+    return Path(os.environ.get(_CACHE) or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "icons")

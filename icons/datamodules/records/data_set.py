@@ -15,8 +15,8 @@ from icons.datamodules.records.cache import cache_folder
 from icons.datamodules.records.source import RecordError, checked_row, id_of
 
 PARQUET, ARROW = ".parquet", ".arrow"
-WHOLE, BLOCKS, BLOCK_BYTES = 64 << 20, 1024, 4096
-STATE, SPLITS = "state.json", "dataset_dict.json"
+_WHOLE, _BLOCKS, _BLOCK_BYTES = 64 << 20, 1024, 4096
+_STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
 class DataSetRecords:
@@ -60,7 +60,7 @@ class DataSetRecords:
     def read(self, row: int, light: bool) -> dict[str, Any]:
         one = self.table[checked_row(row, self)]
         try:
-            return {name: plain(one.column(name)[0], light) for name in one.column_names}
+            return {name: _plain(one.column(name)[0], light) for name in one.column_names}
         except ValueError as error:  # a text that is no UTF-8
             raise RecordError(f"not valid text: {error}") from None
 
@@ -76,11 +76,11 @@ class DataSetRecords:
         partial = out.with_name(f".{uuid.uuid4().hex}.partial{out.suffix}")
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with quiet():
+            with _quiet():
                 if out.suffix == PARQUET:
                     chosen.to_parquet(partial)
                 elif out.suffix == ARROW:
-                    write_arrow(chosen, partial)
+                    _write_arrow(chosen, partial)
                 else:
                     chosen.save_to_disk(partial)
             if partial.is_dir() and out.is_dir():
@@ -102,15 +102,15 @@ class DataSetRecords:
         return "file" if out.suffix in (PARQUET, ARROW) else "folder"
 
 
-def plain(scalar: Any, light: bool) -> Any:
+def _plain(scalar: Any, light: bool) -> Any:
     """An Arrow value as JSON's types; if `light`, bytes come empty and are not read."""
     kinds = importlib.import_module("pyarrow")
     if not scalar.is_valid:
         return None
     if isinstance(scalar, kinds.StructScalar):
-        return {name: plain(value, light) for name, value in scalar.items()}
+        return {name: _plain(value, light) for name, value in scalar.items()}
     if isinstance(scalar, kinds.ListScalar | kinds.LargeListScalar | kinds.FixedSizeListScalar):
-        return [plain(value, light) for value in scalar.values]
+        return [_plain(value, light) for value in scalar.values]
     if isinstance(scalar, kinds.BinaryScalar | kinds.LargeBinaryScalar) and not isinstance(
         scalar, kinds.StringScalar | kinds.LargeStringScalar
     ):
@@ -118,7 +118,7 @@ def plain(scalar: Any, light: bool) -> Any:
     return scalar.as_py()
 
 
-def write_arrow(dataset: Any, path: Path) -> None:
+def _write_arrow(dataset: Any, path: Path) -> None:
     pyarrow = importlib.import_module("pyarrow")
     table = dataset.with_format("arrow")
     with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, dataset.features.arrow_schema) as writer:
@@ -130,16 +130,16 @@ def content_digest(file: Path) -> bytes:
     """SHA-256 of a file, or of its size and evenly spaced blocks where it is above 64 MB."""
     size = file.stat().st_size
     with file.open("rb") as opened:
-        if size <= WHOLE:
+        if size <= _WHOLE:
             return hashlib.file_digest(opened, "sha256").digest()
         digest = hashlib.sha256(str(size).encode())
-        for place in np.linspace(0, size - BLOCK_BYTES, BLOCKS).astype(np.int64).tolist():
+        for place in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS).astype(np.int64).tolist():
             opened.seek(place)
-            digest.update(opened.read(BLOCK_BYTES))
+            digest.update(opened.read(_BLOCK_BYTES))
         return digest.digest()
 
 
-def library() -> Any:
+def _library() -> Any:
     """The package `datasets`.
 
     Raises:
@@ -155,7 +155,7 @@ def library() -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     """Without the library's progress bars."""
     bars = importlib.import_module("datasets.utils")
     shown = bars.is_progress_bar_enabled()
@@ -173,17 +173,17 @@ def open_files(files: Sequence[Path], path: Path, form: str) -> DataSetRecords:
     Raises:
         ValueError: they are damaged, or of different columns.
     """
-    datasets = library()
+    datasets = _library()
     names = [str(file) for file in files]
     try:
-        with quiet():
+        with _quiet():
             if form == ARROW:
                 found = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
             else:
                 kept = str(cache_folder() / "datasets")
                 found = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=kept)
     except Exception as error:  # the library's, pyarrow's, and whatever a damaged file leads them to
-        raise ValueError(f"{path}: cannot be read as a Hugging Face data set: {reason(error)}") from None
+        raise ValueError(f"{path}: cannot be read as a Hugging Face data set: {_reason(error)}") from None
     return DataSetRecords(found, path, files)
 
 
@@ -193,15 +193,15 @@ def open_folder(folder: Path) -> DataSetRecords:
     Raises:
         ValueError: it holds several splits, or no data.
     """
-    if (folder / SPLITS).is_file():
-        splits = ", ".join(sorted(part.name for part in folder.iterdir() if (part / STATE).is_file()))
+    if (folder / _SPLITS).is_file():
+        splits = ", ".join(sorted(part.name for part in folder.iterdir() if (part / _STATE).is_file()))
         raise ValueError(f"{folder}: holds the splits {splits}; expected one: give its folder")
-    if (folder / STATE).is_file():
-        datasets = library()
+    if (folder / _STATE).is_file():
+        datasets = _library()
         try:
             found = datasets.load_from_disk(str(folder))
         except Exception as error:
-            raise ValueError(f"{folder}: cannot be read as a Hugging Face data set: {reason(error)}") from None
+            raise ValueError(f"{folder}: cannot be read as a Hugging Face data set: {_reason(error)}") from None
         return DataSetRecords(found, folder, sorted(Path(file["filename"]) for file in found.cache_files))
     files = sorted(folder.rglob(f"*{PARQUET}"))
     if not files:
@@ -222,18 +222,18 @@ def open_hub(name: str) -> DataSetRecords:
     Raises:
         ValueError: it cannot be loaded.
     """
-    datasets = library()
+    datasets = _library()
     where, _, split = name.partition("@")
     repository, _, config = where.partition(":")
     try:
-        with quiet():
+        with _quiet():
             found = datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:
-        raise ValueError(f"{name}: neither a file nor a data set that the hub gives: {reason(error)}") from None
+        raise ValueError(f"{name}: neither a file nor a data set that the hub gives: {_reason(error)}") from None
     return DataSetRecords(found, Path(name))
 
 
-def reason(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__

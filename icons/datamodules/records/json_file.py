@@ -16,10 +16,10 @@ from icons.datamodules.records.scan import Layout, scan
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
 from icons.output import put, whole_file
 
-KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
-SAMPLES, SAMPLE_BYTES = 64, 4096
-SCAN = 2  # raised when the scan finds other records in the same file
-OTHER_FORMS = (".parquet", ".arrow", ".tar")
+_KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+_SCAN = 2  # raised when the scan finds other records in the same file
+_OTHER_FORMS = (".parquet", ".arrow", ".tar")
 
 
 class Identified(msgspec.Struct):
@@ -53,10 +53,10 @@ class RecordIndex:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such data file; expected JSON or JSONL")
         kept = cache_file(self.path)
-        found = read_cache(kept, stamp(self.path))
+        found = _read_cache(kept, _stamp(self.path))
         if found is None:
             found = scan(self.path)
-            write_cache(kept, found, stamp(self.path))
+            _write_cache(kept, found, _stamp(self.path))
         self.layout = found
         self.content: mmap.mmap | None = None
 
@@ -98,7 +98,7 @@ class RecordIndex:
         entry = self.entry(row)
         if self.layout.form != "object":
             return entry
-        key = KEY.match(entry)
+        key = _KEY.match(entry)
         return entry[key.end() :] if key else entry
 
     def entry(self, row: int) -> bytes:
@@ -111,7 +111,7 @@ class RecordIndex:
         return self.content[begin:end].strip()
 
     def check_out(self, out: Path) -> Literal["file"]:
-        if out.suffix in OTHER_FORMS:
+        if out.suffix in _OTHER_FORMS:
             raise ValueError(
                 f"selection {out}: a selection has the form of its data, and {self.path} is JSON; expected a .json or "
                 ".jsonl file"
@@ -140,17 +140,17 @@ def cache_file(path: Path) -> Path:
     return cache_folder() / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.records"
 
 
-def stamp(path: Path) -> str:
+def _stamp(path: Path) -> str:
     """Size, modification time, and a hash of 64 evenly spaced blocks: what tells whether the file is still the same."""
     about, digest = path.stat(), hashlib.sha256()
     with path.open("rb") as file:
-        for place in np.linspace(0, max(0, about.st_size - SAMPLE_BYTES), SAMPLES).astype(int).tolist():
+        for place in np.linspace(0, max(0, about.st_size - _SAMPLE_BYTES), _SAMPLES).astype(int).tolist():
             file.seek(place)
-            digest.update(file.read(SAMPLE_BYTES))
-    return f"{SCAN} {about.st_size} {about.st_mtime_ns} {digest.hexdigest()}"
+            digest.update(file.read(_SAMPLE_BYTES))
+    return f"{_SCAN} {about.st_size} {about.st_mtime_ns} {digest.hexdigest()}"
 
 
-def read_cache(file: Path, stamp: str) -> Layout | None:
+def _read_cache(file: Path, stamp: str) -> Layout | None:
     """The ranges found before, mapped and not read; None if there are none for this very content."""
     try:
         about = msgspec.json.decode(file.with_suffix(".about").read_bytes())
@@ -162,7 +162,7 @@ def read_cache(file: Path, stamp: str) -> Layout | None:
         return None
 
 
-def write_cache(file: Path, found: Layout, stamp: str) -> None:
+def _write_cache(file: Path, found: Layout, stamp: str) -> None:
     """Keeps what was found; a cache folder that cannot be written costs a scan the next time, nothing else."""
     with contextlib.suppress(OSError):
         name = f"{file.stem}-{found.digest[:16]}.npy"

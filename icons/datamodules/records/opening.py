@@ -11,10 +11,10 @@ from icons.datamodules.records.scan import EXPECTED
 from icons.datamodules.records.source import RecordSource
 from icons.datamodules.records.tar_file import TarRecords
 
-HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?(@[\w.:\[\]%+-]+)?")
-FILES = (".json", ".jsonl", ".parquet", ".arrow", ".tar", ".gz", ".zst", ".csv")
-TAR_MAGIC, TAR_PLACE = b"ustar", 257
-PACKED = {
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?(@[\w.:\[\]%+-]+)?")
+_FILES = (".json", ".jsonl", ".parquet", ".arrow", ".tar", ".gz", ".zst", ".csv")
+_TAR_MAGIC, _TAR_PLACE = b"ustar", 257
+_PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"), b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd"), b"BZh": ("bzip2", "bunzip2 -k"),
     b"\xfd7zXZ\0": ("xz", "unxz -k"), b"PK\x03\x04": ("zip", "unzip"),
 }  # fmt: skip
@@ -40,25 +40,25 @@ def open_records(data: Any) -> RecordSource:
     if path.is_dir():
         return open_folder(path)
     if path.exists():
-        return open_several([path], path)
+        return _open_several([path], path)
     if any(sign in str(data) for sign in "*?["):
         root = Path(path.anchor)
         files = sorted(file for file in root.glob(str(path.relative_to(root))) if file.is_file())
         if not files:
             raise FileNotFoundError(f"{data}: no file has such a name; {EXPECTED}")
-        return open_several(files, path)
-    if HUB.fullmatch(str(data)) and path.suffix not in FILES:
+        return _open_several(files, path)
+    if _HUB.fullmatch(str(data)) and path.suffix not in _FILES:
         return open_hub(str(data))
     raise FileNotFoundError(f"{data}: no such data file; {EXPECTED}")
 
 
-def open_several(files: Sequence[Path], path: Path) -> RecordSource:
+def _open_several(files: Sequence[Path], path: Path) -> RecordSource:
     """One file or more of one form, one after the other.
 
     Raises:
         ValueError: they are of several forms, or several JSON files.
     """
-    forms = {form_of(file) for file in files}
+    forms = {_form_of(file) for file in files}
     if len(forms) > 1:
         raise ValueError(f"{path}: names files of the forms {', '.join(sorted(forms))}; expected one form")
     (form,) = forms
@@ -71,7 +71,7 @@ def open_several(files: Sequence[Path], path: Path) -> RecordSource:
     return RecordIndex.open(files[0])
 
 
-def form_of(file: Path) -> str:
+def _form_of(file: Path) -> str:
     """The form of a file, told by its first bytes, whatever it is called.
 
     Raises:
@@ -83,9 +83,9 @@ def form_of(file: Path) -> str:
         return PARQUET
     if head[:6] == b"ARROW1" or head[:4] == b"\xff\xff\xff\xff":
         return ARROW
-    if head[TAR_PLACE : TAR_PLACE + len(TAR_MAGIC)] == TAR_MAGIC:
+    if head[_TAR_PLACE : _TAR_PLACE + len(_TAR_MAGIC)] == _TAR_MAGIC:
         return ".tar"
-    for magic, (kind, command) in PACKED.items():
+    for magic, (kind, command) in _PACKED.items():
         if head.startswith(magic):
             raise ValueError(f"{file}: is packed with {kind}, whose records cannot be reached one by one: {command} it")
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):

@@ -12,15 +12,15 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 EXPECTED = "expected JSON or JSONL, Parquet, a Hugging Face data set or a WebDataset tar"
-LOOKED_AT = 1 << 16  # bytes in which one line of a JSONL file at least begins as an object
+_LOOKED_AT = 1 << 16  # bytes in which one line of a JSONL file at least begins as an object
 BLOCK = 1 << 20  # fits the processor's cache: half again as fast as 8 MB
-QUOTE, BACKSLASH, COMMA, NEWLINE = b'"\\,\n'
-WHITE = b" \t\r\n"
-STRUCTURE = np.zeros(256, dtype=bool)
-STRUCTURE[list(b'"{}[],')] = True
-DEPTH = np.zeros(256, dtype=np.int8)
-DEPTH[list(b"{[")] = 1
-DEPTH[list(b"}]")] = -1
+_QUOTE, _BACKSLASH, _COMMA, _NEWLINE = b'"\\,\n'
+_WHITE = b" \t\r\n"
+_STRUCTURE = np.zeros(256, dtype=bool)
+_STRUCTURE[list(b'"{}[],')] = True
+_DEPTH = np.zeros(256, dtype=np.int8)
+_DEPTH[list(b"{[")] = 1
+_DEPTH[list(b"}]")] = -1
 
 
 class Layout(NamedTuple):
@@ -46,7 +46,7 @@ def scan(path: Path) -> Layout:
     ):
         digest = background.submit(sha256, path)  # releases the interpreter: runs beside the search
         form = form_of(path, content)
-        ranges = line_ranges(content) if form == "lines" else nested_ranges(path, content)
+        ranges = _line_ranges(content) if form == "lines" else _nested_ranges(path, content)
         return Layout(ranges, form, digest.result())
 
 
@@ -57,13 +57,13 @@ def sha256(path: Path) -> str:
 
 def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"]:
     """A list begins with `[`; a first line that is a whole object of its own begins JSON Lines, unless it is all."""
-    begin = first_of(content)
+    begin = _first_of(content)
     if content[begin : begin + 1] == b"[":
         return "list"
     if content[begin : begin + 1] == b"<":
         raise ValueError(f"{path}: is a web page or XML: download it again; {EXPECTED}")
-    lines = content[begin : begin + LOOKED_AT].splitlines()
-    if lines and not any(line.lstrip(WHITE)[:1] == b"{" for line in lines) and not is_value(lines[0]):
+    lines = content[begin : begin + _LOOKED_AT].splitlines()
+    if lines and not any(line.lstrip(_WHITE)[:1] == b"{" for line in lines) and not _is_value(lines[0]):
         first = lines[0][:60].decode(errors="replace")
         raise ValueError(
             f"{path}: begins with {first!r}, and no line near its beginning with a JSON object; {EXPECTED}"
@@ -72,19 +72,19 @@ def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"
     try:
         first = msgspec.json.decode(content[begin : end if end >= 0 else len(content)])
     except (ValueError, RecursionError):  # not JSON, not UTF-8, or nested too deeply: its row's affair
-        following = content[end + 1 : end + 1 + LOOKED_AT].splitlines() if end >= 0 else []
-        if any(line[:1] == b"{" and is_value(line) for line in following):
+        following = content[end + 1 : end + 1 + _LOOKED_AT].splitlines() if end >= 0 else []
+        if any(line[:1] == b"{" and _is_value(line) for line in following):
             return "lines"  # a record a line, of which the first is broken
-        return "object" if content[begin : begin + 1] == b"{" and looks_nested(content, begin) else "lines"
+        return "object" if content[begin : begin + 1] == b"{" and _looks_nested(content, begin) else "lines"
     if not isinstance(first, dict):
         raise ValueError(
             f"{path}: begins with {str(first)[:40]!r}; expected a list, an object of records, or JSON Lines"
         )
-    alone = end < 0 or not content[end : end + 4096].strip(WHITE)
+    alone = end < 0 or not content[end : end + 4096].strip(_WHITE)
     return "object" if alone and first and all(isinstance(value, dict) for value in first.values()) else "lines"
 
 
-def is_value(line: bytes) -> bool:
+def _is_value(line: bytes) -> bool:
     try:
         msgspec.json.decode(line)
     except (ValueError, RecursionError):
@@ -92,18 +92,18 @@ def is_value(line: bytes) -> bool:
     return True
 
 
-def first_of(content: mmap.mmap) -> int:
+def _first_of(content: mmap.mmap) -> int:
     begin = 3 if content[:3] == b"\xef\xbb\xbf" else 0
     while begin < len(content) and content[begin : begin + 1] in (b" ", b"\t", b"\r", b"\n"):
         begin += 1
     return begin
 
 
-def looks_nested(content: mmap.mmap, begin: int) -> bool:
+def _looks_nested(content: mmap.mmap, begin: int) -> bool:
     """Whether `{` is followed by a key whose value is an object: `{"id": {`."""
-    head = content[begin + 1 : begin + 4096].lstrip(WHITE)
-    rest = head[1:].partition(b'"')[2].lstrip(WHITE)
-    return head[:1] == b'"' and rest[:1] == b":" and rest[1:].lstrip(WHITE)[:1] == b"{"
+    head = content[begin + 1 : begin + 4096].lstrip(_WHITE)
+    rest = head[1:].partition(b'"')[2].lstrip(_WHITE)
+    return head[:1] == b'"' and rest[:1] == b":" and rest[1:].lstrip(_WHITE)[:1] == b"{"
 
 
 def blocks(content: mmap.mmap) -> Iterator[tuple[int, UInt8[np.ndarray, " bytes"]]]:
@@ -111,43 +111,43 @@ def blocks(content: mmap.mmap) -> Iterator[tuple[int, UInt8[np.ndarray, " bytes"
         yield begin, np.frombuffer(content[begin : begin + BLOCK], dtype=np.uint8)
 
 
-def line_ranges(content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
+def _line_ranges(content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
     """Lines that are not blank."""
-    ends = [begin + np.flatnonzero(block == NEWLINE) for begin, block in blocks(content)]
+    ends = [begin + np.flatnonzero(block == _NEWLINE) for begin, block in blocks(content)]
     end = np.concatenate([*ends, [len(content)]])
-    begin = np.concatenate([[first_of(content) if content[:3] == b"\xef\xbb\xbf" else 0], end[:-1] + 1])
+    begin = np.concatenate([[_first_of(content) if content[:3] == b"\xef\xbb\xbf" else 0], end[:-1] + 1])
     ranges = np.stack([begin, end], axis=1)[end > begin]
     short = np.flatnonzero(ranges[:, 1] - ranges[:, 0] < 64)  # no record is that short: look at these for blank ones
-    blank = [place for place in short.tolist() if not content[slice(*ranges[place].tolist())].strip(WHITE)]
+    blank = [place for place in short.tolist() if not content[slice(*ranges[place].tolist())].strip(_WHITE)]
     return np.delete(ranges, blank, axis=0)
 
 
-def nested_ranges(path: Path, content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
+def _nested_ranges(path: Path, content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
     """What stands between the outermost brackets and the commas of depth one; strings are skipped, escapes heeded."""
     depth, inside, carried = 0, False, 0  # before the block: nesting, in a string, length of a run of backslashes
     cuts: list[np.ndarray] = []
     for begin, block in blocks(content):
-        place = np.flatnonzero(STRUCTURE[block])
+        place = np.flatnonzero(_STRUCTURE[block])
         kind = block[place]
-        quote = kind == QUOTE
-        quote[quote] = ~escaped(block, place[quote], carried)
-        keep = quote | (kind != QUOTE)
+        quote = kind == _QUOTE
+        quote[quote] = ~_escaped(block, place[quote], carried)
+        keep = quote | (kind != _QUOTE)
         place, kind, quote = place[keep], kind[keep], quote[keep]
         in_string = (np.cumsum(quote) + inside) % 2 == 1
         inside = bool(in_string[-1]) if len(quote) else inside
         outside = ~in_string & ~quote
         place, kind = place[outside], kind[outside]
-        change = DEPTH[kind]
+        change = _DEPTH[kind]
         after = depth + np.cumsum(change, dtype=np.int64)
         before = after - change
-        at = ((kind == COMMA) & (after == 1)) | ((change == 1) & (before == 0)) | ((change == -1) & (after == 0))
+        at = ((kind == _COMMA) & (after == 1)) | ((change == 1) & (before == 0)) | ((change == -1) & (after == 0))
         cuts.append(begin + place[at])
         depth = int(after[-1]) if len(after) else depth
         if depth < 0 or (len(after) and after.min() < 0):
             raise ValueError(
                 f"{path}: a closing bracket too many before byte {begin + len(block)}; expected valid JSON"
             )
-        carried = trailing_backslashes(block, carried)
+        carried = _trailing_backslashes(block, carried)
     if depth or inside:
         what = "inside a string" if inside else f"with {depth} brackets open"
         raise ValueError(
@@ -157,10 +157,10 @@ def nested_ranges(path: Path, content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
     cut = np.concatenate(cuts)
     ranges = np.stack([cut[:-1] + 1, cut[1:]], axis=1)
     last = slice(*ranges[-1].tolist())
-    return ranges[:-1] if not content[last].strip(WHITE) else ranges  # an empty list, or a comma after the last record
+    return ranges[:-1] if not content[last].strip(_WHITE) else ranges  # an empty list, or a comma after the last record
 
 
-def escaped(block: UInt8[np.ndarray, " bytes"], place: Int[np.ndarray, " quotes"], carried: int) -> Any:
+def _escaped(block: UInt8[np.ndarray, " bytes"], place: Int[np.ndarray, " quotes"], carried: int) -> Any:
     """Which of the quotes stand behind an odd number of backslashes; `carried` of them end the block before."""
     found = np.zeros(len(place), dtype=bool)
     open_runs = np.arange(len(place))
@@ -169,7 +169,7 @@ def escaped(block: UInt8[np.ndarray, " bytes"], place: Int[np.ndarray, " quotes"
         position = place[open_runs] - distance
         in_block = position >= 0
         more = np.zeros(len(open_runs), dtype=bool)
-        more[in_block] = block[position[in_block]] == BACKSLASH
+        more[in_block] = block[position[in_block]] == _BACKSLASH
         if (position == -1).any() and carried % 2:
             found[open_runs[position == -1]] ^= True
         open_runs = open_runs[more]
@@ -178,9 +178,9 @@ def escaped(block: UInt8[np.ndarray, " bytes"], place: Int[np.ndarray, " quotes"
     return found
 
 
-def trailing_backslashes(block: UInt8[np.ndarray, " bytes"], carried: int) -> int:
+def _trailing_backslashes(block: UInt8[np.ndarray, " bytes"], carried: int) -> int:
     """Length of the run of backslashes that ends the block, with what came before if the block is nothing else."""
     run = 0
-    while run < len(block) and block[-1 - run] == BACKSLASH:
+    while run < len(block) and block[-1 - run] == _BACKSLASH:
         run += 1
     return run + (carried if run == len(block) else 0)

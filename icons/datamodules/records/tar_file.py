@@ -12,7 +12,7 @@ from typing import Any, Literal
 from icons.datamodules.records.data_set import content_digest
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
 
-IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 
 
 @dataclass
@@ -87,7 +87,7 @@ class TarRecords:
         if not isinstance(record, dict):
             return record
         record.setdefault("id", sample.key)
-        own = sorted(name for name in sample.members if name.rpartition(".")[2] in IMAGES)
+        own = sorted(name for name in sample.members if name.rpartition(".")[2] in _IMAGES)
         if not any(record.get(name) for name in ("image", "images")):
             return record | ({"images": [self.image(sample, name, light) for name in own]} if own else {})
         for name in ("image", "images"):

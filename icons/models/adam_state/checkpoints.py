@@ -16,12 +16,12 @@ from icons.models.parameter_names import match_names
 from icons.models.tensor_files import load_data
 from icons.preconditioner import AdamPreconditioner
 
-WARMUP_FILE = "adam.safetensors"
-FILES = ("optimizer.pt", "optimizer.bin", "last.ckpt")  # the Trainer's, accelerate's and FSDP's, Lightning's
-PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
+_WARMUP_FILE = "adam.safetensors"
+_FILES = ("optimizer.pt", "optimizer.bin", "last.ckpt")  # the Trainer's, accelerate's and FSDP's, Lightning's
+_PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
 # transformers 5, Trainer.get_decay_parameter_names
-NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-SHOWN = 3
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def load_adam_state(
             not tell which moments are whose.
     """
     path = Path(path)
-    moments = read_moments(path, model)
+    moments = _read_moments(path, model)
     places = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not places:
         raise ValueError(f"{path}: the model has no trainable parameter; expected an adapter: load the model with one")
@@ -80,13 +80,13 @@ def load_adam_state(
     )
 
 
-def read_moments(path: Path, model: nn.Module) -> Moments:
+def _read_moments(path: Path, model: nn.Module) -> Moments:
     """Recognises what `path` holds, and reads it; `model` is needed only where the file has no names."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; expected an optimizer state")
     if path.is_dir():
-        if (path / WARMUP_FILE).is_file():
-            return read_warmup(path / WARMUP_FILE)
+        if (path / _WARMUP_FILE).is_file():
+            return _read_warmup(path / _WARMUP_FILE)
         if is_deepspeed(path):
             state = read_deepspeed(path)
             return Moments(state.exp_avg, state.exp_avg_sq, state.step, state.betas, state.eps)
@@ -95,15 +95,15 @@ def read_moments(path: Path, model: nn.Module) -> Moments:
                 f"{path}: is a sharded checkpoint (*.distcp); expected one file: make it with python -m "
                 "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER optimizer.bin"
             )
-        for name in FILES:
+        for name in _FILES:
             if (path / name).exists():
-                return read_moments(path / name, model)
+                return _read_moments(path / name, model)
         raise FileNotFoundError(
-            f"{path}: no optimizer state here; expected {WARMUP_FILE} (warm-up), {', '.join(FILES)} or "
+            f"{path}: no optimizer state here; expected {_WARMUP_FILE} (warm-up), {', '.join(_FILES)} or "
             "*_optim_states.pt (DeepSpeed): an adapter alone has none"
         )
     if path.suffix == ".safetensors":
-        return read_warmup(path)
+        return _read_warmup(path)
     content = load(path)
     for name in ("optimizer", "optimizer_state_dict"):  # with a model's weights beside it
         if isinstance(inner := content.get(name), Mapping) and "state" in inner:
@@ -113,16 +113,16 @@ def read_moments(path: Path, model: nn.Module) -> Moments:
         if len(states) != 1:
             raise ValueError(f"{path}: holds the states of {len(states)} optimizers, expected one")
         known = list(content.get("state_dict", {}))
-        return read_torch(states[0], path, model, known)
+        return _read_torch(states[0], path, model, known)
     if {"state", "param_groups"} <= set(content):
-        return read_torch(content, path, model, [])
+        return _read_torch(content, path, model, [])
     raise ValueError(
-        f"{path}: is no optimizer state (it holds {', '.join(sorted(map(str, content))[:SHOWN])}); expected "
+        f"{path}: is no optimizer state (it holds {', '.join(sorted(map(str, content))[:_SHOWN])}); expected "
         "Lightning's checkpoint or the Hugging Face Trainer's optimizer.pt"
     )
 
 
-def read_warmup(file: Path) -> Moments:
+def _read_warmup(file: Path) -> Moments:
     """`exp_avg/<name>` and `exp_avg_sq/<name>`; step, betas and eps in the file's metadata."""
     with safe_open(str(file), framework="pt") as stored:
         metadata = stored.metadata() or {}
@@ -154,7 +154,7 @@ def load(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def read_torch(state: Mapping[str, Any], path: Path, model: nn.Module, known: Sequence[str]) -> Moments:
+def _read_torch(state: Mapping[str, Any], path: Path, model: nn.Module, known: Sequence[str]) -> Moments:
     """The form of `torch.optim.Optimizer.state_dict()`: numbered parameters, named where the optimizer had names.
 
     Or parameters by name, as FSDP saves them.
@@ -180,7 +180,7 @@ def read_torch(state: Mapping[str, Any], path: Path, model: nn.Module, known: Se
             for index, name in zip(group["params"], group["param_names"], strict=True)
         }
     else:
-        names = names_by_order(state, path, model, known)
+        names = _names_by_order(state, path, model, known)
     tables: dict[str, dict[str, Tensor]] = {which: {} for which in MOMENTS}
     steps: dict[str, int] = {}
     for group in groups:
@@ -199,7 +199,7 @@ def read_torch(state: Mapping[str, Any], path: Path, model: nn.Module, known: Se
     return Moments(**tables, step=steps, betas=betas, eps=eps)
 
 
-def names_by_order(state: Mapping[str, Any], path: Path, model: nn.Module, known: Sequence[str]) -> dict[int, str]:
+def _names_by_order(state: Mapping[str, Any], path: Path, model: nn.Module, known: Sequence[str]) -> dict[int, str]:
     """Names for numbered moments, from the orders in which trainers hand parameters to an optimizer.
 
     Every order that could have been is tried (with or without the projector, projector before or after the adapter,
@@ -213,7 +213,7 @@ def names_by_order(state: Mapping[str, Any], path: Path, model: nn.Module, known
     shapes = {index: tuple(entry["exp_avg"].shape) for index, entry in state["state"].items() if "exp_avg" in entry}
     fitting: dict[tuple[str, ...], dict[int, str]] = {}
     parameters = dict(model.named_parameters())
-    for order in orders(model, known):
+    for order in _orders(model, known):
         if [len(names) for names in order] != [len(indices) for indices in groups]:
             continue
         pairs = [
@@ -237,12 +237,12 @@ def names_by_order(state: Mapping[str, Any], path: Path, model: nn.Module, known
     )
 
 
-def orders(model: nn.Module, known: Sequence[str]) -> list[list[list[str]]]:
+def _orders(model: nn.Module, known: Sequence[str]) -> list[list[list[str]]]:
     """Groups of names in which an optimizer may have got the model's parameters."""
     every = [name for name, _ in model.named_parameters()]
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     lora = [name for name in every if "lora_" in name]
-    projector = [name for name in every if any(part in name for part in PROJECTOR_NAMES)]
+    projector = [name for name in every if any(part in name for part in _PROJECTOR_NAMES)]
     sets = [trainable, lora, [*lora, *projector], [*projector, *lora]]
     if known:  # Lightning saves names, in order, though not beside the moments
         plain = {name.partition(".")[2]: name for name in known} | {name: name for name in known}
@@ -253,7 +253,7 @@ def orders(model: nn.Module, known: Sequence[str]) -> list[list[list[str]]]:
     }  # fmt: skip
 
     def decays(name: str) -> bool:
-        return not NO_DECAY.search(name.lower()) and name not in normed
+        return not _NO_DECAY.search(name.lower()) and name not in normed
 
     found: list[list[list[str]]] = []
     for names, by_decay, by_projector in product(sets, (False, True), (False, True)):

@@ -58,7 +58,9 @@ def is_deepspeed(folder: Path) -> bool:
     """Whether `folder` is a DeepSpeed checkpoint, or holds one."""
     if not folder.is_dir():
         return False
-    return bool(optimizer_files(folder)) or any(optimizer_files(inner) for inner in folder.iterdir() if inner.is_dir())
+    return bool(_optimizer_files(folder)) or any(
+        _optimizer_files(inner) for inner in folder.iterdir() if inner.is_dir()
+    )
 
 
 def read_deepspeed(folder: Path) -> DeepSpeedState:
@@ -71,12 +73,12 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
         FileNotFoundError: no checkpoint is there.
         ValueError: a rank's file is missing, sizes do not add up, or the state is of a kind that is not supported.
     """
-    folder = step_folder(folder)
-    files = optimizer_files(folder)
+    folder = _step_folder(folder)
+    files = _optimizer_files(folder)
     ranks = [load(file)["optimizer_state_dict"] for file in files]
     stage = 3 if "fp32_flat_groups" in ranks[0] else 2
-    check_ranks(folder, ranks)
-    groups = shapes_of(folder)
+    _check_ranks(folder, ranks)
+    groups = _shapes_of(folder)
     inner = [rank["optimizer_state_dict" if stage == 3 else "base_optimizer_state"] for rank in ranks]
     if not all(isinstance(state, dict) and "state" in state for state in inner):
         raise ValueError(
@@ -104,23 +106,23 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
             if stage == 3:
                 tables[which] |= join_parameters(streams, shapes, where)
             else:
-                gaps = alignment(ranks[0], number, len(shapes))
-                tables[which] |= join_group(streams, shapes, gaps, end_padding(ranks, number), where)
-        steps |= dict.fromkeys(shapes, step_of(inner[0], ids[0], f"{folder}: group {number}"))
+                gaps = _alignment(ranks[0], number, len(shapes))
+                tables[which] |= join_group(streams, shapes, gaps, _end_padding(ranks, number), where)
+        steps |= dict.fromkeys(shapes, _step_of(inner[0], ids[0], f"{folder}: group {number}"))
     return DeepSpeedState(**tables, step=steps, betas=betas, eps=eps)
 
 
-def step_folder(folder: Path) -> Path:
+def _step_folder(folder: Path) -> Path:
     """The folder with the files: this one, the one that `latest` names, or the only one there is."""
-    if optimizer_files(folder):
+    if _optimizer_files(folder):
         return folder
     latest = folder / "latest"
     if latest.is_file():
         named = folder / latest.read_text().strip()
-        if not optimizer_files(named):
+        if not _optimizer_files(named):
             raise FileNotFoundError(f"{named}: is named by {latest} and holds no *_optim_states.pt; copy it again")
         return named
-    inner = [found for found in sorted(folder.iterdir()) if found.is_dir() and optimizer_files(found)]
+    inner = [found for found in sorted(folder.iterdir()) if found.is_dir() and _optimizer_files(found)]
     if not inner:
         raise FileNotFoundError(f"{folder}: no DeepSpeed checkpoint here; expected *_optim_states.pt in it or below it")
     if len(inner) > 1:
@@ -131,7 +133,7 @@ def step_folder(folder: Path) -> Path:
     return inner[0]
 
 
-def optimizer_files(folder: Path) -> list[Path]:
+def _optimizer_files(folder: Path) -> list[Path]:
     """One file per rank, in the order of ranks: as numbers, since rank 10 comes after rank 2."""
     found = {}
     for file in folder.glob("*zero_pp_rank_*_optim_states.pt"):
@@ -140,7 +142,7 @@ def optimizer_files(folder: Path) -> list[Path]:
     return [found[key] for key in sorted(found)]
 
 
-def check_ranks(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
+def _check_ranks(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
     counts = ranks[0]["partition_count"]
     expected = max(counts) if isinstance(counts, Sequence) else int(counts)
     if len(ranks) != expected:
@@ -150,7 +152,7 @@ def check_ranks(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def shapes_of(folder: Path) -> list[Shapes]:
+def _shapes_of(folder: Path) -> list[Shapes]:
     """Names and shapes of the trained parameters, one table per group that is not empty."""
     files = sorted(folder.glob("*mp_rank_00_model_states.pt"))
     if not files:
@@ -226,18 +228,18 @@ def join_parameters(streams: Sequence[Tensor], shapes: Shapes, where: str) -> di
     return found
 
 
-def end_padding(ranks: Sequence[Mapping[str, Any]], group: int) -> int:
+def _end_padding(ranks: Sequence[Mapping[str, Any]], group: int) -> int:
     """Padding at the end of a group's vector, counted over the ranks that hold it."""
     return sum(int(rank["group_paddings"][group]) for rank in ranks if "group_paddings" in rank)
 
 
-def alignment(rank: Mapping[str, Any], group: int, num_parameters: int) -> list[int]:
+def _alignment(rank: Mapping[str, Any], group: int, num_parameters: int) -> list[int]:
     """Padding after each parameter of a group (newer versions; none before)."""
     gaps = rank.get("param_alignment_paddings")
     return list(gaps[group]) if gaps else [0] * num_parameters
 
 
-def step_of(state: Mapping[str, Any], parameter: Any, where: str) -> int:
+def _step_of(state: Mapping[str, Any], parameter: Any, where: str) -> int:
     """Adam's step: of the parameter's state, or of its group (fused kernels keep it there)."""
     step = state["state"].get(parameter, {}).get("step")
     if step is None:

@@ -20,11 +20,11 @@ from icons.models.loading import MERGED, Dtype, adapter_fingerprint, load_model,
 from icons.output import check_output, read_object, whole_folder
 
 Layout = Literal["huggingface", "llava"]
-TOKENIZER_FILES = (
+_TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
-MULTIPLE = 64
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".index.json")
+_MULTIPLE = 64
 
 
 def export_model(
@@ -61,7 +61,7 @@ def export_model(
     """
     inputs = {"--model": folder.model, "--vision-tower": folder.vision_tower, "--mm-projector": folder.mm_projector}
     inputs |= {"--adapter": adapter}
-    check_output(out, kind="folder", inputs=inputs, ours=is_export, overwrite=overwrite)
+    check_output(out, kind="folder", inputs=inputs, ours=_is_export, overwrite=overwrite)
     if layout == "llava" and folder.kind != "llava":
         raise ValueError(f"{folder.model}: is no LLaVA ({folder.kind} model); expected --format huggingface for it")
     network = load_model(folder, adapter=adapter, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -77,31 +77,31 @@ def export_model(
     }
     merged = merged_adapters(folder.model) + ([adapter_fingerprint(adapter)] if adapter is not None else [])
     record |= {"adapters": merged}
-    with whole_folder(out, last=MERGED, stale=lambda name: name.endswith(WEIGHT_SUFFIXES)) as partial:
+    with whole_folder(out, last=MERGED, stale=lambda name: name.endswith(_WEIGHT_SUFFIXES)) as partial:
         if layout == "llava":
-            write_llava(model, folder, partial, home=out)
+            _write_llava(model, folder, partial, home=out)
         else:
-            write_huggingface(model, folder, partial, trust_remote_code)
+            _write_huggingface(model, folder, partial, trust_remote_code)
         (partial / MERGED).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def is_export(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     return "layout" in read_object(folder / MERGED)
 
 
-def write_huggingface(model: Any, folder: ModelFolder, out: Path, trust_remote_code: bool) -> None:
+def _write_huggingface(model: Any, folder: ModelFolder, out: Path, trust_remote_code: bool) -> None:
     settings = model.generation_config
     if settings is not None and {settings.temperature, settings.top_p} - {None, 1.0}:
         settings.do_sample = True  # Vicuna's own settings, which transformers refuses to write otherwise
     if folder.layout == "huggingface":
         for file in folder.model.iterdir():
             rewritten = file.name in ("config.json", "generation_config.json", MERGED)
-            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and not rewritten:
+            if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES) and not rewritten:
                 shutil.copyfile(file, out / file.name)
     if folder.kind == "llava":
         if folder.layout == "original":
-            add_image_token(model, folder, out, trust_remote_code)
-        write_llava_huggingface(model, folder, out)
+            _add_image_token(model, folder, out, trust_remote_code)
+        _write_llava_huggingface(model, folder, out)
     else:
         with quiet():
             model.save_pretrained(out)
@@ -109,16 +109,16 @@ def write_huggingface(model: Any, folder: ModelFolder, out: Path, trust_remote_c
         (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def write_llava_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
+def _write_llava_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
     """Weights and settings in the words of `llava-hf/*`, which transformers 4 and 5 and vLLM read alike."""
-    weights = {old_name(name): value.contiguous() for name, value in model.state_dict().items()}
+    weights = {_old_name(name): value.contiguous() for name, value in model.state_dict().items()}
     if model.config.text_config.tie_word_embeddings:
         weights.pop("language_model.lm_head.weight")
     save_torch_state_dict(weights, out, max_shard_size="5GB")
     model.__class__ = LlavaForConditionalGeneration
     values = model.config.to_dict() | {"architectures": ["LlavaForConditionalGeneration"]}
     text = model.config.text_config
-    values["text_config"] |= {"model_type": "llama"} | old_values(text)
+    values["text_config"] |= {"model_type": "llama"} | _old_values(text)
     values["torch_dtype"] = values["text_config"]["torch_dtype"]
     for part in (values, values["text_config"], values["vision_config"]):
         part.pop("_name_or_path", None)
@@ -127,19 +127,19 @@ def write_llava_huggingface(model: Any, folder: ModelFolder, out: Path) -> None:
         model.generation_config.save_pretrained(out)
 
 
-def old_name(name: str) -> str:
+def _old_name(name: str) -> str:
     """What transformers 4 calls a LLaVA's weight.
 
-    >>> old_name("model.language_model.norm.weight"), old_name("model.vision_tower.post_layernorm.bias")
+    >>> _old_name("model.language_model.norm.weight"), _old_name("model.vision_tower.post_layernorm.bias")
     ('language_model.model.norm.weight', 'vision_tower.vision_model.post_layernorm.bias')
     """
-    for new, old in OLD_PREFIXES.items():
+    for new, old in _OLD_PREFIXES.items():
         if name.startswith(new):
             return old + name.removeprefix(new)
     return name
 
 
-OLD_PREFIXES = {
+_OLD_PREFIXES = {
     "lm_head.": "language_model.lm_head.",
     "model.language_model.": "language_model.model.",
     "model.vision_tower.": "vision_tower.vision_model.",
@@ -147,11 +147,11 @@ OLD_PREFIXES = {
 }
 
 
-def add_image_token(model: Any, folder: ModelFolder, out: Path, trust_remote_code: bool) -> None:
+def _add_image_token(model: Any, folder: ModelFolder, out: Path, trust_remote_code: bool) -> None:
     """Extends tokenizer and vocabulary by `<image>` and `<pad>`, and writes the processor."""
     text = model.config.text_config
     image, pad = write_processor(folder, model.config, out, trust_remote_code)
-    size = -(-max(text.vocab_size, pad + 1) // MULTIPLE) * MULTIPLE
+    size = -(-max(text.vocab_size, pad + 1) // _MULTIPLE) * _MULTIPLE
     table = model.get_input_embeddings()
     table.weight = nn.Parameter(with_mean_rows(table.weight.detach(), size))
     table.num_embeddings = size
@@ -174,13 +174,13 @@ def with_mean_rows(weight: Tensor, size: int) -> Tensor:
     return torch.cat([weight, mean.expand(size - len(weight), -1)])
 
 
-def write_llava(model: Llava, folder: ModelFolder, out: Path, home: Path) -> None:
+def _write_llava(model: Llava, folder: ModelFolder, out: Path, home: Path) -> None:
     """LLaVA's own layout in `out`, which will lie at `home`: the config names the vision tower there."""
     core: Any = model.model
     config: Any = model.config
     text = config.text_config
     size = text.vocab_size
-    if folder.layout == "huggingface" and size - MULTIPLE <= config.image_token_index < size:
+    if folder.layout == "huggingface" and size - _MULTIPLE <= config.image_token_index < size:
         size = config.image_token_index  # what follows was added for Hugging Face: <image>, <pad>, padding
     weights = {f"model.{name}": value for name, value in core.language_model.state_dict().items()}
     weights["lm_head.weight"] = model.lm_head.weight.detach()
@@ -196,33 +196,33 @@ def write_llava(model: Llava, folder: ModelFolder, out: Path, home: Path) -> Non
         processor = folder.image_processor
         assert processor is not None
         CLIPImageProcessorPil.from_pretrained(processor, trust_remote_code=False).save_pretrained(out / "vision_tower")
-    values = language_values(folder, text) | llava_values(folder, config, home) | {"vocab_size": size}
+    values = _language_values(folder, text) | _llava_values(folder, config, home) | {"vocab_size": size}
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if (values.get("pad_token_id") or 0) >= size:
         values["pad_token_id"] = 0  # LLaVA pads with <unk>
     (out / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    for name in (*_TOKENIZER_FILES, "generation_config.json"):
         if (folder.model / name).is_file():
             shutil.copyfile(folder.model / name, out / name)
 
 
-def language_values(folder: ModelFolder, text: Any) -> dict[str, Any]:
+def _language_values(folder: ModelFolder, text: Any) -> dict[str, Any]:
     """The language model's settings, in the words of the transformers 4 that LLaVA runs on."""
     if folder.layout == "original":
         return read_config(folder.model)
     values = {name: value for name, value in text.to_dict().items() if name not in ("_name_or_path", "model_type")}
     for name in ("rope_parameters", "dtype"):
         values.pop(name, None)
-    return values | old_values(text)
+    return values | _old_values(text)
 
 
-def old_values(text: Any) -> dict[str, Any]:
+def _old_values(text: Any) -> dict[str, Any]:
     """Settings of a language model that transformers 4 has under other names."""
     dtype = str(text.dtype or "float32").removeprefix("torch.")
     return old_rope(getattr(text, "rope_parameters", None) or {}) | {"torch_dtype": dtype}
 
 
-def llava_values(folder: ModelFolder, config: Any, home: Path) -> dict[str, Any]:
+def _llava_values(folder: ModelFolder, config: Any, home: Path) -> dict[str, Any]:
     whole = config.vision_feature_select_strategy == "full"
     return {
         "architectures": ["LlavaLlamaForCausalLM"],

@@ -7,7 +7,7 @@ transformers 5 keeps the rotary embedding in `rope_parameters`, which version 4 
 from collections.abc import Mapping
 from typing import Any
 
-DEFAULT_THETA = 10000.0
+_DEFAULT_THETA = 10000.0
 
 
 def with_old_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,10 +31,10 @@ def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(full := rope.get("full_attention"), Mapping):
         found = old_rope(full)
         if isinstance(local := rope.get("sliding_attention"), Mapping):
-            found["rope_local_base_freq"] = local.get("rope_theta", DEFAULT_THETA)
+            found["rope_local_base_freq"] = local.get("rope_theta", _DEFAULT_THETA)
         return found
     rest = dict(rope)
-    found = {"rope_theta": rest.pop("rope_theta", DEFAULT_THETA)}
+    found = {"rope_theta": rest.pop("rope_theta", _DEFAULT_THETA)}
     if "partial_rotary_factor" in rest:
         found["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
     kind = rest.pop("rope_type", "default")

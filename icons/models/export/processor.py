@@ -15,13 +15,13 @@ from icons.models.base_weights import quiet
 from icons.models.export.tokenizer import fast_tokenizer
 from icons.models.folder import ModelFolder, own_code
 
-IMAGE, PAD = "<image>", "<pad>"
+_IMAGE, _PAD = "<image>", "<pad>"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 # LLaVA's v1 conversation; content as text, or as transformers' list of images and texts. MARK: what follows an image
-CHAT_TEMPLATE = (
+_CHAT_TEMPLATE = (
     "{% if not messages or messages[0]['role'] != 'system' %}" + SYSTEM + "{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ ' USER: ' if loop.first or messages[loop.index0 - 1]['role'] == 'system' "
@@ -55,14 +55,14 @@ def write_processor(folder: ModelFolder, config: Any, out: Path, trust_remote_co
     saved: dict[str, Any] = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
     sentencepiece, legacy = (folder.model / "tokenizer.model").is_file(), bool(saved.get("legacy", True))
     tokenizer = fast_tokenizer(folder.model, legacy)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (IMAGE, PAD)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (_IMAGE, _PAD)])
     tokenizer.save(str(out / "tokenizer.json"))
     with quiet(), own_code(folder.model):
         own: Any = AutoTokenizer.from_pretrained(folder.model, trust_remote_code=trust_remote_code)
     template = own.chat_template
     if folder.template == "v1":
-        template = CHAT_TEMPLATE.replace("MARK", "" if legacy or not sentencepiece else " ")
-    special = {"bos_token": own.bos_token, "eos_token": own.eos_token, "unk_token": own.unk_token, "pad_token": PAD}
+        template = _CHAT_TEMPLATE.replace("MARK", "" if legacy or not sentencepiece else " ")
+    special = {"bos_token": own.bos_token, "eos_token": own.eos_token, "unk_token": own.unk_token, "pad_token": _PAD}
     special = {name: token for name, token in special.items() if token is not None}
     values = special | {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -84,13 +84,13 @@ def write_processor(folder: ModelFolder, config: Any, out: Path, trust_remote_co
     write(out / "preprocessor_config.json", pixels | {"processor_class": "LlavaProcessor"})
     processor = {
         "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
+        "image_token": _IMAGE,
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": config.vision_feature_select_strategy,
         "num_additional_image_tokens": 1,  # CLIP's class token: without, the processor counts one image token too few
     }
     write(out / "processor_config.json", processor)
-    image, pad = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(PAD)
+    image, pad = tokenizer.token_to_id(_IMAGE), tokenizer.token_to_id(_PAD)
     assert image is not None and pad is not None
     return image, pad
 
