@@ -54,7 +54,7 @@ def to_parts(values: np.ndarray, dtype: np.dtype) -> list[bytes | memoryview]:
     """A chunk's bytes in two pieces, numbers and checksum, without copying the numbers.
 
     >>> [bytes(part) for part in to_parts(np.array([1, 2]), np.dtype(np.uint8))]
-    [b'\\x01\\x02', b'Q\\xa0\\xee6']
+    [b'\\x01\\x02', b'R\\x9f\\xf8\\x03']
     """
     numbers = np.ascontiguousarray(values, dtype=dtype).reshape(-1).view(np.uint8)
     return [numbers.data, google_crc32c.value(numbers).to_bytes(CHECKSUM_BYTES, "little")]
@@ -71,7 +71,7 @@ def from_bytes(content: np.ndarray, shape: Sequence[int], dtype: np.dtype) -> np
     Raises:
         ValueError: another number of bytes, or another checksum than these numbers have.
 
-    >>> from_bytes(np.frombuffer(b"\\x01\\x02Q\\xa0\\xee6", np.uint8), (2,), np.dtype(np.uint8))
+    >>> from_bytes(np.frombuffer(b"\\x01\\x02R\\x9f\\xf8\\x03", np.uint8), (2,), np.dtype(np.uint8))
     array([1, 2], dtype=uint8)
     """
     if len(content) != num_bytes(shape, dtype):

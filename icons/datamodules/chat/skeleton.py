@@ -101,8 +101,8 @@ def _spellings(text: str) -> list[str]:
 def common_prefix(a: str, b: str) -> str:
     """What two texts begin with, character by character.
 
-    >>> common_prefix("<e>\n<u>", "<e>\n")
-    '<e>\n'
+    >>> common_prefix("<e>\\n<u>", "<e>\\n")
+    '<e>\\n'
     """
     same = next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[:same]
