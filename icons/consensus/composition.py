@@ -31,8 +31,8 @@ def variety(shares: Iterable[float]) -> float:
     >>> round(variety([0.5, 0.5, 0.0]), 6)
     2.0
     """
-    found = np.array([share for share in shares if share > 0])
-    return float(np.exp(-(found * np.log(found)).sum())) if len(found) else 0.0
+    present = np.array([share for share in shares if share > 0])
+    return float(np.exp(-(present * np.log(present)).sum())) if len(present) else 0.0
 
 
 def composition(
@@ -47,7 +47,7 @@ def composition(
         selected: which of these rows are selected.
         tasks: task -> the traits of its validation rows; tasks weigh equally.
     """
-    found: list[Kind] = []
+    kinds: list[Kind] = []
     tasks = tasks or {}
     num, size = int(selected.sum()), len(selected)
     for trait, words in traits.items():
@@ -56,11 +56,11 @@ def composition(
         chosen = np.bincount(code[selected], minlength=len(names)) / max(num, 1)
         asked = [shares(part[trait], names) for part in tasks.values()]
         spread = np.sqrt(pool * (1 - pool) / max(num, 1) * max(1 - num / max(size, 1), 1e-9))
-        for place, name in enumerate(names.tolist()):
-            share = float(np.mean([part[place] for part in asked])) if asked else None
-            apart = float((chosen[place] - pool[place]) / spread[place]) if spread[place] > 0 else 0.0
-            found.append(Kind(trait, name, float(chosen[place]), float(pool[place]), share, apart))
-    return sorted(found, key=lambda kind: (-abs(kind.selected - kind.pool), kind.trait, kind.value))
+        for index, name in enumerate(names.tolist()):
+            share = float(np.mean([part[index] for part in asked])) if asked else None
+            apart = float((chosen[index] - pool[index]) / spread[index]) if spread[index] > 0 else 0.0
+            kinds.append(Kind(trait, name, float(chosen[index]), float(pool[index]), share, apart))
+    return sorted(kinds, key=lambda kind: (-abs(kind.selected - kind.pool), kind.trait, kind.value))
 
 
 def frequent(
@@ -74,10 +74,10 @@ def frequent(
     for part in of_tasks:
         most = np.maximum(most, shares(part, names))
     kept = np.sort(np.lexsort((names, -most))[:_MOST_NAMES])
-    place = np.full(len(names), len(kept))
-    place[kept] = np.arange(len(kept))
+    position = np.full(len(names), len(kept))
+    position[kept] = np.arange(len(kept))
     every = names[kept] if len(kept) == len(names) else np.append(names[kept], OTHERS)
-    return every, place[code]
+    return every, position[code]
 
 
 def shares(words: np.ndarray, names: np.ndarray) -> Float[np.ndarray, " names"]:
@@ -86,10 +86,10 @@ def shares(words: np.ndarray, names: np.ndarray) -> Float[np.ndarray, " names"]:
     >>> shares(np.array(["a", "b", "a", "c"], dtype=object), np.array(["a", OTHERS])).tolist()
     [0.5, 0.5]
     """
-    place = {name: number for number, name in enumerate(names.tolist())}
-    found = np.zeros(len(names))
+    index_of = {name: number for number, name in enumerate(names.tolist())}
+    counted = np.zeros(len(names))
     for word in words.tolist():
-        number = place.get(str(word), place.get(OTHERS))
+        number = index_of.get(str(word), index_of.get(OTHERS))
         if number is not None:
-            found[number] += 1
-    return found / max(len(words), 1)
+            counted[number] += 1
+    return counted / max(len(words), 1)

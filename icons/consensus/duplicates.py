@@ -76,25 +76,25 @@ class NearDuplicates:
             stayed: list[int] = []
             near = self.neighbours(sketch)
             inside = (sketch @ sketch.T >= self.reach).cpu().numpy()
-            for place, row in enumerate(block.tolist()):
-                better = [whole[block[other]] for other in stayed if inside[place, other]]
-                better += [self.kept[other] for other in near.get(place, [])]
+            for index, row in enumerate(block.tolist()):
+                better = [whole[block[other]] for other in stayed if inside[index, other]]
+                better += [self.kept[other] for other in near.get(index, [])]
                 if row >= keep and any(self.is_near(whole[row], other) for other in better):
                     dropped[row] = True
                 else:
-                    stayed.append(place)
+                    stayed.append(index)
             self.sketches = torch.cat([self.sketches, sketch[stayed].cpu()])
-            self.kept += [whole[block[place]] for place in stayed]
+            self.kept += [whole[block[index]] for index in stayed]
         return dropped
 
     def neighbours(self, sketch: Float[Tensor, "block width"]) -> dict[int, list[int]]:
         """Place in the block -> kept rows that may be near."""
-        found: dict[int, list[int]] = {}
+        near: dict[int, list[int]] = {}
         for start, kept in self.kept_blocks():
             places, others = (sketch @ kept.T >= self.reach).nonzero(as_tuple=True)
-            for place, other in zip(places.tolist(), others.tolist(), strict=True):
-                found.setdefault(place, []).append(start + other)
-        return found
+            for index, other in zip(places.tolist(), others.tolist(), strict=True):
+                near.setdefault(index, []).append(start + other)
+        return near
 
     def kept_blocks(self) -> Iterator[tuple[int, Float[Tensor, "kept width"]]]:
         step = 1 << 15

@@ -89,15 +89,15 @@ class Health:
             return cls(len(rows), kinds=list(kinds), notes=list(notes))
         sets = random_sets(rows, scored, seed=seed)
         unit = UnitRows(gradients)
-        found = GradientPass.over(unit, sets, scored, seed)
+        measured = GradientPass.over(unit, sets, scored, seed)
         if pairs is not None:
             sums = sums_from_pairs(pairs, sets)
         elif gradients.checkpoints[0].tasks.spans:  # sums of rows say nothing of cosines within subspaces
             with Pairs.of_gradients(gradients, groups) as made:
                 sums = sums_from_pairs(made, sets)
         else:
-            sums = found.sums_on(unit.of_tasks(groups or {}))
-        return cls(len(rows), hurt(sums), found.effective(seed), list(kinds), list(notes))
+            sums = measured.sums_on(unit.of_tasks(groups or {}))
+        return cls(len(rows), hurt(sums), measured.effective(seed), list(kinds), list(notes))
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it: what `from_plain` reads."""
@@ -119,25 +119,27 @@ class Health:
 
         Names end with the direction in which a selection looks worse: `_up` or `_down`.
         """
-        found: dict[str, float] = {}
+        measures: dict[str, float] = {}
         if self.hurt:
             values = list(self.hurt.values())
-            found["hurt_mean_up"] = float(np.mean([part.value for part in values]))
-            found["hurt_excess_mean_up"] = float(np.mean([part.value - part.mean for part in values]))
-            found["hurt_excess_worst_up"] = max(part.value - part.mean for part in values)
+            measures["hurt_mean_up"] = float(np.mean([part.value for part in values]))
+            measures["hurt_excess_mean_up"] = float(np.mean([part.value - part.mean for part in values]))
+            measures["hurt_excess_worst_up"] = max(part.value - part.mean for part in values)
         if self.effective is not None:
-            found["effective_rows_ratio_down"] = self.effective.value / self.effective.mean
+            measures["effective_rows_ratio_down"] = self.effective.value / self.effective.mean
         answers = [kind for kind in self.kinds if kind.trait == "answer"]
         if answers:
-            found["answer_variety_ratio_down"] = variety(k.selected for k in answers) / variety(k.pool for k in answers)
-            found["answer_excess_up"] = max(kind.selected - max(kind.pool, kind.tasks or 0) for kind in answers)
-            found["answer_distance_up"] = sum(abs(kind.selected - kind.pool) for kind in answers) / 2
+            measures["answer_variety_ratio_down"] = variety(k.selected for k in answers) / variety(
+                k.pool for k in answers
+            )
+            measures["answer_excess_up"] = max(kind.selected - max(kind.pool, kind.tasks or 0) for kind in answers)
+            measures["answer_distance_up"] = sum(abs(kind.selected - kind.pool) for kind in answers) / 2
         if answers and all(kind.tasks is not None for kind in answers):
-            found["answer_gap_up"] = self.gap("answer")
+            measures["answer_gap_up"] = self.gap("answer")
             asked = [kind for kind in answers if (kind.tasks or 0) >= _LIMITS.asked and kind.pool > 0]
             if asked:
-                found["scarcest_answer_ratio_down"] = min(kind.selected / kind.pool for kind in asked)
-        return found
+                measures["scarcest_answer_ratio_down"] = min(kind.selected / kind.pool for kind in asked)
+        return measures
 
     def gap(self, trait: str) -> float:
         """How much worse than the pool the selection covers what the tasks ask, in nats: sum of t log(p / s).
@@ -150,30 +152,32 @@ class Health:
 
     def warnings(self, limits: Limits = _LIMITS) -> list[str]:
         """The marks of failed selections that this one has, and what to do; empty: none."""
-        found = []
+        warnings = []
         for task, part in self.hurt.items():
             if part.value > part.high + limits.hurt:
-                found.append(
+                warnings.append(
                     f"the selection hurts {100 * part.value:.0f} % of the validation rows of {task}; random sets hurt "
                     f"{100 * part.mean:.0f} % ({100 * part.low:.0f} to {100 * part.high:.0f} %)"
                 )
         if self.effective is not None and self.effective.value < limits.effective * self.effective.mean:
-            found.append(
+            warnings.append(
                 f"the selection is redundant: 1,000 of its rows are worth {self.effective.value:.0f}, of random rows "
                 f"{self.effective.mean:.0f}"
             )
         measured = self.measures()
         if measured.get("answer_variety_ratio_down", 1) < limits.answers:
             ratio = 100 * measured["answer_variety_ratio_down"]
-            found.append(f"the selection has few different answers: {ratio:.0f} % of the pool's effective number")
+            warnings.append(f"the selection has few different answers: {ratio:.0f} % of the pool's effective number")
         for kind in (kind for kind in self.kinds if kind.trait == "answer"):
             shares = f"{100 * kind.selected:.0f} % of the selection, {100 * kind.pool:.0f} % of the pool"
             asked = "" if kind.tasks is None else f", {100 * kind.tasks:.0f} % of the tasks' validation rows"
             if (kind.tasks or 0) >= limits.asked and kind.selected < limits.scarce * kind.pool:
-                found.append(f"the selection has lost an answer that tasks ask for: “{kind.value}” has {shares}{asked}")
+                warnings.append(
+                    f"the selection has lost an answer that tasks ask for: “{kind.value}” has {shares}{asked}"
+                )
             elif kind.selected > max(kind.pool, kind.tasks or 0) + limits.frequent:
-                found.append(f"the selection is full of one answer: “{kind.value}” has {shares}{asked}")
-        return found
+                warnings.append(f"the selection is full of one answer: “{kind.value}” has {shares}{asked}")
+        return warnings
 
 
 WHAT_TO_DO = (

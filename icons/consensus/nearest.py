@@ -16,12 +16,12 @@ def nearest(
     room in it, those level with it are left out, unless all are.
     """
     lists, values = nearest_with_products(pairs, free, length)
-    found = []
+    nearest_rows = []
     for rows, products in zip(lists, values, strict=True):
         order = np.lexsort((rows, -ties[rows], -products))
         kept = int((products > products[order[-1]]).sum()) if len(rows) == length else len(rows)
-        found.append(rows[order][: kept or len(rows)])
-    return found
+        nearest_rows.append(rows[order][: kept or len(rows)])
+    return nearest_rows
 
 
 def nearest_with_products(

@@ -52,7 +52,7 @@ def opened(
     entries = facts.train
     trains = list(train) if train else [entry["path"] for entry in entries]
     known = of_tasks(facts)
-    paths = {name: [entry["path"] for entry in found] for name, found in known.items()}
+    paths = {name: [entry["path"] for entry in listed] for name, listed in known.items()}
     paths |= {name: list(given) for name, given in (tasks or {}).items()}
     wanted = [member for task in store.tasks for member in facts.members(task)]
     lacking = [name for name in wanted if name not in paths]
@@ -61,14 +61,14 @@ def opened(
             f"scores {store.path}: names no gradients of training and validation rows (it was made without them); "
             f"expected --train STORE and --task NAME=STORE for {', '.join(lacking or wanted)}"
         )
-    found = [GradientStore.open(path) for path in trains]
-    for source, entry in zip(found, entries, strict=False):
+    opened_trains = [GradientStore.open(path) for path in trains]
+    for source, entry in zip(opened_trains, entries, strict=False):
         check_compatible(source.manifest, entry, SOURCE, f"the store {source.path}", f"the scores {store.path}")
     opened_tasks = {name: [GradientStore.open(path) for path in paths[name]] for name in wanted}
     for name, sources in opened_tasks.items():
         for source, stated in zip(sources, known.get(name, []), strict=False):
             check_compatible(source.manifest, stated, SOURCE, f"the store {source.path}", f"the scores {store.path}")
-    return found, opened_tasks
+    return opened_trains, opened_tasks
 
 
 def of_tasks(facts: ScoreManifest) -> dict[str, list[Mapping[str, Any]]]:

@@ -161,14 +161,14 @@ class Pairs:
 
     def weigh(self, usable: Bool[np.ndarray, " all"], sizes: Mapping[str, int]) -> None:
         task, share, start = [], [], 0
-        for place, (name, members) in enumerate(self.members.items()):
-            found = [usable[start + at : start + at + sizes[m]] for at, m in _offsets(members, sizes)]
+        for column, (name, members) in enumerate(self.members.items()):
+            parts = [usable[start + at : start + at + sizes[m]] for at, m in _offsets(members, sizes)]
             start += sum(sizes[member] for member in members)
-            counts = [int(part.sum()) for part in found]
+            counts = [int(part.sum()) for part in parts]
             if not any(counts):
                 raise ValueError(f"task {name}: none of its validation rows is usable; expected at least one")
             filled = sum(count > 0 for count in counts)
-            task += [np.full(sum(counts), place, np.int64)]
+            task += [np.full(sum(counts), column, np.int64)]
             share += [np.full(count, 1 / count / filled) for count in counts if count]
         self.task, self.share = np.concatenate(task), np.concatenate(share)
 
@@ -188,11 +188,11 @@ class Pairs:
 
     def total(self, rows: Int[np.ndarray, " some"], positive: bool = False) -> Float[np.ndarray, " validation"]:
         """Sum of the given rows' products (or of their positive parts), float64."""
-        found = np.zeros(self.width)
+        total = np.zeros(self.width)
         for part in _pieces(len(rows), self.width):
             products = self.rows(rows[part.start : part.stop])
-            found += (np.maximum(products, 0) if positive else products).sum(axis=0, dtype=np.float64)
-        return found
+            total += (np.maximum(products, 0) if positive else products).sum(axis=0, dtype=np.float64)
+        return total
 
     def weighted(self, weights: Float[np.ndarray, " validation"]) -> Float[np.ndarray, " rows"]:
         """Each row's weighted sum of products, float32; equal rows have equal sums, wherever they stand."""

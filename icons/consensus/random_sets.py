@@ -37,11 +37,11 @@ def random_sets(
 ) -> Bool[np.ndarray, "rows sets"]:
     """The selection, and random sets of its size from the scored rows, as columns."""
     generator, known = np.random.default_rng(seed), np.flatnonzero(scored)
-    found = np.zeros((len(scored), 1 + num_sets), bool)
-    found[rows, 0] = True
-    for place in range(1, 1 + num_sets):
-        found[generator.permutation(known)[: len(rows)], place] = True
-    return found
+    sets = np.zeros((len(scored), 1 + num_sets), bool)
+    sets[rows, 0] = True
+    for number in range(1, 1 + num_sets):
+        sets[generator.permutation(known)[: len(rows)], number] = True
+    return sets
 
 
 def sums_from_pairs(pairs: Pairs, sets: Bool[np.ndarray, "rows sets"]) -> dict[str, Float[np.ndarray, "_ sets"]]:
@@ -49,7 +49,7 @@ def sums_from_pairs(pairs: Pairs, sets: Bool[np.ndarray, "rows sets"]) -> dict[s
     total = torch.zeros(pairs.width, sets.shape[1])
     for rows, block in pairs.blocks():
         total += block.T @ torch.from_numpy(sets[rows]).float()
-    return {task: total[torch.from_numpy(pairs.task == place)].numpy() for place, task in enumerate(pairs.tasks)}
+    return {task: total[torch.from_numpy(pairs.task == index)].numpy() for index, task in enumerate(pairs.tasks)}
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,15 @@ class GradientPass:
             for among, most in ((sets[:, 0], _SAMPLE_ROWS), (scored, _POOL_ROWS))
         ]
         masks = np.zeros((len(scored), 2), bool)
-        for place, rows in enumerate(wanted):
-            masks[rows, place] = True
+        for number, rows in enumerate(wanted):
+            masks[rows, number] = True
         sums = torch.zeros(sets.shape[1], unit.dim)
         kept: tuple[list[Tensor], list[Tensor]] = ([], [])
         for part, gradients in unit.blocks():
             span = slice(part.start, part.stop)
             sums += torch.from_numpy(sets[span]).float().T @ gradients
-            for place, several in enumerate(kept):
-                several.append(gradients[torch.from_numpy(masks[span, place])])
+            for number, several in enumerate(kept):
+                several.append(gradients[torch.from_numpy(masks[span, number])])
         return cls(sums, torch.cat(kept[0]), torch.cat(kept[1]))
 
     def sums_on(self, rows: Mapping[str, Float[Tensor, "_ dim"]]) -> dict[str, Float[np.ndarray, "_ sets"]]:

@@ -80,12 +80,12 @@ class UnitRows:
 
         For a scorer made with `pairwise`.
         """
-        found: dict[str, Tensor] = {}
+        rows_of: dict[str, Tensor] = {}
         for task in self.scorer.tasks:
             members = [self.of_member(name) for name in groups.get(task, [task])]
             rows = torch.cat(members)
-            found[task] = rows[rows.isfinite().all(dim=1)]
-        return found
+            rows_of[task] = rows[rows.isfinite().all(dim=1)]
+        return rows_of
 
     def of_member(self, name: str) -> Float[Tensor, "_ dim"]:
         checkpoints = zip(self.scorer.checkpoints, self.roots, strict=True)

@@ -222,22 +222,22 @@ def _scorer_behind(scores: Any, train: Any, tasks: Any, columns: Columns, pairwi
         ValueError: they are neither given nor named by the scores, or they are of other rows or tasks.
     """
     if train is not None and tasks is not None:
-        found = Scorer.of(train, tasks, pairwise=pairwise)
+        scorer = Scorer.of(train, tasks, pairwise=pairwise)
     elif hasattr(scores, "scorer"):
-        found = scores.scorer(pairwise)
+        scorer = scores.scorer(pairwise)
     elif isinstance(scores, ScoreStore):
-        found = scorer_of(scores, pairwise=pairwise)
+        scorer = scorer_of(scores, pairwise=pairwise)
     else:
         raise ValueError(
             "got scores without gradients; expected a score store that names its gradient stores, or train and tasks "
             "as `icons.influence` takes them"
         )
-    if found.num_rows != columns.num_rows or found.tasks != columns.tasks:
+    if scorer.num_rows != columns.num_rows or scorer.tasks != columns.tasks:
         raise ValueError(
-            f"gradients: got {found.num_rows} rows and the tasks {', '.join(found.tasks)}; expected {columns.num_rows} "
-            f"and {', '.join(columns.tasks)}, as the scores have"
+            f"gradients: got {scorer.num_rows} rows and the tasks {', '.join(scorer.tasks)}; expected "
+            f"{columns.num_rows} and {', '.join(columns.tasks)}, as the scores have"
         )
-    return found
+    return scorer
 
 
 def _opened_pairs(
@@ -253,23 +253,23 @@ def _opened_pairs(
         ValueError: they are neither given nor to be had, or they are of other rows or tasks.
     """
     if isinstance(given, Pairs):
-        found = given
+        opened = given
     elif given is not None:
-        found = stack.enter_context(Pairs.of_arrays(given, columns.tasks))
+        opened = stack.enter_context(Pairs.of_arrays(given, columns.tasks))
     elif hasattr(scores, "pairs"):
-        found = scores.pairs()  # the caller's to close
+        opened = scores.pairs()  # the caller's to close
     elif isinstance(scores, ScoreStore) and Pairs.are_in(scores):
-        found = stack.enter_context(Pairs.of_store(scores))
+        opened = stack.enter_context(Pairs.of_store(scores))
     else:
         scorer = gradients(True)
         groups = scores.facts.groups if isinstance(scores, ScoreStore) else {}
-        found = stack.enter_context(Pairs.of_gradients(scorer, groups))
-    if found.num_rows != columns.num_rows or found.tasks != columns.tasks:
+        opened = stack.enter_context(Pairs.of_gradients(scorer, groups))
+    if opened.num_rows != columns.num_rows or opened.tasks != columns.tasks:
         raise ValueError(
-            f"products: got {found.num_rows} rows and the tasks {', '.join(found.tasks)}; expected {columns.num_rows} "
-            f"and {', '.join(columns.tasks)}, as the scores have"
+            f"products: got {opened.num_rows} rows and the tasks {', '.join(opened.tasks)}; expected "
+            f"{columns.num_rows} and {', '.join(columns.tasks)}, as the scores have"
         )
-    return found
+    return opened
 
 
 def matrix_of(scores: Any) -> tuple[Float[np.ndarray, "rows tasks"], list[str]]:
@@ -294,10 +294,10 @@ def _weights_of(
         if unknown:
             raise ValueError(f"weights: no task {unknown[0]!r}; expected some of {', '.join(tasks)}")
         weights = [weights.get(task, 1.0) for task in tasks]
-    found = np.ones(len(tasks)) if weights is None else np.asarray(weights, np.float64)
-    if found.shape != (len(tasks),) or not (found >= 0).all() or not found.any():
-        raise ValueError(f"weights: got {found.tolist()}; expected {len(tasks)} numbers >= 0, one for each task")
-    return found
+    numbers = np.ones(len(tasks)) if weights is None else np.asarray(weights, np.float64)
+    if numbers.shape != (len(tasks),) or not (numbers >= 0).all() or not numbers.any():
+        raise ValueError(f"weights: got {numbers.tolist()}; expected {len(tasks)} numbers >= 0, one for each task")
+    return numbers
 
 
 def _source_factors(
@@ -322,13 +322,13 @@ def _voters_of(
     columns: Columns, tasks: Mapping[str, float], thresholds: Float[np.ndarray, " tasks"]
 ) -> dict[str, Bool[np.ndarray, " rows"]]:
     """The rows that each of the given tasks votes for."""
-    found = {}
+    voters = {}
     for task in tasks:
         if task not in columns.tasks:
             raise ValueError(f"quota: no task {task!r}; expected some of {', '.join(columns.tasks)}")
-        place = columns.tasks.index(task)
-        found[task] = columns.scored & (columns.scores[:, place] >= thresholds[place])
-    return found
+        column = columns.tasks.index(task)
+        voters[task] = columns.scored & (columns.scores[:, column] >= thresholds[column])
+    return voters
 
 
 def _spread(part: Shaped[np.ndarray, " scored"], scored: Bool[np.ndarray, " rows"], fill: float) -> np.ndarray:

@@ -166,12 +166,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def detected(self) -> Dialect:
         """The dialect of the records."""
         rows = range(0, len(self), max(1, len(self) // _DETECTED_BY))
-        found = []
+        records = []
         for row in rows[:_DETECTED_BY]:
             with suppress(RecordError):
-                found.append(self.records.light(row))
+                records.append(self.records.light(row))
         try:
-            return detect(found)
+            return detect(records)
         except ValueError as error:
             raise ValueError(f"{self.records.path}: {error}") from None
 
@@ -186,17 +186,17 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
         Images are not opened, but for models whose own processor decides how many tokens an image is.
         """
-        found = []
+        lengths = []
         for row in rows:
             try:
                 if self.processor is None:
                     with _row_failure():
-                        found.append(len(self.tokens(self.conversation(row, light=True))[0]))
+                        lengths.append(len(self.tokens(self.conversation(row, light=True))[0]))
                 else:
-                    found.append(len(self.sample(row)["input_ids"]))
+                    lengths.append(len(self.sample(row)["input_ids"]))
             except FailedRowError:
-                found.append(0)
-        return found
+                lengths.append(0)
+        return lengths
 
     def conversation(self, row: int, light: bool = False) -> Conversation:
         """What the record says.
@@ -296,9 +296,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         ids = torch.full((len(good), length), pad)
         mask = torch.zeros(len(good), length, dtype=torch.int64)
         labels = torch.full((len(good), length), IGNORE_INDEX)
-        for place, sample in enumerate(good):
+        for index, sample in enumerate(good):
             size = len(sample["input_ids"])
-            ids[place, :size], labels[place, :size], mask[place, :size] = sample["input_ids"], sample["labels"], 1
+            ids[index, :size], labels[index, :size], mask[index, :size] = sample["input_ids"], sample["labels"], 1
         batch: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": mask,
@@ -317,9 +317,9 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 batch.setdefault("entries_per_row", {})[name] = torch.tensor(counts, dtype=torch.int64)
             else:  # one value per token
                 batch[name] = ids.new_zeros(ids.shape, dtype=parts[0].dtype)
-                for place, sample in enumerate(good):
+                for index, sample in enumerate(good):
                     if name in sample:
-                        batch[name][place, : len(sample[name])] = sample[name]
+                        batch[name][index, : len(sample[name])] = sample[name]
         return batch
 
 

@@ -54,8 +54,8 @@ def read_conversation(record: Any, dialect: Dialect) -> Conversation:
     if not dialect.fits(record):
         other = dialect_of(record)
         named = [f"{name}{'' if given(value) else ' (empty)'}" for name, value in list(record.items())[:8]]
-        found = f"is written as {other.name}" if other else f"has {', '.join(named) or 'no field'}"
-        raise bad_record(f"{found}; expected {dialect.name}: {dialect.expects}")
+        written = f"is written as {other.name}" if other else f"has {', '.join(named) or 'no field'}"
+        raise bad_record(f"{written}; expected {dialect.name}: {dialect.expects}")
     for medium in _OTHER_MEDIA:
         if given(record.get(medium)):
             raise bad_record(f"has {medium}; only texts and images can be trained on")
@@ -79,7 +79,7 @@ def _listed(value: Any) -> list[Any]:
     """
     if isinstance(value, Mapping) and value and all(isinstance(column, list) for column in value.values()):
         length = min(len(column) for column in value.values())
-        return [{name: column[place] for name, column in value.items()} for place in range(length)]
+        return [{name: column[index] for name, column in value.items()} for index in range(length)]
     return value if isinstance(value, list) else []
 
 
@@ -140,13 +140,13 @@ def _chat_messages(record: Record) -> list[Message]:
 
 
 def pairs(record: Record) -> list[Message]:
-    found = []
+    messages = []
     for pair in _listed(record["texts"]):
         for role in ("user", "assistant"):
             if not isinstance(pair, Mapping) or not isinstance(pair.get(role), str):
                 raise bad_record("has `texts` that are no pairs of `user` and `assistant`")
-            found.append(Message(role, [pair[role]]))
-    return found
+            messages.append(Message(role, [pair[role]]))
+    return messages
 
 
 def alpaca(record: Record) -> list[Message]:
@@ -156,19 +156,19 @@ def alpaca(record: Record) -> list[Message]:
             raise bad_record("has a `history` that is no list of pairs")
         history += [("user", pair[0]), ("assistant", pair[1])]
     question = "\n".join(str(text) for text in (record["instruction"], record.get("input")) if given(text))
-    found = [*history, ("user", question), ("assistant", record["output"])]
-    return [Message(role, _parts_of(text)) for role, text in found]
+    turns = [*history, ("user", question), ("assistant", record["output"])]
+    return [Message(role, _parts_of(text)) for role, text in turns]
 
 
 def _prompt_and_completion(record: Record) -> list[Message]:
-    found: list[Message] = []
+    messages: list[Message] = []
     for role, name in (("user", "prompt"), ("assistant", "completion")):
         value = record[name]
         if isinstance(value, str):
-            found.append(Message(role, [value]))
+            messages.append(Message(role, [value]))
         else:
-            found += [message(turn, "role", "content") for turn in _listed(value)]
-    return found
+            messages += [message(turn, "role", "content") for turn in _listed(value)]
+    return messages
 
 
 DIALECTS: dict[str, Dialect] = {
@@ -219,9 +219,9 @@ def detect(records: Sequence[Any]) -> Dialect:
         ValueError: there are objects, and none of them is a conversation.
     """
     objects = [record for record in records if isinstance(record, Mapping)]
-    found = Counter(dialect.name for record in objects if (dialect := dialect_of(record)))
-    if found:
-        return DIALECTS[found.most_common(1)[0][0]]
+    counts = Counter(dialect.name for record in objects if (dialect := dialect_of(record)))
+    if counts:
+        return DIALECTS[counts.most_common(1)[0][0]]
     if objects:
         fields = ", ".join(map(str, list(objects[0])[:12])) or "no field"
         forms = "; ".join(f"{dialect.name}: {dialect.expects}" for dialect in DIALECTS.values())

@@ -117,13 +117,13 @@ def questions(split: str) -> list[Question]:
     texts, answers, numbers = easy_vqa.get_test_questions() if is_test else easy_vqa.get_train_questions()
     paths = easy_vqa.get_test_image_paths() if is_test else easy_vqa.get_train_image_paths()
     wanted = SPLITS[split]
-    found = []
+    asked = []
     for text, answer, number in zip(texts, answers, numbers, strict=True):
         if number in wanted and not {"not", "no"} & set(text.split()):
-            found.append(Question(Path(paths[number]), text, answer, kind_of(text, answer)))
-    num_yes = {kind: sum(q.kind == kind and q.answer == "yes" for q in found) for kind in KINDS}
+            asked.append(Question(Path(paths[number]), text, answer, kind_of(text, answer)))
+    num_yes = {kind: sum(q.kind == kind and q.answer == "yes" for q in asked) for kind in KINDS}
     kept = []
-    for question in found:
+    for question in asked:
         if question.answer == "no":
             num_yes[question.kind] -= 1
         if question.answer != "no" or num_yes[question.kind] >= 0:

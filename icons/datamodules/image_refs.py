@@ -25,12 +25,12 @@ def images_of(record: Record) -> list[ImageRef]:
     >>> images_of({"image": "None"}), images_of({"images": ["a.jpg", "b.jpg"]})
     ([], [ImageRef(name='a.jpg', content=None), ImageRef(name='b.jpg', content=None)])
     """
-    found = [name for name in ("image", "images") if given(record.get(name))]
-    if len(found) > 1:
+    fields = [name for name in ("image", "images") if given(record.get(name))]
+    if len(fields) > 1:
         raise bad_record("has both `image` and `images`; expected one of them")
-    if not found:
+    if not fields:
         return []
-    value = record[found[0]]
+    value = record[fields[0]]
     values = value if isinstance(value, list) else [value]
     return [image_ref(one) for one in values] if any(given(one) for one in values) else []
 

@@ -91,12 +91,12 @@ class ImageSource:
         if not parts or "\0" in name or ".." in parts or parts[0] == "/":
             raise FailedRowError(Status.IMAGE_MISSING, f"image {name!r} is not a name inside {self.source}")
         try:
-            found = self.in_archive(self.source, parts) if self.source.is_file() else self.in_folder(parts)
+            data = self.in_archive(self.source, parts) if self.source.is_file() else self.in_folder(parts)
         except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError, RuntimeError, NotImplementedError) as error:
             raise FailedRowError(Status.IMAGE_BROKEN, f"image {name}: {error}") from None
-        if found is None:
+        if data is None:
             raise FailedRowError(Status.IMAGE_MISSING, f"image {name} is not in {self.source}")
-        return found
+        return data
 
     def at(self, path: Path) -> bytes:
         """The file at an absolute path, if it lies in the source or in an allowed folder, links followed."""
@@ -126,11 +126,11 @@ class ImageSource:
                 if archive not in self.archives:
                     inside = archive.is_file() and archive.resolve().is_relative_to(self.root)
                     self.archives[archive] = Archive(archive) if inside else None
-                found = self.in_archive(archive, parts[depth:])
-                if found is None:
-                    found = self.in_archive(archive, parts[depth - 1 :])
-                if found is not None:
-                    return found
+                content = self.in_archive(archive, parts[depth:])
+                if content is None:
+                    content = self.in_archive(archive, parts[depth - 1 :])
+                if content is not None:
+                    return content
         return None
 
     def in_archive(self, path: Path, parts: tuple[str, ...]) -> bytes | None:
@@ -301,8 +301,8 @@ def _value_table(processor: Any) -> Float[np.ndarray, "3 256"]:
     """The processor's pixel value for each byte of each channel, as it computes it itself."""
     every = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = Image.fromarray(np.stack([every] * 3, axis=-1))
-    found = processor(image, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
-    return np.ascontiguousarray(found[0].reshape(3, 256), dtype=np.float32)
+    pixels = processor(image, do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
+    return np.ascontiguousarray(pixels[0].reshape(3, 256), dtype=np.float32)
 
 
 def processor_kind(folder: Path) -> str:

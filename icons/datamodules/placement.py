@@ -51,7 +51,7 @@ def placed(messages: Sequence[Message], images: list[ImageRef]) -> Iterator[Turn
         first.parts[:0] = images
         images = []
     elif len(images) == 1 and sum(mark > 0 for mark in marks) == 1:
-        _once(messages[next(place for place, mark in enumerate(marks) if mark)])
+        _once(messages[next(index for index, mark in enumerate(marks) if mark)])
     elif images and sum(marks) != len(images):
         raise bad_record(f"has {sum(marks)} <image> marks for {len(images)} images")
     rest = iter(images)
@@ -72,8 +72,8 @@ def placed(messages: Sequence[Message], images: list[ImageRef]) -> Iterator[Turn
 def _once(message: Message) -> None:
     """Takes away every mark but the first."""
     seen = False
-    for place, part in enumerate(message.parts):
+    for index, part in enumerate(message.parts):
         if isinstance(part, str) and IMAGE in part:
             before, _, after = ("", "", part) if seen else part.partition(IMAGE)
-            message.parts[place] = ("" if seen else before + IMAGE) + after.replace(IMAGE, "")
+            message.parts[index] = ("" if seen else before + IMAGE) + after.replace(IMAGE, "")
             seen = True

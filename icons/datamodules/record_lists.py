@@ -38,12 +38,12 @@ def entries_of(path: Path) -> list[int | str]:
         return [_as_row(word, path) for word in content.decode().split()]
     try:
         if content.lstrip()[:1] == b"[":
-            found = msgspec.json.decode(content, type=list[Identified | str | int])
+            entries = msgspec.json.decode(content, type=list[Identified | str | int])
         else:
-            found = msgspec.json.Decoder(Identified | str | int).decode_lines(content)
+            entries = msgspec.json.Decoder(Identified | str | int).decode_lines(content)
     except msgspec.MsgspecError as error:
         raise ValueError(f"list {path}: {error}; expected row numbers, ids, or records with an id") from error
-    named = [id_of({"id": entry.id}) if isinstance(entry, Identified) else entry for entry in found]
+    named = [id_of({"id": entry.id}) if isinstance(entry, Identified) else entry for entry in entries]
     if "" in named:
         raise ValueError(
             f"list {path}: entry {named.index('') + 1} has no id; expected row numbers, ids, or records with an id"

@@ -84,10 +84,10 @@ class TrainingSampler(Sampler[list[int]]):
         ]
         filled = [0] * self.world_size
         hands: list[list[int]] = [[] for _ in room]
-        for place in places[np.argsort(-self.lengths[places], kind="stable")].tolist():
+        for index in places[np.argsort(-self.lengths[places], kind="stable")].tolist():
             rank = min((r for r in range(self.world_size) if len(hands[r]) < room[r]), key=lambda r: (filled[r], r))
-            hands[rank].append(place)
-            filled[rank] += int(self.lengths[place])
+            hands[rank].append(index)
+            filled[rank] += int(self.lengths[index])
         return np.asarray(hands[self.rank], dtype=np.int64)
 
 

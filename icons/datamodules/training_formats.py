@@ -148,14 +148,14 @@ def _as_parts(parts: Sequence[Any]) -> list[dict[str, str]]:
     return [{"type": "image", "text": ""} if part is None else {"type": "text", "text": part} for part in parts]
 
 
-def _write_lines(found: Iterator[Example], out: Path) -> None:
+def _write_lines(examples: Iterator[Example], out: Path) -> None:
     with (out / "data.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in found)
+        file.writelines(json.dumps(example, ensure_ascii=False) + "\n" for example in examples)
 
 
-def _write_llamafactory(found: Iterator[Example], out: Path) -> None:
+def _write_llamafactory(examples: Iterator[Example], out: Path) -> None:
     with (out / "data.json").open("w", encoding="utf-8") as file:
-        for number, example in enumerate(found):
+        for number, example in enumerate(examples):
             file.write(("[\n" if number == 0 else ",\n") + json.dumps(example, ensure_ascii=False))
         file.write("\n]\n")
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -165,7 +165,7 @@ def _write_llamafactory(found: Iterator[Example], out: Path) -> None:
     (out / "dataset_info.json").write_text(json.dumps({"icons_selection": entry}, indent=1) + "\n")
 
 
-def _write_dataset(found: Iterator[Example], out: Path) -> None:
+def _write_dataset(examples: Iterator[Example], out: Path) -> None:
     """
     Raises:
         ValueError: the package `datasets` is not installed.
@@ -177,7 +177,7 @@ def _write_dataset(found: Iterator[Example], out: Path) -> None:
             "format datasets: needs the package datasets, which is not installed; pip install 'icons-lightning[hf]'"
         ) from error
     lines = out / "data.jsonl"
-    _write_lines(found, out)
+    _write_lines(examples, out)
     Dataset.from_json(str(lines), cache_dir=str(out / ".cache")).save_to_disk(out / "dataset")
     lines.unlink()
 

@@ -69,12 +69,12 @@ def read_traits(
     records: RecordSource, rows: Iterable[int], source_field: str | None = None
 ) -> Mapping[str, np.ndarray]:
     """The traits of the given rows: trait -> an array of words."""
-    found: dict[str, list[str]] = {name: [] for name in _TRAITS}
+    traits: dict[str, list[str]] = {name: [] for name in _TRAITS}
     for row in rows:
         try:
             record = records[row]
         except ValueError:  # a line that is no JSON
             record = None
         for name, value in traits_of(record, source_field).items():
-            found[name].append(value)
-    return {name: np.array(values, dtype=object) for name, values in found.items()}
+            traits[name].append(value)
+    return {name: np.array(values, dtype=object) for name, values in traits.items()}

@@ -102,16 +102,16 @@ def _load_tower(folder: ModelFolder, tower_folder: Path, dtype: torch.dtype, att
 def _projector_tensors(folder: ModelFolder, adapter: Path | None) -> dict[str, Tensor]:
     """The pretrained projector; where there is none, that of the adapter (which is set again with the adapter)."""
     if folder.mm_projector is not None:
-        found = read_tensors(folder.mm_projector)
+        tensors = read_tensors(folder.mm_projector)
         # xtuner's file has the projector alone, as `model.0.weight`
-        xtuner = {f"mm_projector.{name.removeprefix('model.')}": value for name, value in found.items()}
-        found = found if any("mm_projector." in name for name in found) else xtuner
-        found = {f"mm_projector.{name.rpartition('mm_projector.')[2]}": value for name, value in found.items()}
+        xtuner = {f"mm_projector.{name.removeprefix('model.')}": value for name, value in tensors.items()}
+        tensors = tensors if any("mm_projector." in name for name in tensors) else xtuner
+        tensors = {f"mm_projector.{name.rpartition('mm_projector.')[2]}": value for name, value in tensors.items()}
     else:
-        found = find_tensors(folder.model, lambda name: "mm_projector." in name)
-        if not found and adapter is not None:
-            found = non_lora_tensors(adapter)
-    named = {current_name(name).removeprefix("base_model.model."): value for name, value in found.items()}
+        tensors = find_tensors(folder.model, lambda name: "mm_projector." in name)
+        if not tensors and adapter is not None:
+            tensors = non_lora_tensors(adapter)
+    named = {current_name(name).removeprefix("base_model.model."): value for name, value in tensors.items()}
     return {name.removeprefix(PROJECTOR): value for name, value in named.items() if name.startswith(PROJECTOR)}
 
 

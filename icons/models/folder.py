@@ -171,8 +171,8 @@ def _llava_settings(adapter: Path | str | None) -> dict[str, Any] | None:
     if adapter is None:
         return None
     for folder in (Path(adapter), Path(adapter).resolve().parent):
-        if (folder / "config.json").is_file() and (found := _says_llava(read_config(folder))):
-            return found
+        if (folder / "config.json").is_file() and (reason := _says_llava(read_config(folder))):
+            return reason
     return None
 
 
@@ -254,9 +254,9 @@ def _find_tower(model: Path, settings: dict[str, Any], given: Path | str | None)
     places = [model / "vision_tower"]
     if named:
         places += [Path(named), model / named, model.resolve().parent / named]
-    for place in places:
-        if (place / "config.json").is_file():
-            return place
+    for candidate in places:
+        if (candidate / "config.json").is_file():
+            return candidate
     raise ValueError(
         f"{model}: its vision tower ({named or 'not named in config.json'}) is not a folder here; give --vision-tower, "
         "the folder of openai/clip-vit-large-patch14-336 for LLaVA-1.5"

@@ -22,8 +22,8 @@ def current_name(name: str) -> str:
     """
     prefix = "base_model.model." if name.startswith("base_model.model.") else ""
     name = name.removeprefix(prefix)
-    if found := re.fullmatch(r"(?:model\.)?mm_projector\.([02])\.(weight|bias)", name):
-        return f"{prefix}model.multi_modal_projector.{PROJECTOR[found[1]]}.{found[2]}"
+    if match := re.fullmatch(r"(?:model\.)?mm_projector\.([02])\.(weight|bias)", name):
+        return f"{prefix}model.multi_modal_projector.{PROJECTOR[match[1]]}.{match[2]}"
     name = re.sub(r"^multi_modal_projector\.", "model.multi_modal_projector.", name)
     name = re.sub(r"^language_model\.lm_head\.", "lm_head.", name)
     name = re.sub(r"^language_model\.model\.", "model.language_model.", name)
@@ -56,9 +56,9 @@ def known_name(name: str, known: Collection[str]) -> str:
     """
     tried = [name]
     for _ in range(_MOST_RENAMES):
-        found = [each for each in tried if each in known]
-        if found:
-            return found[0]
+        matching = [each for each in tried if each in known]
+        if matching:
+            return matching[0]
         tried += [new for each in tried for old, by in _FORMER if (new := re.sub(old, by, each, count=1)) not in tried]
     return next((each for each in tried if each in known), current_name(name))
 
@@ -94,9 +94,9 @@ def match_names(saved: Collection[str], wanted: Collection[str], what: str) -> d
         first = next(iter(saved)).partition(".")[0]
         attempts.append({key: f"{first}.{name}" for key, name in shorter.items()})
     for known in attempts:
-        found = {name: known[canonical_name(name)] for name in wanted if canonical_name(name) in known}
-        if len(found) == len(wanted):
-            return found
+        matched = {name: known[canonical_name(name)] for name in wanted if canonical_name(name) in known}
+        if len(matched) == len(wanted):
+            return matched
     known = attempts[0]
     missing = [name for name in wanted if canonical_name(name) not in known]
     raise ValueError(

@@ -106,20 +106,20 @@ def _set_patterns(config: LoraConfig, modules: Mapping[str, str], folder: Path) 
     """
     for which in ("rank_pattern", "alpha_pattern"):
         pattern: dict[str, Any] = getattr(config, which) or {}
-        found: dict[str, Any] = {}
+        patterns: dict[str, Any] = {}
         used = set()
         for name, saved in modules.items():
             # PEFT's own rule: the first key that is the end of the name
             key = next((key for key in pattern if any(_fits(key, each) for each in (saved, name))), None)
             if key is not None:
-                found[f"^{re.escape(name)}"] = pattern[key]
+                patterns[f"^{re.escape(name)}"] = pattern[key]
                 used.add(key)
         if unused := [key for key in pattern if key not in used]:
             raise ValueError(
                 f"{folder}: {which} names {unused[0]}, and the adapter has no such module among its weights; expected "
                 "the scale of a module that is there: mend adapter_config.json"
             )
-        setattr(config, which, found)
+        setattr(config, which, patterns)
 
 
 def _fits(key: str, name: str) -> bool:
@@ -143,19 +143,19 @@ def _set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path |
     known, wanted = _trained_beside(model, adapter)
     unset = {name for name in places if "lora_" in name} | wanted
     for name, value in tensors.items():
-        place = next((each for each in [known.get(name), *_spellings(name, adapter)] if each in places), None)
-        if place is None:
+        target = next((each for each in [known.get(name), *_spellings(name, adapter)] if each in places), None)
+        if target is None:
             raise ValueError(
                 f"{source}: the tensor {name} has no place in the model; expected an adapter of this model"
             )
-        if places[place].shape != value.shape:
+        if places[target].shape != value.shape:
             raise ValueError(
-                f"{source}: {name} has shape {tuple(value.shape)}, the model's {tuple(places[place].shape)}; expected "
+                f"{source}: {name} has shape {tuple(value.shape)}, the model's {tuple(places[target].shape)}; expected "
                 "the same: is it the adapter of a model of another size?"
             )
         with torch.no_grad():
-            places[place].copy_(value)
-        unset.discard(place)
+            places[target].copy_(value)
+        unset.discard(target)
     if unset:
         raise ValueError(
             f"{source}: no tensor for {len(unset)} parameters of the adapter, such as {sorted(unset)[0]}; the file is "
@@ -183,13 +183,13 @@ def _trained_beside(model: nn.Module, adapter: str) -> tuple[dict[str, str], set
     """Where PEFT keeps what was trained beside LoRA (whole modules, single tokens): saved name -> place; and all
     places."""
     known = {
-        f"{name}.{saved}": f"{name}.{place}"
+        f"{name}.{saved}": f"{name}.{target}"
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
-        for saved, place in module.adapter_state_dict_load_map(adapter).items()
+        for saved, target in module.adapter_state_dict_load_map(adapter).items()
     }
     parameters = {name for name, _ in model.named_parameters()}
-    return known, {place for place in known.values() if place in parameters}
+    return known, {target for target in known.values() if target in parameters}
 
 
 def merge_into(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -209,8 +209,8 @@ def merge_into(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]
     for name in [name for name in tensors if ".lora_A." in name]:
         saved = _module_of(name)
         module = saved.removeprefix("vision_model.")
-        place = next((key for key in weights if key.removeprefix("vision_model.") == f"{module}.weight"), None)
-        if place is None:
+        target = next((key for key in weights if key.removeprefix("vision_model.") == f"{module}.weight"), None)
+        if target is None:
             raise ValueError(
                 f"{folder}: adapts {module}, which the vision tower lacks; expected an adapter of this tower"
             )
@@ -219,5 +219,5 @@ def merge_into(weights: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]
         alpha = own[0] if own else config.lora_alpha
         scale = alpha / (rank**0.5 if config.use_rslora else rank)
         delta = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensors[name].float()
-        merged[place] = (weights[place].float() + scale * delta).to(weights[place].dtype)
+        merged[target] = (weights[target].float() + scale * delta).to(weights[target].dtype)
     return merged

@@ -45,21 +45,21 @@ def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
 
 def _special_tokens(model: Path, settings: dict[str, Any]) -> set[str]:
     """The added tokens that a tokenizer's files name; the big `tokenizer.json` is read only where others name none."""
-    found = {content(token) for token in (settings.get("added_tokens_decoder") or {}).values()}
-    found |= set(_read_json(model / "added_tokens.json"))
+    tokens = {content(token) for token in (settings.get("added_tokens_decoder") or {}).values()}
+    tokens |= set(_read_json(model / "added_tokens.json"))
     for token in _read_json(model / "special_tokens_map.json").values():
-        found |= {content(part) for part in (token if isinstance(token, list) else [token])}
-    if not found:
-        found = {content(token) for token in _read_json(model / "tokenizer.json").get("added_tokens") or []}
-    return found
+        tokens |= {content(part) for part in (token if isinstance(token, list) else [token])}
+    if not tokens:
+        tokens = {content(token) for token in _read_json(model / "tokenizer.json").get("added_tokens") or []}
+    return tokens
 
 
 def chat_template(model: Path, settings: dict[str, Any]) -> str:
     """The text of the folder's chat template; empty without one."""
     if (model / "chat_template.jinja").is_file():
         return (model / "chat_template.jinja").read_text()
-    found = settings.get("chat_template") or _read_json(model / "chat_template.json").get("chat_template") or ""
-    return found if isinstance(found, str) else json.dumps(found)
+    template = settings.get("chat_template") or _read_json(model / "chat_template.json").get("chat_template") or ""
+    return template if isinstance(template, str) else json.dumps(template)
 
 
 def content(token: Any) -> str:
@@ -69,7 +69,7 @@ def content(token: Any) -> str:
 def _read_json(file: Path) -> dict[str, Any]:
     """A settings file; empty if it is not there, or holds no object: whoever loads the tokenizer says so."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

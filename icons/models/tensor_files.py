@@ -71,7 +71,7 @@ def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) 
 def find_tensors(folder: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """The wanted tensors among all weight files of a model folder; safetensors first, else PyTorch files."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
-        found |= read_tensors(file, wanted)
-    return found
+        tensors |= read_tensors(file, wanted)
+    return tensors

@@ -159,12 +159,12 @@ def composition(
 ) -> Figure:
     """Share of each source in the pool and in the selection."""
     with _canvas(5.6, 0.55 + 0.36 * len(names)) as (figure, axes):
-        place = np.arange(len(names))
-        axes.barh(place - 0.19, pool, height=0.34, color=_POOL, label="pool")
-        axes.barh(place + 0.19, chosen, height=0.34, color=CHOSEN, label="selection")
-        for y, share in [*zip(place - 0.19, pool, strict=True), *zip(place + 0.19, chosen, strict=True)]:
+        positions = np.arange(len(names))
+        axes.barh(positions - 0.19, pool, height=0.34, color=_POOL, label="pool")
+        axes.barh(positions + 0.19, chosen, height=0.34, color=CHOSEN, label="selection")
+        for y, share in [*zip(positions - 0.19, pool, strict=True), *zip(positions + 0.19, chosen, strict=True)]:
             axes.annotate(f"{100 * share:.1f} %", (share, y), (3, 0), textcoords="offset points", va="center", size=7)
-        axes.set_yticks(place, names, color=_INK)
+        axes.set_yticks(positions, names, color=_INK)
         axes.invert_yaxis()
         axes.set_xticks([])
         axes.spines[["bottom", "left"]].set_visible(False)
@@ -178,16 +178,16 @@ def specialists(
 ) -> Figure:
     """For each task, the share of its own best rows that the consensus selected; a line at what chance would give."""
     with _canvas(5.6, 0.75 + 0.26 * len(names)) as (figure, axes):
-        place = np.arange(len(names))
-        axes.barh(place, shared, height=0.62, color=CHOSEN)
+        positions = np.arange(len(names))
+        axes.barh(positions, shared, height=0.62, color=CHOSEN)
         axes.axvline(expected, color=_ACCENT, linewidth=1)
         axes.annotate(
             "chance", (expected, 1), (3, -1), xycoords=("data", "axes fraction"), textcoords="offset points",
             color=_ACCENT, size=7, va="bottom",
         )  # fmt: skip
-        for y, share in zip(place, shared, strict=True):
+        for y, share in zip(positions, shared, strict=True):
             axes.annotate(f"{100 * share:.0f} %", (share, y), (3, 0), textcoords="offset points", va="center", size=7.5)
-        axes.set_yticks(place, names, color=_INK)
+        axes.set_yticks(positions, names, color=_INK)
         axes.invert_yaxis()
         axes.set_xlim(0, 1)
         axes.set_xticks([])
@@ -241,11 +241,11 @@ def intervals(
 ) -> Figure:
     """One line per method: an estimate with its interval; a line at zero."""
     with _canvas(5.6, 0.65 + 0.26 * len(names)) as (figure, axes):
-        place = np.arange(len(names))
-        axes.hlines(place, low, high, color=CHOSEN, linewidth=1.4)
-        axes.plot(values, place, "o", markersize=4.5, color=CHOSEN)
+        positions = np.arange(len(names))
+        axes.hlines(positions, low, high, color=CHOSEN, linewidth=1.4)
+        axes.plot(values, positions, "o", markersize=4.5, color=CHOSEN)
         axes.axvline(0, color=_RULE, linewidth=0.8)
-        axes.set_yticks(place, names, color=_INK)
+        axes.set_yticks(positions, names, color=_INK)
         axes.invert_yaxis()
         axes.spines["left"].set_visible(False)
         axes.margins(y=0.1)

@@ -93,10 +93,10 @@ def blocks(source: StoredRows, pieces: Sequence[range], device: torch.device) ->
     buffer = Buffer(device)
     with ThreadPoolExecutor(1) as reader:
         waiting = [reader.submit(read, source, rows) for rows in pieces[:_READ_AHEAD]]
-        for place in range(len(pieces)):
+        for index in range(len(pieces)):
             raw = waiting.pop(0).result()
-            if place + _READ_AHEAD < len(pieces):
-                waiting.append(reader.submit(read, source, pieces[place + _READ_AHEAD]))
+            if index + _READ_AHEAD < len(pieces):
+                waiting.append(reader.submit(read, source, pieces[index + _READ_AHEAD]))
             yield buffer.fill(raw)
 
 

@@ -168,10 +168,10 @@ class Scorer:
         weight = [1 / len(trains)] * len(trains) if weights is None else list(weights)
         if len(weight) != len(trains):
             raise ValueError(f"weights: got {len(weight)} for {len(trains)} checkpoints; expected one for each")
-        for place, source in enumerate(trains):
+        for index, source in enumerate(trains):
             check_whole(source, "the training rows")
-            if place:
-                check_agree(trains[0], source, ("data.fingerprint",), "the first checkpoint", f"checkpoint {place + 1}")
+            if index:
+                check_agree(trains[0], source, ("data.fingerprint",), "the first checkpoint", f"checkpoint {index + 1}")
         of_group = {task: name for name, members in (groups or {}).items() for task in members}
         unknown = [task for task in of_group if task not in on]
         if unknown:
@@ -179,18 +179,18 @@ class Scorer:
         task_norm = normalize if task_normalize is None else task_normalize
         where = torch.device(device)
         checkpoints, keep_rows = [], pairwise or subspace is not None
-        for place, source in enumerate(trains):
+        for index, source in enumerate(trains):
             vectors = task_vectors(
-                source, {name: found[place] for name, found in on.items()}, task_norm, where, keep_rows
+                source, {name: of_task[index] for name, of_task in on.items()}, task_norm, where, keep_rows
             )
             vectors = vectors.without_axes(drop_axes).within(subspace)
             if reduce == "mean":
                 vectors = vectors.pooled(of_group)
-            checkpoints.append(Checkpoint(source, vectors, weight[place]))
+            checkpoints.append(Checkpoint(source, vectors, weight[index]))
         names = checkpoints[0].tasks.names
         columns: dict[str, list[int]] = {}
-        for place, name in enumerate(names):
-            columns.setdefault(of_group.get(name, name), []).append(place)
+        for index, name in enumerate(names):
+            columns.setdefault(of_group.get(name, name), []).append(index)
         return cls(checkpoints, list(columns), columns, normalize, task_norm, pairwise, where)
 
     @property
@@ -208,8 +208,8 @@ class Scorer:
         """One block of rows, as each checkpoint has it."""
         factors = [row_factor(block, self.normalize) for block in several]
         parts = [
-            self.product(block, factor, place)
-            for place, (block, factor) in enumerate(zip(several, factors, strict=True))
+            self.product(block, factor, index)
+            for index, (block, factor) in enumerate(zip(several, factors, strict=True))
         ]
         total = sum(part * c.weight for part, c in zip(parts, self.checkpoints, strict=True))
         assert isinstance(total, Tensor)
@@ -240,12 +240,12 @@ class Scorer:
         if any(checkpoint.tasks.spans and not checkpoint.tasks.exact for checkpoint in self.checkpoints):
             return torch.full_like(parts[0], torch.nan)
         total = torch.zeros_like(parts[0])
-        for place, (checkpoint, block) in enumerate(zip(self.checkpoints, several, strict=True)):
+        for index, (checkpoint, block) in enumerate(zip(self.checkpoints, several, strict=True)):
             if not checkpoint.tasks.exact:
                 vectors = checkpoint.tasks
-                length = block.length * factors[place]
+                length = block.length * factors[index]
                 error = standard_error(
-                    parts[place],
+                    parts[index],
                     length.square(),
                     vectors.square,
                     vectors.overlap,
@@ -285,7 +285,7 @@ class Scorer:
 
     def pairs(self, several: Sequence[Block], factors: Sequence[Tensor], done: Tensor) -> dict[str, Tensor]:
         """Per task, each row's product with each validation row; NaN for failed rows on either side."""
-        found: dict[str, Tensor] = {}
+        products: dict[str, Tensor] = {}
         for checkpoint, block, factor in zip(self.checkpoints, several, factors, strict=True):
             spans = dict(zip(checkpoint.tasks.names, checkpoint.tasks.spans, strict=bool(checkpoint.tasks.spans)))
             for name, rows in checkpoint.tasks.rows.items():
@@ -293,8 +293,8 @@ class Scorer:
                     part = spans[name].cosines(block.gradient) @ spans[name].rows.T * checkpoint.weight
                 else:
                     part = (block.gradient @ rows.T) * factor[:, None] * checkpoint.weight
-                found[name] = part if name not in found else found[name] + part
-        return {name: part.masked_fill(~done[:, None], torch.nan).cpu() for name, part in found.items()}
+                products[name] = part if name not in products else products[name] + part
+        return {name: part.masked_fill(~done[:, None], torch.nan).cpu() for name, part in products.items()}
 
 
 def _check_subspace(

@@ -71,6 +71,6 @@ def span_coefficients(rows: Float[Tensor, "validation dim"], share: float) -> Fl
     rank = int((strength > strength[0] * 1e-10).sum())
     held = strength.cumsum(0) / strength.sum()
     count = min(rank, int((held < share - 1e-9).sum()) + 1)
-    found = torch.zeros(len(rows), count, dtype=torch.float64, device=rows.device)
-    found[good] = vectors.flip(1)[:, :count] / strength[:count].sqrt()
-    return found
+    coefficients = torch.zeros(len(rows), count, dtype=torch.float64, device=rows.device)
+    coefficients[good] = vectors.flip(1)[:, :count] / strength[:count].sqrt()
+    return coefficients

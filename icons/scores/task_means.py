@@ -77,13 +77,13 @@ class TaskVectors:
     def pooled(self, group: Mapping[str, str]) -> "TaskVectors":
         """With the tasks of a group replaced by one vector, the mean of their means, whatever their sizes."""
         members: dict[str, list[int]] = {}
-        for place, name in enumerate(self.names):
-            members.setdefault(group.get(name, name), []).append(place)
-        samples = [torch.cat([self.sample[place] for place in places]) for places in members.values()]
+        for index, name in enumerate(self.names):
+            members.setdefault(group.get(name, name), []).append(index)
+        samples = [torch.cat([self.sample[index] for index in places]) for places in members.values()]
         return TaskVectors(
             names=list(members),
             mean=torch.stack([self.mean[places].mean(dim=0) for places in members.values()]),
-            num_rows=[sum(self.num_rows[place] for place in places) for places in members.values()],
+            num_rows=[sum(self.num_rows[index] for index in places) for places in members.values()],
             overlap=_overlaps(samples),
             sample=samples,
             exact=self.exact,

@@ -37,8 +37,8 @@ def tables(measured: Measured, tasks: Sequence[str], measure: Measure) -> dict[s
         for reference in REFERENCES
         if rule not in ("random", reference)
     ]
-    found = corrected([paired_difference(means[entry], means[against, entry[1]]) for entry, against in compared])
-    differences = dict(zip(compared, found, strict=True))
+    tested = corrected([paired_difference(means[entry], means[against, entry[1]]) for entry, against in compared])
+    differences = dict(zip(compared, tested, strict=True))
     shares = {share for _, share in measured}
     rows = []
     for rule, share in measured:
@@ -81,8 +81,8 @@ def _spread(
 ) -> list[float]:
     """Means over pools and seeds, task by task and over all tasks; of several pools also the worst one's mean."""
     by_task, by_pool = values.mean(axis=(0, 1)), values.mean(axis=(1, 2))
-    found = [*by_task, by_task.mean(), *([worst(by_pool)] if len(by_pool) > 1 else [])]
-    return [round(float(value), 3) for value in found]
+    shown = [*by_task, by_task.mean(), *([worst(by_pool)] if len(by_pool) > 1 else [])]
+    return [round(float(value), 3) for value in shown]
 
 
 def _explained(measured: Measured, unit: str, num_comparisons: int) -> str:

@@ -91,8 +91,8 @@ class Retrainer:
                 f"{folder}: was trained on other rows than it would be now; expected the same scores, data and seed as "
                 "before: give another --out, or delete this folder"
             )
-        found: dict[str, float] = json.loads((folder / _LOSSES).read_text())
-        return found
+        losses: dict[str, float] = json.loads((folder / _LOSSES).read_text())
+        return losses
 
     def measured(self, retraining: Retraining, measure: Literal["accuracy", "loss"]) -> dict[str, float] | None:
         """Each task's exact matches (a share) or loss after training; None: not trained yet.
@@ -104,8 +104,8 @@ class Retrainer:
         if losses is None or measure == "loss":
             return losses
         manifest = json.loads((self.out / retraining.name / _FIT / MANIFEST).read_text())
-        found: dict[str, float] = manifest["accuracy"]["after"]
-        return found
+        accuracy: dict[str, float] = manifest["accuracy"]["after"]
+        return accuracy
 
     def run(self, retrainings: Sequence[Retraining], said: str = "") -> int:
         """Trains those that are neither trained nor being trained by another process; the first exit status that is
@@ -165,7 +165,7 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
     threads = max(1, torch.get_num_threads() // workers)
     spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=work, args=(retrainer, list(retrainings), place, threads)) for place in range(workers)
+        spawn.Process(target=work, args=(retrainer, list(retrainings), worker, threads)) for worker in range(workers)
     ]
     retrainer.out.mkdir(parents=True, exist_ok=True)
     for process in processes:
@@ -176,11 +176,11 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
             shown.update(f"{done:,} of {len(retrainings):,} models trained, {workers} at a time")
             time.sleep(0.1)
     statuses = [process.exitcode or 0 for process in processes]
-    for place, status in enumerate(statuses):
+    for worker, status in enumerate(statuses):
         if status not in (0, RESUME, -signal.SIGTERM):
-            file = retrainer.out / f"worker-{place}.log"
+            file = retrainer.out / f"worker-{worker}.log"
             last = (file.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
-            raise ValueError(f"worker {place}: ended with exit status {status}; its log {file} ends with: {last}")
+            raise ValueError(f"worker {worker}: ended with exit status {status}; its log {file} ends with: {last}")
     return RESUME if any(statuses) else 0
 
 
@@ -195,13 +195,13 @@ def _forwarded(processes: Sequence[Any]) -> Any:
         interruption.give_back()
 
 
-def work(retrainer: Retrainer, retrainings: list[Retraining], place: int, threads: int) -> None:
+def work(retrainer: Retrainer, retrainings: list[Retraining], worker: int, threads: int) -> None:
     """One worker process; ends with the exit status of its run."""
     torch.set_num_threads(threads)
-    flags = own_device(retrainer.settings.get("trainer") or {}, place, torch.cuda.device_count())
+    flags = own_device(retrainer.settings.get("trainer") or {}, worker, torch.cuda.device_count())
     settings = {**retrainer.settings, "trainer": {"enable_progress_bar": False, **flags}}
     with (
-        (retrainer.out / f"worker-{place}.log").open("w", buffering=1) as output,
+        (retrainer.out / f"worker-{worker}.log").open("w", buffering=1) as output,
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
     ):
@@ -209,7 +209,7 @@ def work(retrainer: Retrainer, retrainings: list[Retraining], place: int, thread
         logger.setLevel(logging.INFO)
         logger.addHandler(logging.StreamHandler(output))
         try:
-            status = replace(retrainer, settings=settings).run(retrainings, f" (worker {place})")
+            status = replace(retrainer, settings=settings).run(retrainings, f" (worker {worker})")
         except (ValueError, TypeError, OSError) as error:
             print(error)
             status = 1

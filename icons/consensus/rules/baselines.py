@@ -38,6 +38,6 @@ def filtered_random(evidence: Evidence, *, better: float = 0.5) -> Shaped[np.nda
     """
     inside = evidence.better(better)[evidence.columns.scored]
     scores = mean(evidence)
-    found = scores - scores.max() - 1  # all below 0, in their order
-    found[inside] = np.random.default_rng(evidence.seed).random(len(scores))[inside]
-    return found
+    lowered = scores - scores.max() - 1  # all below 0, in their order
+    lowered[inside] = np.random.default_rng(evidence.seed).random(len(scores))[inside]
+    return lowered

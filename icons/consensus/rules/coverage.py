@@ -84,22 +84,22 @@ def _choose(
     bound = outside * (1 + 1e-4) if np.isfinite(outside) else outside  # float32's, where all rows were looked at
     root = np.sqrt(served)
 
-    def gain(place: int) -> float:  # sqrt(a + b) - sqrt(a) = b / (sqrt(a + b) + sqrt(a)), without loss of digits
-        part = products[place]
+    def gain(index: int) -> float:  # sqrt(a + b) - sqrt(a) = b / (sqrt(a + b) + sqrt(a)), without loss of digits
+        part = products[index]
         return float((part * weight / np.maximum(np.sqrt(served + part) + root, _TINY)).sum())
 
-    heap = [(-gain(place), -ties[row], row, place) for place, row in enumerate(pool.tolist())]
+    heap = [(-gain(index), -ties[row], row, index) for index, row in enumerate(pool.tolist())]
     heapq.heapify(heap)
     chosen: list[int] = []
     while heap and len(chosen) < most:
-        _, tie, row, place = heapq.heappop(heap)
-        now = (-gain(place), tie, row, place)
+        _, tie, row, index = heapq.heappop(heap)
+        now = (-gain(index), tie, row, index)
         if heap and heap[0] < now:
             heapq.heappush(heap, now)
             continue
         if -now[0] < bound and len(chosen) >= least:
             break
         chosen.append(row)
-        served += products[place]
+        served += products[index]
         root = np.sqrt(served)
     return chosen

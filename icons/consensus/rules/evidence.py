@@ -58,16 +58,16 @@ class Evidence:
     @property
     def candidates(self) -> Bool[np.ndarray, " rows"]:
         """Rows that have a score, and are neither in anyway nor to be left out."""
-        found = self.columns.scored.copy()
-        found[self.included] = found[self.excluded] = False
-        return found
+        candidates = self.columns.scored.copy()
+        candidates[self.included] = candidates[self.excluded] = False
+        return candidates
 
     @property
     def ties(self) -> Float[np.ndarray, " rows"]:
         """`tie` of every row; NaN for one without a score."""
-        found = np.full(self.columns.num_rows, np.nan)
-        found[self.columns.scored] = self.tie
-        return found
+        ties = np.full(self.columns.num_rows, np.nan)
+        ties[self.columns.scored] = self.tie
+        return ties
 
     @property
     def pairs(self) -> Pairs:
@@ -76,14 +76,14 @@ class Evidence:
         Raises:
             ValueError: they cannot be had; or a row has a score but no products, so they belong to other gradients.
         """
-        found = self.open_pairs()
-        lacking = np.flatnonzero(self.columns.scored & ~found.done)
+        pairs = self.open_pairs()
+        lacking = np.flatnonzero(self.columns.scored & ~pairs.done)
         if len(lacking):
             raise ValueError(
                 f"row {lacking[0]}: has a score, but no product with a validation row ({len(lacking):,} such rows); "
                 "expected the gradient stores that the scores were made from: make the scores anew"
             )
-        return found
+        return pairs
 
     @property
     def scorer(self) -> Scorer:
@@ -107,9 +107,9 @@ class Evidence:
         columns = self.columns
         scores = columns.total(lambda column, task: column.astype(np.float64), self.weights)
         inside = best(np.ones(len(scores), bool), scores, self.tie, max(1, round(share * len(scores))))
-        found = np.zeros(columns.num_rows, bool)
-        found[np.flatnonzero(columns.scored)[inside]] = True
-        return found & self.candidates
+        better = np.zeros(columns.num_rows, bool)
+        better[np.flatnonzero(columns.scored)[inside]] = True
+        return better & self.candidates
 
     def placed(self, order: Int[np.ndarray, " some"]) -> Int[np.ndarray, " scored"]:
         """Numbers that rank rows in this order, the first highest; rows that are not in it come after, all alike."""

@@ -71,10 +71,10 @@ def _pursue(
     for _ in range(num):
         factor = max(0.0, along / square) if square > 0 else 0.0
         gain = np.where(free, with_target - factor * with_total, -np.inf)
-        place = int(rank[gain[rank].argmax()])
-        chosen.append(place)
-        free[place] = False
-        square += 2 * float(with_total[place]) + float(gram[place, place])
-        along += float(with_target[place])
-        with_total += gram[place]
+        index = int(rank[gain[rank].argmax()])
+        chosen.append(index)
+        free[index] = False
+        square += 2 * float(with_total[index]) + float(gram[index, index])
+        along += float(with_target[index])
+        with_total += gram[index]
     return chosen

@@ -64,30 +64,30 @@ def _density(unit: UnitRows, near: Int[np.ndarray, " near"], sigma: float, seed:
     if len(near) > REFERENCE_ROWS:
         reference = np.sort(np.random.default_rng(seed).choice(len(near), REFERENCE_ROWS, replace=False))
     others = sketches[torch.from_numpy(reference)]
-    found = np.empty(len(near))
-    place = np.full(len(near), -1)
-    place[reference] = np.arange(len(reference))
+    densities = np.empty(len(near))
+    position = np.full(len(near), -1)
+    position[reference] = np.arange(len(reference))
     for start in range(0, len(near), _BLOCK_ROWS):
         part = slice(start, min(start + _BLOCK_ROWS, len(near)))
         kernel = (1 - 2 * (1 - sketches[part] @ others.T) / sigma**2).clamp_(min=0)
-        here = np.flatnonzero(place[part] >= 0)
-        kernel[torch.from_numpy(here), torch.from_numpy(place[part][here])] = 0
-        found[part] = 1 + kernel.sum(dim=1).double().numpy() * (len(near) / len(reference))
-    return found.round(4)  # equal rows are level, wherever they stand
+        here = np.flatnonzero(position[part] >= 0)
+        kernel[torch.from_numpy(here), torch.from_numpy(position[part][here])] = 0
+        densities[part] = 1 + kernel.sum(dim=1).double().numpy() * (len(near) / len(reference))
+    return densities.round(4)  # equal rows are level, wherever they stand
 
 
 def _sketch(unit: UnitRows, near: Int[np.ndarray, " near"]) -> Float[Tensor, "near width"]:
     """The first numbers of each of these rows, normalised."""
     wanted = np.zeros(unit.scorer.num_rows, bool)
     wanted[near] = True
-    found, start = torch.empty(0, 0), 0
+    sketched, start = torch.empty(0, 0), 0
     for part, rows in unit.blocks(_SKETCH_DIM):
         here = rows[torch.from_numpy(np.flatnonzero(wanted[part.start : part.stop]))]
-        if not found.numel():
-            found = torch.empty(len(near), rows.shape[1])
-        found[start : start + len(here)] = torch.nn.functional.normalize(here, dim=1)
+        if not sketched.numel():
+            sketched = torch.empty(len(near), rows.shape[1])
+        sketched[start : start + len(here)] = torch.nn.functional.normalize(here, dim=1)
         start += len(here)
-    return found
+    return sketched
 
 
 def _assign(

@@ -78,6 +78,6 @@ def stratified(evidence: Evidence) -> Float[np.ndarray, " scored"]:
     order = np.lexsort((np.arange(len(code)), -evidence.tie, code))
     sizes = np.bincount(code, minlength=len(evidence.sources.names))
     start = np.cumsum(sizes) - sizes
-    place = np.empty(len(code))
-    place[order] = np.arange(len(code)) - start[code[order]]
-    return -(place + 0.5) / sizes[code]
+    rank = np.empty(len(code))
+    rank[order] = np.arange(len(code)) - start[code[order]]
+    return -(rank + 0.5) / sizes[code]

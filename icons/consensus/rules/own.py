@@ -25,7 +25,7 @@ def imported(path: str) -> OwnRule:
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        function = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
@@ -35,9 +35,9 @@ def imported(path: str) -> OwnRule:
         ) from error
     finally:
         sys.path.remove(folder)
-    if not callable(found):
+    if not callable(function):
         raise ValueError(f"method {path}: {module} has no function {name!r}; expected MODULE:FUNCTION")
-    rule: OwnRule = found
+    rule: OwnRule = function
     return rule
 
 

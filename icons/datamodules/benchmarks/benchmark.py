@@ -121,7 +121,7 @@ def build(
     names = ["_".join(filter(None, [benchmark.name, subtask])) for subtask in benchmark.subtasks or ("",)]
     _check_outputs(benchmark, names, source, out, overwrite)
     try:
-        found = list(benchmark.read(source, split))
+        parts = list(benchmark.read(source, split))
     except FileNotFoundError as error:
         wanted = "; ".join(f"{path} from {url}" for path, url in benchmark.downloads)
         raise FileNotFoundError(f"{benchmark.name}: {error}. The layout is: {wanted}") from error
@@ -136,8 +136,8 @@ def build(
         ) from error
     except ValueError as error:
         raise ValueError(f"{benchmark.name}: {error}") from error
-    examples = [one for one in found if isinstance(one, Example)]
-    left_out = Counter(one.reason for one in found if isinstance(one, LeftOut))
+    examples = [one for one in parts if isinstance(one, Example)]
+    left_out = Counter(one.reason for one in parts if isinstance(one, LeftOut))
     mark(out / benchmark.name, _COMMAND)
     groups = {name: [one for one in examples if one.subtask == name] for name in benchmark.subtasks or ("",)}
     share = None if num_rows is None else -(-num_rows // len(groups))

@@ -76,8 +76,8 @@ def _read_realworldqa_tables(tables: list[Path]) -> Iterator[Example]:
 
 
 def _parquet_image(table: Any, group: int, index: int) -> bytes:
-    found = table.read_row_group(group, columns=["image"]).column("image")[index].as_py() or {}
-    return found.get("bytes") or b""
+    cell = table.read_row_group(group, columns=["image"]).column("image")[index].as_py() or {}
+    return cell.get("bytes") or b""
 
 
 _LLAVA_BENCH = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild"

@@ -57,9 +57,9 @@ def locate(source: Path, *patterns: str) -> Path:
     """
     for pattern in patterns:
         for depth in ("", "*/", "*/*/"):
-            found = sorted(path for path in source.glob(depth + pattern) if path.is_file() or path.is_dir())
-            if found:
-                return found[0]
+            matching = sorted(path for path in source.glob(depth + pattern) if path.is_file() or path.is_dir())
+            if matching:
+                return matching[0]
     raise FileNotFoundError(f"no {' or '.join(patterns)} in {source}")
 
 
@@ -73,9 +73,9 @@ def locate_beside(file: Path, source: Path, *patterns: str) -> Path:
     """
     for folder in file.parents:
         for pattern in patterns:
-            found = sorted(path for path in folder.glob(pattern) if path.is_dir())
-            if found:
-                return found[0]
+            matching = sorted(path for path in folder.glob(pattern) if path.is_dir())
+            if matching:
+                return matching[0]
         if folder == source:
             break
     return locate(source, *patterns)

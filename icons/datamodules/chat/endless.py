@@ -45,8 +45,8 @@ def ending(template: str) -> Iterator[None]:
 def _watched(environment: Environment, template: str) -> jinja2.Template:
     """The template with a look at the time in every loop and macro; writes the same."""
     tree = environment.parse(template)
-    found: Any = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
-    for node in found:
+    loops: Any = list(tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)))
+    for node in loops:
         node.body.insert(0, nodes.Output([_look()]))
         if isinstance(node, nodes.For) and node.test is not None:  # what it leaves out takes time too
             node.test = nodes.And(nodes.Not(_look()), node.test)

@@ -51,8 +51,8 @@ class OwnTemplate:
                 continue
             text = rendered.text[begin:end]
             if tokenizer.is_fast:
-                found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-                tokens, places = found.input_ids, found.offset_mapping
+                encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+                tokens, places = encoded.input_ids, encoded.offset_mapping
             else:
                 tokens = encode(tokenizer, text)
                 places = [(0, end - begin)] * len(tokens)
@@ -85,5 +85,5 @@ def _parts_of(text: str, image: bool) -> tuple[Part, ...]:
 def _pieces(rendered: Rendered, whole: bool) -> list[tuple[int, int]]:
     """Where to cut a text before it is tokenised: around each image and, unless `whole`, around each answer."""
     spans = rendered.images if whole else [*rendered.images, *rendered.answers]
-    places = {0, len(rendered.text), *(place for span in spans for place in span)}
+    places = {0, len(rendered.text), *(edge for span in spans for edge in span)}
     return list(pairwise(sorted(places)))

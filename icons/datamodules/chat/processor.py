@@ -114,10 +114,10 @@ class ProcessorSamples:
     def image_marks(self) -> list[str]:
         """What may stand for an image in a prompt, the likeliest first."""
         names = ("image_token", "boi_token", "start_image_token")
-        found = [getattr(owner, name, None) for owner in (self.processor, self.tokenizer) for name in names]
+        marks = [getattr(owner, name, None) for owner in (self.processor, self.tokenizer) for name in names]
         if self.image_token_id is not None and self.image_token_id < len(self.tokenizer):
-            found.append(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
-        return list(dict.fromkeys([*(str(mark) for mark in found if mark), IMAGE]))
+            marks.append(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        return list(dict.fromkeys([*(str(mark) for mark in marks if mark), IMAGE]))
 
     def check_texts(self, messages: Sequence[Message]) -> None:
         """A text that holds the model's own mark would take an image of its own.
@@ -128,9 +128,9 @@ class ProcessorSamples:
         marks = {self.template.mark, getattr(self.processor, "image_token", None) or self.template.mark}
         for message in messages:
             for part in message.parts:
-                found = [mark for mark in marks if isinstance(part, str) and mark in part]
-                if found:
-                    raise TemplateError(f"a text holds {found[0]}, the model's mark for an image")
+                named = [mark for mark in marks if isinstance(part, str) and mark in part]
+                if named:
+                    raise TemplateError(f"a text holds {named[0]}, the model's mark for an image")
 
     def process(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         """The processor's tensors."""
@@ -168,12 +168,12 @@ class ProcessorSamples:
             return None if spans else []
         plain = self.tokenizer(text, add_special_tokens=not self.begins(text), return_offsets_mapping=True)
         shift = len(ids) - len(plain.input_ids)
-        found = []
+        places = []
         for begin, end in spans:
-            inside = [place for place, (first, last) in enumerate(plain.offset_mapping) if first < end and last > begin]
-            found.append((inside[0] + shift, inside[-1] + 1 + shift))
-        first = found[0][0]
-        return found if ids[first:].tolist() == plain.input_ids[first - shift :] else None
+            inside = [index for index, (first, last) in enumerate(plain.offset_mapping) if first < end and last > begin]
+            places.append((inside[0] + shift, inside[-1] + 1 + shift))
+        first = places[0][0]
+        return places if ids[first:].tolist() == plain.input_ids[first - shift :] else None
 
     def apart(
         self, whole: Rendered, span: tuple[int, int], ids: Int[Tensor, " tokens"], images: Sequence[Image.Image]
@@ -183,16 +183,16 @@ class ProcessorSamples:
         Raises:
             TemplateError: that is not the beginning of `ids`.
         """
-        found = []
-        for place in span:
-            seen = sum(end <= place for _, end in whole.images)
-            beginning = self.process(whole.text[:place], images[:seen])["input_ids"][0]
+        ends = []
+        for index in span:
+            seen = sum(end <= index for _, end in whole.images)
+            beginning = self.process(whole.text[:index], images[:seen])["input_ids"][0]
             if not torch.equal(ids[: len(beginning)], beginning):
                 raise TemplateError(
                     "the tokenizer joins the end of a question with its answer, so they cannot be told apart"
                 )
-            found.append(len(beginning))
-        return found[0], found[1]
+            ends.append(len(beginning))
+        return ends[0], ends[1]
 
 
 def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:

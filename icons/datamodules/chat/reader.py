@@ -57,7 +57,7 @@ def _meaning(file: Path) -> bytes:
 
 
 def _digest(parts: Sequence[bytes]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.hexdigest()[:16]
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]

@@ -157,7 +157,7 @@ class ChatTemplate:
     def contents(self, messages: Sequence[Message], texts: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """Messages in the template's form; `texts`, in their order, in place of their own."""
         others = iter(texts or [])
-        found = []
+        contents = []
         for message in messages:
             parts = [next(others) if texts and isinstance(part, str) else part for part in message.parts]
             content: Any = [
@@ -165,8 +165,8 @@ class ChatTemplate:
             ]
             if self.form == "text":
                 content = "".join(part if isinstance(part, str) else self.mark for part in parts)
-            found.append({"role": message.role, "content": content})
-        return found
+            contents.append({"role": message.role, "content": content})
+        return contents
 
     def skeleton(self, messages: Sequence[Message], slots: Sequence[Slot]) -> Skeleton:
         """What the template writes around the texts of such messages; found once for each form of conversation.
@@ -191,18 +191,18 @@ class ChatTemplate:
             else:  # a thought and its answer are one text
                 texts.append(f"<think>\n{sentinel(number)}\n</think>\n\n{sentinel(next(numbers))}")
         pieces = SENTINEL.split(self.render(self.contents(messages, texts)))
-        literals, found = pieces[::2], [int(number) for number in pieces[1::2]]
+        literals, order = pieces[::2], [int(number) for number in pieces[1::2]]
         for number, slot in enumerate(slots):
-            times = found.count(number)
+            times = order.count(number)
             if times > 1 or (times == 0 and slot.required):
                 role = messages[slot.message].role
                 does = "leaves out" if times == 0 else "writes twice"
                 raise TemplateError(f"the chat template {does} the text of message {slot.message + 1} ({role})")
-        if found != sorted(found):
+        if order != sorted(order):
             raise TemplateError("the chat template writes the texts in another order")
         if any("'type':" in literal or '"type":' in literal for literal in literals):
             raise TemplateError("the chat template writes the content's list of parts as it stands in Python")
-        return Skeleton(literals, found)
+        return Skeleton(literals, order)
 
     def answers(
         self, skeleton: Skeleton, slots: Sequence[Slot], begins: Sequence[tuple[int, int]]
@@ -237,24 +237,24 @@ class ChatTemplate:
         """What stands between the template's generation marks."""
         tokenizer = getattr(self.source, "tokenizer", self.source)
         with _refusals(self.template):
-            found: Any = render_jinja_template(
+            output: Any = render_jinja_template(
                 [self.contents(messages)],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
                 **tokenizer.special_tokens_map,
             )
-        (rendered,), (spans,) = found
+        (rendered,), (spans,) = output
         assert rendered == text, "marks write nothing"
         return [(begin, end) for begin, end in spans if end > begin]
 
     def image_marks(self, skeleton: Skeleton, begins: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Marks that the template, or we, wrote: those in the texts are text."""
-        found = []
+        marks = []
         starts = [0, *(end for _, end in begins)]
         for start, literal in zip(starts, skeleton.literals, strict=True):
             for match in re.finditer(re.escape(self.mark), literal) if self.mark else ():
-                found.append((start + match.start(), start + match.end()))
-        return found
+                marks.append((start + match.start(), start + match.end()))
+        return marks
 
     @property
     def knows_thoughts(self) -> bool:
@@ -296,11 +296,11 @@ def own_template(source: Any, what: str) -> str:
         ValueError: there is none.
     """
     for owner in (source, getattr(source, "tokenizer", None)):
-        found = getattr(owner, "chat_template", None)
-        if isinstance(found, Mapping):
-            found = found.get("default")
-        if found:
-            return str(found)
+        template = getattr(owner, "chat_template", None)
+        if isinstance(template, Mapping):
+            template = template.get("default")
+        if template:
+            return str(template)
     raise ValueError(
         f"{what}: brings no chat template (chat_template.jinja); expected one, or a --template: name the one that the "
         "model was trained with"

@@ -104,7 +104,7 @@ def common_prefix(a: str, b: str) -> str:
     >>> common_prefix("<e>\\n<u>", "<e>\\n")
     '<e>\\n'
     """
-    same = next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    same = next((index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
     return a[:same]
 
 

@@ -85,20 +85,20 @@ class Rounds:
         ids = token_ids(tokenizer, text, image)
         ids = ids if image else ids[:max_length]
         labels, total = list(ids), len(ids) - ids.count(tokenizer.pad_token_id)
-        shift, place = self.correction(getattr(tokenizer, "legacy", None)), self.begin
+        shift, position = self.correction(getattr(tokenizer, "legacy", None)), self.begin
         closing = len(token_ids(tokenizer, self.close, False)) if self.close else 0
-        labels[:place] = [IGNORE_INDEX] * place
+        labels[:position] = [IGNORE_INDEX] * position
         for number, part in enumerate(self.rounds(text)):
-            question, found, rest = part.partition(self.answer)
-            if not found or self.answer in rest:  # also an empty round
+            question, separator, rest = part.partition(self.answer)
+            if not separator or self.answer in rest:  # also an empty round
                 break
             later = shift if number else 0
             asked = len(token_ids(tokenizer, question + self.answer, image)) - self.own + later
-            end = min(place + asked, len(labels))
-            labels[place:end] = [IGNORE_INDEX] * (end - place)
-            place += len(token_ids(tokenizer, part, image)) + later + closing
-        labels[place:] = [IGNORE_INDEX] * len(labels[place:])
-        if place < max_length and place != total:  # the original's "tokenization mismatch": the sample teaches nothing
+            end = min(position + asked, len(labels))
+            labels[position:end] = [IGNORE_INDEX] * (end - position)
+            position += len(token_ids(tokenizer, part, image)) + later + closing
+        labels[position:] = [IGNORE_INDEX] * len(labels[position:])
+        if position < max_length and position != total:  # the original's "tokenization mismatch": it teaches nothing
             labels = [IGNORE_INDEX] * len(labels)
         return Tokens(ids, labels)
 
@@ -156,7 +156,7 @@ def _mpt_prompt(turns: Sequence[Turn], system: str | None = None) -> str:
 
 def _mpt_rounds(text: str) -> list[str]:
     parts = text.split("<|im_end|>")
-    pairs = [parts[:3], *(parts[place : place + 2] for place in range(3, len(parts), 2))]
+    pairs = [parts[:3], *(parts[start : start + 2] for start in range(3, len(parts), 2))]
     return ["<|im_end|>".join(pair) for pair in pairs]
 
 
@@ -191,8 +191,8 @@ def llama_3(tokenizer: Any, turns: Sequence[Turn], image: bool, max_length: int,
         elif asked:
             head = f"<|start_header_id|>user<|end_header_id|>\n\n{asked}<|eot_id|>"
             head += "<|start_header_id|>assistant<|end_header_id|>\n\n"
-            for place, part in enumerate(head.split(IMAGE) if image else [head]):
-                ids += [IMAGE_PLACE] * (place > 0) + encode(tokenizer, part)
+            for index, part in enumerate(head.split(IMAGE) if image else [head]):
+                ids += [IMAGE_PLACE] * (index > 0) + encode(tokenizer, part)
             answer = encode(tokenizer, turn.text + "<|eot_id|>")
             labels += [IGNORE_INDEX] * (len(ids) - len(labels)) + answer
             ids += answer

@@ -36,12 +36,12 @@ class SentencePieceTokenizer(SentencePieceBackend):
         encode, added = self.sp_model.encode, self.added_tokens_encoder
         parts = self.added_pattern.split(text if self.legacy or not text else _WORD + text.replace(_WORD, " "))
         ids: list[int] = []
-        for place, part in enumerate(parts):
-            if place % 2:
+        for index, part in enumerate(parts):
+            if index % 2:
                 ids.append(added[part])
             elif part and not self.legacy and part.startswith((_WORD, " ")):
-                found = encode(self.unk_token + part)[self.unk_pieces :]
-                ids += [] if place == 0 and len(parts) > 1 and found == [self.word_id] else found
+                encoded = encode(self.unk_token + part)[self.unk_pieces :]
+                ids += [] if index == 0 and len(parts) > 1 and encoded == [self.word_id] else encoded
             elif part:
                 ids += encode(part)
         return self.build_inputs_with_special_tokens(ids)
@@ -117,8 +117,8 @@ def _is_other(folder: Path) -> bool:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return found
+    settings: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return settings
 
 
 def content(token: Any) -> str | None:

@@ -133,8 +133,8 @@ def content_digest(file: Path) -> bytes:
         if size <= _WHOLE:
             return hashlib.file_digest(opened, "sha256").digest()
         digest = hashlib.sha256(str(size).encode())
-        for place in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS).astype(np.int64).tolist():
-            opened.seek(place)
+        for offset in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS).astype(np.int64).tolist():
+            opened.seek(offset)
             digest.update(opened.read(_BLOCK_BYTES))
         return digest.digest()
 
@@ -178,13 +178,13 @@ def open_files(files: Sequence[Path], path: Path, form: str) -> DataSetRecords:
     try:
         with _quiet():
             if form == ARROW:
-                found = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
+                dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
             else:
                 kept = str(cache_folder() / "datasets")
-                found = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=kept)
+                dataset = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=kept)
     except Exception as error:  # the library's, pyarrow's, and whatever a damaged file leads them to
         raise ValueError(f"{path}: cannot be read as a Hugging Face data set: {_reason(error)}") from None
-    return DataSetRecords(found, path, files)
+    return DataSetRecords(dataset, path, files)
 
 
 def open_folder(folder: Path) -> DataSetRecords:
@@ -199,10 +199,10 @@ def open_folder(folder: Path) -> DataSetRecords:
     if (folder / _STATE).is_file():
         datasets = _library()
         try:
-            found = datasets.load_from_disk(str(folder))
+            dataset = datasets.load_from_disk(str(folder))
         except Exception as error:
             raise ValueError(f"{folder}: cannot be read as a Hugging Face data set: {_reason(error)}") from None
-        return DataSetRecords(found, folder, sorted(Path(file["filename"]) for file in found.cache_files))
+        return DataSetRecords(dataset, folder, sorted(Path(file["filename"]) for file in dataset.cache_files))
     files = sorted(folder.rglob(f"*{PARQUET}"))
     if not files:
         raise ValueError(
@@ -227,10 +227,10 @@ def open_hub(name: str) -> DataSetRecords:
     repository, _, config = where.partition(":")
     try:
         with _quiet():
-            found = datasets.load_dataset(repository, config or None, split=split or "train")
+            dataset = datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:
         raise ValueError(f"{name}: neither a file nor a data set that the hub gives: {_reason(error)}") from None
-    return DataSetRecords(found, Path(name))
+    return DataSetRecords(dataset, Path(name))
 
 
 def _reason(error: Exception) -> str:

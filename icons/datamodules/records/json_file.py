@@ -53,11 +53,11 @@ class RecordIndex:
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such data file; expected JSON or JSONL")
         kept = cache_file(self.path)
-        found = _read_cache(kept, _stamp(self.path))
-        if found is None:
-            found = scan(self.path)
-            _write_cache(kept, found, _stamp(self.path))
-        self.layout = found
+        layout = _read_cache(kept, _stamp(self.path))
+        if layout is None:
+            layout = scan(self.path)
+            _write_cache(kept, layout, _stamp(self.path))
+        self.layout = layout
         self.content: mmap.mmap | None = None
 
     @classmethod
@@ -144,8 +144,8 @@ def _stamp(path: Path) -> str:
     """Size, modification time, and a hash of 64 evenly spaced blocks: what tells whether the file is still the same."""
     about, digest = path.stat(), hashlib.sha256()
     with path.open("rb") as file:
-        for place in np.linspace(0, max(0, about.st_size - _SAMPLE_BYTES), _SAMPLES).astype(int).tolist():
-            file.seek(place)
+        for offset in np.linspace(0, max(0, about.st_size - _SAMPLE_BYTES), _SAMPLES).astype(int).tolist():
+            file.seek(offset)
             digest.update(file.read(_SAMPLE_BYTES))
     return f"{_SCAN} {about.st_size} {about.st_mtime_ns} {digest.hexdigest()}"
 
@@ -162,11 +162,11 @@ def _read_cache(file: Path, stamp: str) -> Layout | None:
         return None
 
 
-def _write_cache(file: Path, found: Layout, stamp: str) -> None:
+def _write_cache(file: Path, layout: Layout, stamp: str) -> None:
     """Keeps what was found; a cache folder that cannot be written costs a scan the next time, nothing else."""
     with contextlib.suppress(OSError):
-        name = f"{file.stem}-{found.digest[:16]}.npy"
-        about = {"stamp": stamp, "form": found.form, "digest": found.digest, "ranges": name}
+        name = f"{file.stem}-{layout.digest[:16]}.npy"
+        about = {"stamp": stamp, "form": layout.form, "digest": layout.digest, "ranges": name}
         with whole_file(file.with_name(name)) as partial:
-            np.save(partial, found.ranges)
+            np.save(partial, layout.ranges)
         put(file.with_suffix(".about"), msgspec.json.encode(about))

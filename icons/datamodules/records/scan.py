@@ -118,7 +118,7 @@ def _line_ranges(content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
     begin = np.concatenate([[_first_of(content) if content[:3] == b"\xef\xbb\xbf" else 0], end[:-1] + 1])
     ranges = np.stack([begin, end], axis=1)[end > begin]
     short = np.flatnonzero(ranges[:, 1] - ranges[:, 0] < 64)  # no record is that short: look at these for blank ones
-    blank = [place for place in short.tolist() if not content[slice(*ranges[place].tolist())].strip(_WHITE)]
+    blank = [index for index in short.tolist() if not content[slice(*ranges[index].tolist())].strip(_WHITE)]
     return np.delete(ranges, blank, axis=0)
 
 
@@ -127,21 +127,21 @@ def _nested_ranges(path: Path, content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
     depth, inside, carried = 0, False, 0  # before the block: nesting, in a string, length of a run of backslashes
     cuts: list[np.ndarray] = []
     for begin, block in blocks(content):
-        place = np.flatnonzero(_STRUCTURE[block])
-        kind = block[place]
+        position = np.flatnonzero(_STRUCTURE[block])
+        kind = block[position]
         quote = kind == _QUOTE
-        quote[quote] = ~_escaped(block, place[quote], carried)
+        quote[quote] = ~_escaped(block, position[quote], carried)
         keep = quote | (kind != _QUOTE)
-        place, kind, quote = place[keep], kind[keep], quote[keep]
+        position, kind, quote = position[keep], kind[keep], quote[keep]
         in_string = (np.cumsum(quote) + inside) % 2 == 1
         inside = bool(in_string[-1]) if len(quote) else inside
         outside = ~in_string & ~quote
-        place, kind = place[outside], kind[outside]
+        position, kind = position[outside], kind[outside]
         change = _DEPTH[kind]
         after = depth + np.cumsum(change, dtype=np.int64)
         before = after - change
         at = ((kind == _COMMA) & (after == 1)) | ((change == 1) & (before == 0)) | ((change == -1) & (after == 0))
-        cuts.append(begin + place[at])
+        cuts.append(begin + position[at])
         depth = int(after[-1]) if len(after) else depth
         if depth < 0 or (len(after) and after.min() < 0):
             raise ValueError(
@@ -160,22 +160,22 @@ def _nested_ranges(path: Path, content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
     return ranges[:-1] if not content[last].strip(_WHITE) else ranges  # an empty list, or a comma after the last record
 
 
-def _escaped(block: UInt8[np.ndarray, " bytes"], place: Int[np.ndarray, " quotes"], carried: int) -> Any:
+def _escaped(block: UInt8[np.ndarray, " bytes"], quotes: Int[np.ndarray, " quotes"], carried: int) -> Any:
     """Which of the quotes stand behind an odd number of backslashes; `carried` of them end the block before."""
-    found = np.zeros(len(place), dtype=bool)
-    open_runs = np.arange(len(place))
+    escaped = np.zeros(len(quotes), dtype=bool)
+    open_runs = np.arange(len(quotes))
     distance = 1
     while len(open_runs):
-        position = place[open_runs] - distance
+        position = quotes[open_runs] - distance
         in_block = position >= 0
         more = np.zeros(len(open_runs), dtype=bool)
         more[in_block] = block[position[in_block]] == _BACKSLASH
         if (position == -1).any() and carried % 2:
-            found[open_runs[position == -1]] ^= True
+            escaped[open_runs[position == -1]] ^= True
         open_runs = open_runs[more]
-        found[open_runs] ^= True
+        escaped[open_runs] ^= True
         distance += 1
-    return found
+    return escaped
 
 
 def _trailing_backslashes(block: UInt8[np.ndarray, " bytes"], carried: int) -> int:

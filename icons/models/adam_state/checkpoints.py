@@ -255,7 +255,7 @@ def _orders(model: nn.Module, known: Sequence[str]) -> list[list[list[str]]]:
     def decays(name: str) -> bool:
         return not _NO_DECAY.search(name.lower()) and name not in normed
 
-    found: list[list[list[str]]] = []
+    orders: list[list[list[str]]] = []
     for names, by_decay, by_projector in product(sets, (False, True), (False, True)):
         groups = [names]
         if by_projector:  # LLaVATrainer: the projector's groups come last
@@ -263,5 +263,5 @@ def _orders(model: nn.Module, known: Sequence[str]) -> list[list[list[str]]]:
             groups = is_projector
         if by_decay:
             groups = [[name for name in group if decays(name) == first] for group in groups for first in (True, False)]
-        found.append([group for group in groups if group])
-    return found
+        orders.append([group for group in groups if group])
+    return orders

@@ -122,12 +122,12 @@ def _step_folder(folder: Path) -> Path:
         if not _optimizer_files(named):
             raise FileNotFoundError(f"{named}: is named by {latest} and holds no *_optim_states.pt; copy it again")
         return named
-    inner = [found for found in sorted(folder.iterdir()) if found.is_dir() and _optimizer_files(found)]
+    inner = [step for step in sorted(folder.iterdir()) if step.is_dir() and _optimizer_files(step)]
     if not inner:
         raise FileNotFoundError(f"{folder}: no DeepSpeed checkpoint here; expected *_optim_states.pt in it or below it")
     if len(inner) > 1:
         raise ValueError(
-            f"{folder}: holds {len(inner)} checkpoints ({', '.join(found.name for found in inner)}) and no file "
+            f"{folder}: holds {len(inner)} checkpoints ({', '.join(step.name for step in inner)}) and no file "
             "`latest`; give the one that is meant"
         )
     return inner[0]
@@ -135,11 +135,11 @@ def _step_folder(folder: Path) -> Path:
 
 def _optimizer_files(folder: Path) -> list[Path]:
     """One file per rank, in the order of ranks: as numbers, since rank 10 comes after rank 2."""
-    found = {}
+    by_rank = {}
     for file in folder.glob("*zero_pp_rank_*_optim_states.pt"):
         if match := re.fullmatch(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt", file.name):
-            found[int(match[2]), int(match[1])] = file
-    return [found[key] for key in sorted(found)]
+            by_rank[int(match[2]), int(match[1])] = file
+    return [by_rank[key] for key in sorted(by_rank)]
 
 
 def _check_ranks(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
@@ -176,8 +176,8 @@ def load(file: Path) -> Mapping[str, Any]:
     if others := [name for name in foreign if not name.startswith("deepspeed.")]:
         raise ValueError(f"{file}: contains {others[0]}, which is not data; expected a file written by DeepSpeed")
     with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
-        found: Mapping[str, Any] = load_data(file, "a file of DeepSpeed")
-    return found
+        content: Mapping[str, Any] = load_data(file, "a file of DeepSpeed")
+    return content
 
 
 def join_group(
@@ -198,11 +198,11 @@ def join_group(
             f"{where}: has {len(flat)} numbers, expected {needed} for {len(shapes)} parameters (and {padding} of "
             "padding): the files are not of one checkpoint"
         )
-    found, start = {}, 0
+    tensors, start = {}, 0
     for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
-        found[name] = flat[start : start + shape.numel()].reshape(shape)
+        tensors[name] = flat[start : start + shape.numel()].reshape(shape)
         start += shape.numel() + gap
-    return found
+    return tensors
 
 
 def join_parameters(streams: Sequence[Tensor], shapes: Shapes, where: str) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ def join_parameters(streams: Sequence[Tensor], shapes: Shapes, where: str) -> di
     >>> join_parameters(parts, {"a": torch.Size([3]), "b": torch.Size([1])}, "doctest")["a"].tolist()
     [1.0, 2.0, 3.0]
     """
-    found, start = {}, 0
+    tensors, start = {}, 0
     lengths = {name: math.ceil(shape.numel() / len(streams)) for name, shape in shapes.items()}
     needed = sum(lengths.values())
     for rank, stream in enumerate(streams):
@@ -223,9 +223,9 @@ def join_parameters(streams: Sequence[Tensor], shapes: Shapes, where: str) -> di
             )
     for name, shape in shapes.items():
         whole = torch.cat([stream[start : start + lengths[name]] for stream in streams])
-        found[name] = whole[: shape.numel()].reshape(shape)
+        tensors[name] = whole[: shape.numel()].reshape(shape)
         start += lengths[name]
-    return found
+    return tensors
 
 
 def _end_padding(ranks: Sequence[Mapping[str, Any]], group: int) -> int:

@@ -16,27 +16,29 @@ def with_old_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     >>> with_old_settings({"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}})["rope_theta"]
     1000000.0
     """
-    found = {name: with_old_settings(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    settings = {
+        name: with_old_settings(value) if isinstance(value, Mapping) else value for name, value in values.items()
+    }
     rope = values.get("rope_parameters")
     if isinstance(rope, Mapping) and rope:
-        found |= old_rope(rope)
+        settings |= old_rope(rope)
     if isinstance(values.get("dtype"), str):
-        found["torch_dtype"] = values["dtype"]
-    return found
+        settings["torch_dtype"] = values["dtype"]
+    return settings
 
 
 def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling` from `rope_parameters`; of layers of two kinds (Gemma 3) those with full
     attention, and the others' theta as `rope_local_base_freq`."""
     if isinstance(full := rope.get("full_attention"), Mapping):
-        found = old_rope(full)
+        old = old_rope(full)
         if isinstance(local := rope.get("sliding_attention"), Mapping):
-            found["rope_local_base_freq"] = local.get("rope_theta", _DEFAULT_THETA)
-        return found
+            old["rope_local_base_freq"] = local.get("rope_theta", _DEFAULT_THETA)
+        return old
     rest = dict(rope)
-    found = {"rope_theta": rest.pop("rope_theta", _DEFAULT_THETA)}
+    old = {"rope_theta": rest.pop("rope_theta", _DEFAULT_THETA)}
     if "partial_rotary_factor" in rest:
-        found["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
+        old["partial_rotary_factor"] = rest.pop("partial_rotary_factor")
     kind = rest.pop("rope_type", "default")
     plain = kind == "default" and not rest
-    return found | {"rope_scaling": None if plain else rest | {"rope_type": kind, "type": kind}}
+    return old | {"rope_scaling": None if plain else rest | {"rope_type": kind, "type": kind}}

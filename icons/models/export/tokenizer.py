@@ -62,10 +62,10 @@ def _merges(vocabulary: dict[str, int], scores: dict[str, float]) -> list[tuple[
     >>> _merges({"a": 0, "b": 1, "ab": 2, "aab": 3}, {"a": -9.0, "b": -9.0, "ab": -2.0, "aab": -1.0})
     [('a', 'ab'), ('a', 'b')]
     """
-    found = [
+    pairs = [
         (-scores[piece], number, piece[:cut], piece[cut:])
         for piece, number in vocabulary.items()
         for cut in range(1, len(piece))
         if piece[:cut] in vocabulary and piece[cut:] in vocabulary
     ]
-    return [(left, right) for _, _, left, right in sorted(found)]
+    return [(left, right) for _, _, left, right in sorted(pairs)]
