@@ -1,10 +1,16 @@
 """Time and memory of per-sample gradients against a plain forward and backward pass of the same batch.
 
-Usage: OMP_NUM_THREADS=2 .venv/bin/python scripts/bench_gradients.py [--json FILE] [--quick]
+Usage: OMP_NUM_THREADS=1 .venv/bin/python scripts/bench_gradients.py [--json FILE] [--quick] [--proportions NAME ...]
 
-The model is a random LLaVA of about 24 M parameters with LoRA on every linear layer of its language model (P = 3.7 M);
-batches of 16 rows with 80 to 96 tokens, 64 of them an image. Ways are timed in turns and the fastest turn of each
-counts, so that a busy machine disturbs ratios little.
+Random LLaVAs in two proportions, hidden size 512 and a head of 2 % of the weights as LLaVA-1.5-7B has it:
+
+- `llava`: LoRA on 4 % of the weights, rows of 576 image and 80 to 144 text tokens;
+- `short`: LoRA on 20 % (r = 64), rows of 64 image and 16 to 32 text tokens, where each pass over `[B, O, I]` counts.
+
+The plain pass is one training step without its optimizer, once with its output layer narrowed to the supervised
+positions as ours is, once on all positions. Full fine-tuning stands beside a plain pass of its own. Ways are timed in
+turns, in seconds of the processor, and the fastest turn of each counts: a busy machine disturbs ratios little. The
+first pass over a model, in which every layer is proven, happens once a run and is given apart.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +37,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from icons.batch import model_inputs, sample_losses
 from icons.gradients import TaskMatrix, per_sample_gradients, projected_gradients, scored_gradients
+from icons.gradients.output_layer import SupervisedPositions
 from icons.models.llava import Llava
 from icons.models.lora import LoraSettings, add_lora
 from icons.modules.extractor import GradientExtractor
@@ -37,40 +45,78 @@ from icons.modules.gradient_writer import GradientWriter
 from icons.preconditioner import AdamPreconditioner
 from icons.projection import CountSketch, Projector, Rademacher
 
-IMAGE, IMAGE_TOKENS, TASKS = -200, 64, 10
+IMAGE, TASKS = -200, 10
+CLOCK = time.process_time  # of the processor, which a busy machine stretches less than the wall's
+NARROWED, WHOLE = "plain pass, output layer narrowed", "plain pass, all positions"
 
 
-def bench_model(quick: bool) -> nn.Module:
+@dataclass(frozen=True)
+class Proportions:
+    """Sizes of a model and its batches."""
+
+    rank: int
+    image_tokens: int
+    text_tokens: tuple[int, int]
+    rows: int
+    layers: int = 2
+    hidden: int = 512
+    vocabulary: int = 247
+
+    @property
+    def length(self) -> int:
+        return self.image_tokens + self.text_tokens[1]
+
+
+PROPORTIONS = {
+    "llava": Proportions(rank=13, image_tokens=576, text_tokens=(80, 144), rows=2),
+    "short": Proportions(rank=64, image_tokens=64, text_tokens=(16, 32), rows=16),
+}
+QUICK: dict[str, Any] = {"layers": 1, "hidden": 32, "rank": 4, "rows": 2, "image_tokens": 16}
+
+
+def bench_model(sizes: Proportions, lora: bool = True) -> nn.Module:
     torch.manual_seed(0)
-    layers, rank, vocabulary = (2, 4, 500) if quick else (12, 64, 28000)
     text = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=layers, num_attention_heads=4
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        intermediate_size=sizes.hidden * 43 // 16,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=4,
     )
+    side = 8 * int(sizes.image_tokens**0.5)
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64, patch_size=8
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=side, patch_size=8
     )
-    llava = LlavaForConditionalGeneration(
-        LlavaConfig(text_config=text, vision_config=vision, image_token_index=vocabulary - 1)
+    model: nn.Module = Llava.of(
+        LlavaForConditionalGeneration(
+            LlavaConfig(text_config=text, vision_config=vision, image_token_index=sizes.vocabulary - 1)
+        ),
+        IMAGE,
     )
-    model = add_lora(Llava.of(llava, IMAGE), LoraSettings(rank=rank, alpha=2 * rank))
+    if not lora:  # as LLaVA is fine-tuned: all but the tower
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("vision_tower" not in name)
+        return model.eval()
+    model = add_lora(model, LoraSettings(rank=sizes.rank, alpha=2 * sizes.rank))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
     return model.eval()
 
 
-def bench_batch(seed: int, size: int = 16) -> dict[str, Tensor]:
+def bench_batch(sizes: Proportions, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    length = 96
-    ids = torch.randint(3, 400, (size, length), generator=generator)
-    ids[:, 4 : 4 + IMAGE_TOKENS] = IMAGE
-    tokens = torch.randint(80, length + 1, (size, 1), generator=generator)
+    size, length, side = sizes.rows, sizes.length, 8 * int(sizes.image_tokens**0.5)
+    ids = torch.randint(3, sizes.vocabulary - 1, (size, length), generator=generator)
+    ids[:, 4 : 4 + sizes.image_tokens] = IMAGE
+    least, most = (sizes.image_tokens + tokens for tokens in sizes.text_tokens)
+    tokens = torch.randint(least, most + 1, (size, 1), generator=generator)
     mask = torch.arange(length) < tokens
     labels = ids.masked_fill(~mask, -100)
-    labels[:, : IMAGE_TOKENS + 8] = -100
+    labels[:, : sizes.image_tokens + 8] = -100
     return {
         "input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long(), "labels": labels,
-        "row": torch.arange(size), "pixel_values": torch.randn(size, 3, 64, 64, generator=generator),
+        "row": torch.arange(size), "pixel_values": torch.randn(size, 3, side, side, generator=generator),
     }  # fmt: skip
 
 
@@ -85,22 +131,24 @@ def moments(model: nn.Module, form: Any) -> AdamPreconditioner:
     return AdamPreconditioner(first, second, step=100, form=form)
 
 
-def plain(model: nn.Module, batch: dict[str, Tensor]) -> None:
+def plain(model: nn.Module, batch: dict[str, Tensor], narrow: bool) -> None:
     """What one training step costs, without its optimizer."""
     model.zero_grad()
-    sample_losses(model(**model_inputs(batch), use_cache=False).logits, batch["labels"]).mean().backward()
+    SupervisedPositions(model, batch["labels"], narrow).run(model, batch).mean().backward()
 
 
-def fastest(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def fastest(
+    ways: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Seconds of the fastest of `rounds` calls, the ways taking turns after one unmeasured call each."""
     for way in ways.values():
         way()
     found = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, way in ways.items():
-            begin = time.perf_counter()
+            begin = clock()
             way()
-            found[name] = min(found[name], time.perf_counter() - begin)
+            found[name] = min(found[name], clock() - begin)
     return found
 
 
@@ -137,22 +185,26 @@ def peak_bytes(way: Callable[[], Any]) -> int:
     return memory.peak
 
 
-def predict_seconds(model: nn.Module, form: Any, dim: int, rows: int) -> float:
-    """Seconds per batch of 16 through `Trainer.predict` into a float16 store, the first batch not counted."""
-    batches = [bench_batch(seed) | {"row": torch.arange(16 * seed, 16 * seed + 16)} for seed in range(rows // 16)]
+def predict_seconds(model: nn.Module, sizes: Proportions, form: Any, dim: int, count: int) -> float:
+    """Seconds per batch through `Trainer.predict` into a float16 store, the first batch not counted."""
+    size = sizes.rows
+    rows = size * count
+    batches = [
+        bench_batch(sizes, seed) | {"row": torch.arange(size * seed, size * seed + size)} for seed in range(count)
+    ]
     extractor = GradientExtractor(model, CountSketch(dim), moments(model, form))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        writer = GradientWriter(Path(folder) / "bench.zarr", num_rows=rows, dim=dim, chunk_rows=64)
+        writer = GradientWriter(Path(folder) / "bench.zarr", num_rows=rows, dim=dim, chunk_rows=4 * size)
         trainer = Trainer(
             accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False,
             enable_model_summary=False, inference_mode=False, use_distributed_sampler=False, callbacks=[writer],
         )  # fmt: skip
         loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         projected_gradients(model, batches[0], extractor.projector, extractor.preconditioner)
-        begin = time.perf_counter()
+        begin = CLOCK()
         trainer.predict(extractor, loader, return_predictions=False)
-        return (time.perf_counter() - begin) / len(batches)
+        return (CLOCK() - begin) / len(batches)
 
 
 def one_at_a_time(model: nn.Module, batch: dict[str, Tensor], projector: Projector) -> Tensor:
@@ -175,9 +227,9 @@ def project(projector: Projector, model: nn.Module, blocks: dict[str, Tensor]) -
     return total
 
 
-def rank_agreement(model: nn.Module, dim: int) -> dict[str, float]:
-    """Spearman correlation of projected with exact cosines, 16 training rows against 16 others."""
-    train, task = (per_sample_gradients(model, bench_batch(seed)) for seed in (100, 101))
+def rank_agreement(model: nn.Module, sizes: Proportions, dim: int) -> dict[str, float]:
+    """Spearman correlation of projected with exact cosines, the rows of one batch against another's."""
+    train, task = (per_sample_gradients(model, bench_batch(sizes, seed)) for seed in (100, 101))
     rows = torch.cat([train, task])
     named = trainable(model)
     pieces = rows.split([value.numel() for value in named.values()], dim=1)
@@ -185,7 +237,7 @@ def rank_agreement(model: nn.Module, dim: int) -> dict[str, float]:
 
     def cosines(values: Tensor) -> Tensor:
         unit = nn.functional.normalize(values, dim=1)
-        return (unit[:16] @ unit[16:].mT).flatten()
+        return (unit[: sizes.rows] @ unit[sizes.rows :].mT).flatten()
 
     exact = cosines(rows)
     projectors = {"count sketch": CountSketch(dim), "dense signs": Rademacher(dim)}
@@ -195,55 +247,94 @@ def rank_agreement(model: nn.Module, dim: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=8, help="turns; the fastest of each way counts")
-    parser.add_argument(
-        "--dense", action=argparse.BooleanOptionalAction, default=True, help="the original's method too"
-    )
-    options = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    dim = 64 if options.quick else 5120
-    model, batch = bench_model(options.quick), bench_batch(0)
+def measure(sizes: Proportions, dim: int, rounds: int, dense: bool) -> dict[str, Any]:
+    """The figures of one pair of proportions; ratios are to the narrowed and to the whole plain pass."""
+    model, batch = bench_model(sizes), bench_batch(sizes, 0)
     named = trainable(model)
     sketch, diagonal, adam = CountSketch(dim), moments(model, "diagonal"), moments(model, "adam")
     generator = torch.Generator().manual_seed(2)
     vectors = [{name: torch.randn(v.shape, generator=generator) for name, v in named.items()} for _ in range(TASKS)]
     tasks = TaskMatrix(model, vectors)
+    begin = CLOCK()
+    projected_gradients(model, batch, sketch)
+    first = CLOCK() - begin
     ways: dict[str, Callable[[], Any]] = {
-        "plain forward + backward": lambda: plain(model, batch),
+        NARROWED: lambda: plain(model, batch, True),
+        WHOLE: lambda: plain(model, batch, False),
         "projected, no preconditioner": lambda: projected_gradients(model, batch, sketch),
         "projected, diagonal": lambda: projected_gradients(model, batch, sketch, diagonal),
         "projected, adam": lambda: projected_gradients(model, batch, sketch, adam),
         "exact scores, 10 tasks, no preconditioner": lambda: scored_gradients(model, batch, tasks),
         "exact scores, 10 tasks, adam": lambda: scored_gradients(model, batch, tasks, adam),
     }
-    seconds = fastest(ways, options.rounds)
+    seconds = fastest(ways, rounds, CLOCK)
+    memory = {name: peak_bytes(way) for name, way in ways.items()}
     for form in ("diagonal", "adam"):
-        seconds[f"Trainer.predict into a store, {form}"] = min(predict_seconds(model, form, dim, 128) for _ in range(3))
-    if options.dense:
-        begin = time.perf_counter()
+        times = (predict_seconds(model, sizes, form, dim, rounds) for _ in range(max(1, rounds // 4)))
+        seconds[f"Trainer.predict into a store, {form}"] = min(times)
+    if dense:
+        begin = CLOCK()
         one_at_a_time(model, batch, Rademacher(dim))
-        seconds["one sample at a time, dense signs (the original)"] = time.perf_counter() - begin
-    base = seconds["plain forward + backward"]
-    above = {name: peak_bytes(way) for name, way in ways.items()}
-    held = max(16 * 4 * value.numel() for value in named.values())
-    result = {
-        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-        "parameters": sum(value.numel() for value in model.parameters()) - sum(v.numel() for v in named.values()),
-        "trainable": sum(value.numel() for value in named.values()), "dim": dim,
-        "seconds": seconds, "ratio": {name: value / base for name, value in seconds.items()},
-        "peak_mb_above_plain": {name: (v - above["plain forward + backward"]) / 1e6 for name, v in above.items()},
-        "largest_layer_mb": held / 1e6,
-        "spearman": rank_agreement(model, dim) if options.dense else {},
+        seconds["one sample at a time, dense signs (the original)"] = CLOCK() - begin
+    seconds["the first pass of a run, proofs included"] = first
+    weights = sum(value.numel() for value in model.parameters()) - sum(v.numel() for v in named.values())
+    return {
+        "sizes": asdict(sizes), "parameters": weights, "trainable": sum(value.numel() for value in named.values()),
+        "seconds": seconds,
+        "ratio": {name: (value / seconds[NARROWED], value / seconds[WHOLE]) for name, value in seconds.items()},
+        "peak_mb_above_plain": {name: (value - memory[NARROWED]) / 1e6 for name, value in memory.items()},
+        "largest_layer_mb": sizes.rows * 4 * max(value.numel() for value in named.values()) / 1e6,
+        "spearman": rank_agreement(model, sizes, dim) if dense else {},
     }  # fmt: skip
-    for name, value in seconds.items():
-        print(f"{name:52} {value:8.3f} s  {value / base:7.2f}")
+
+
+def measure_full(sizes: Proportions, dim: int, rounds: int) -> dict[str, Any]:
+    """The figures of a full fine-tune, every weight but the tower's, to a plain pass of the same."""
+    model, batch = bench_model(sizes, lora=False), bench_batch(sizes, 0)
+    sketch, diagonal = CountSketch(dim), moments(model, "diagonal")
+    ways: dict[str, Callable[[], Any]] = {
+        NARROWED: lambda: plain(model, batch, True),  # not narrowed: an output layer that is trained never is
+        "projected, no preconditioner": lambda: projected_gradients(model, batch, sketch),
+        "projected, diagonal": lambda: projected_gradients(model, batch, sketch, diagonal),
+    }
+    seconds = fastest(ways, rounds, CLOCK)
+    return {"seconds": seconds, "ratio": {name: (value / seconds[NARROWED],) * 2 for name, value in seconds.items()}}
+
+
+def show(title: str, found: dict[str, Any]) -> None:
+    print(f"\n{title:52} {'':10} {'narrowed':>9} {'whole':>7}")
+    for name, value in found["seconds"].items():
+        narrowed, whole = found["ratio"][name]
+        print(f"{name:52} {value:8.3f} s {narrowed:9.2f} {whole:7.2f}", flush=True)
     for key in ("parameters", "trainable", "peak_mb_above_plain", "largest_layer_mb", "spearman"):
-        print(key, result[key])
+        if key in found:
+            print(key, found[key])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
+    parser.add_argument("--rounds", type=int, default=8, help="turns; the fastest of each way counts")
+    parser.add_argument("--proportions", nargs="+", default=list(PROPORTIONS), choices=list(PROPORTIONS))
+    parser.add_argument("--full", action=argparse.BooleanOptionalAction, default=True, help="full fine-tuning too")
+    parser.add_argument(
+        "--dense", action=argparse.BooleanOptionalAction, default=True, help="the original's method too"
+    )
+    options = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    dim = 64 if options.quick else 5120
+    result: dict[str, Any] = {
+        "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
+        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "dim": dim,
+    }  # fmt: skip
+    for name in options.proportions:
+        sizes = replace(PROPORTIONS[name], **QUICK) if options.quick else PROPORTIONS[name]
+        result[name] = measure(sizes, dim, options.rounds, options.dense)
+        show(f"{name}, LoRA", result[name])
+        if options.full:
+            result[f"{name}, full"] = measure_full(sizes, dim, options.rounds)
+            show(f"{name}, full fine-tune", result[f"{name}, full"])
     if options.json:
         options.json.write_text(json.dumps(result, indent=1))
 
