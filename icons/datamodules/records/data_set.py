@@ -9,13 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from icons.datamodules.records.cache import cache_folder
+from icons.datamodules.records.data_file import State, content_digest
 from icons.datamodules.records.source import RecordError, checked_row, id_of
 
 PARQUET, ARROW = ".parquet", ".arrow"
-_WHOLE, _BLOCKS, _BLOCK_BYTES = 64 << 20, 1024, 4096
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 
 
@@ -35,10 +33,12 @@ class DataSetRecords:
         self.dataset, self.path, self.files = dataset, path, list(files)
         self.table = dataset.with_format("arrow")
         self.known: str | None = None
+        # of Parquet the table in the cache is read
+        self.states = {file: State.of(file) for file in self.files if file.suffix != PARQUET}
 
     @property
     def fingerprint(self) -> str:
-        """Of the files' sizes and contents (of a file above 64 MB, 1,024 blocks of 4 KB); of an object, its own."""
+        """Of the files' contents; of an object, its own."""
         if self.known is None:
             whole = hashlib.sha256(f"{len(self)} {self.dataset.features}".encode())
             for file in self.files:
@@ -58,6 +58,8 @@ class DataSetRecords:
         return self.read(row, light=True)
 
     def read(self, row: int, light: bool) -> dict[str, Any]:
+        for file, state in self.states.items():
+            state.check(file, file)
         one = self.table[checked_row(row, self)]
         try:
             return {name: _plain(one.column(name)[0], light) for name in one.column_names}
@@ -126,19 +128,6 @@ def _write_arrow(dataset: Any, path: Path) -> None:
             writer.write_table(batch)
 
 
-def content_digest(file: Path) -> bytes:
-    """SHA-256 of a file, or of its size and evenly spaced blocks where it is above 64 MB."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        if size <= _WHOLE:
-            return hashlib.file_digest(opened, "sha256").digest()
-        digest = hashlib.sha256(str(size).encode())
-        for offset in np.linspace(0, size - _BLOCK_BYTES, _BLOCKS).astype(np.int64).tolist():
-            opened.seek(offset)
-            digest.update(opened.read(_BLOCK_BYTES))
-        return digest.digest()
-
-
 def _library() -> Any:
     """The package `datasets`.
 
@@ -175,12 +164,13 @@ def open_files(files: Sequence[Path], path: Path, form: str) -> DataSetRecords:
     """
     datasets = _library()
     names = [str(file) for file in files]
+    content = hashlib.sha256(b"".join(content_digest(file) for file in files)).hexdigest()[:16]
     try:
         with _quiet():
             if form == ARROW:
                 dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
             else:
-                kept = str(cache_folder() / "datasets")
+                kept = str(cache_folder() / "datasets" / content)  # the library looks at names and times alone
                 dataset = datasets.load_dataset("parquet", data_files=names, split="train", cache_dir=kept)
     except Exception as error:  # the library's, pyarrow's, and whatever a damaged file leads them to
         raise ValueError(f"{path}: cannot be read as a Hugging Face data set: {_reason(error)}") from None

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import mmap
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,12 +11,12 @@ import msgspec
 import numpy as np
 
 from icons.datamodules.records.cache import cache_folder
+from icons.datamodules.records.data_file import DataFile, stamp
 from icons.datamodules.records.scan import Layout, scan
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
 from icons.output import put, whole_file
 
 _KEY = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*', re.DOTALL)
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 _SCAN = 2  # raised when the scan finds other records in the same file
 _OTHER_FORMS = (".parquet", ".arrow", ".tar")
 
@@ -38,7 +37,8 @@ class RecordIndex:
     JSON keeps its row, and reading it raises. Blank lines of a JSONL file are no records.
 
     The ranges are found once, in one pass, and kept in the cache folder (`$ICONS_CACHE`, or `~/.cache/icons`) with the
-    file's SHA-256. They are found anew when size, modification time, or a sample of 64 blocks of the content differ.
+    file's SHA-256. They are found anew when size, times, inode, or a sample of 64 blocks of the content differ. A file
+    that changes while it is read is an error.
 
     Args:
         path: the data file.
@@ -52,13 +52,14 @@ class RecordIndex:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"{path}: no such data file; expected JSON or JSONL")
-        kept = cache_file(self.path)
-        layout = _read_cache(kept, _stamp(self.path))
+        self.content = DataFile(self.path)
+        kept, now = cache_file(self.path), f"{_SCAN} {stamp(self.path)}"
+        layout = _read_cache(kept, now)
         if layout is None:
             layout = scan(self.path)
-            _write_cache(kept, layout, _stamp(self.path))
+            self.content.state.check(self.path, self.path)
+            _write_cache(kept, layout, now)
         self.layout = layout
-        self.content: mmap.mmap | None = None
 
     @classmethod
     def open(cls, path: Path) -> "RecordIndex":
@@ -102,11 +103,12 @@ class RecordIndex:
         return entry[key.end() :] if key else entry
 
     def entry(self, row: int) -> bytes:
-        """The record's bytes; in an object of records, with its key."""
+        """The record's bytes; in an object of records, with its key.
+
+        Raises:
+            ChangedFileError: the file is not the one that was opened.
+        """
         checked_row(row, self)
-        if self.content is None:  # opened where it is used: a mapping does not travel to another process
-            with self.path.open("rb") as file:
-                self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         begin, end = self.layout.ranges[row].tolist()
         return self.content[begin:end].strip()
 
@@ -132,22 +134,9 @@ class RecordIndex:
                 file.write(self.entry(row))
             file.write(end)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "content": None}
-
 
 def cache_file(path: Path) -> Path:
     return cache_folder() / f"{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:24]}.records"
-
-
-def _stamp(path: Path) -> str:
-    """Size, modification time, and a hash of 64 evenly spaced blocks: what tells whether the file is still the same."""
-    about, digest = path.stat(), hashlib.sha256()
-    with path.open("rb") as file:
-        for offset in np.linspace(0, max(0, about.st_size - _SAMPLE_BYTES), _SAMPLES).astype(int).tolist():
-            file.seek(offset)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return f"{_SCAN} {about.st_size} {about.st_mtime_ns} {digest.hexdigest()}"
 
 
 def _read_cache(file: Path, stamp: str) -> Layout | None:

@@ -1,7 +1,5 @@
 """One pass over a data file: where each record begins and ends, and the file's SHA-256. Vectorised, no JSON parser."""
 
-import hashlib
-import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import numpy as np
 from jaxtyping import Int, UInt8
+
+from icons.datamodules.records.data_file import DataFile, sha256
 
 EXPECTED = "expected JSON or JSONL, Parquet, a Hugging Face data set or a WebDataset tar"
 _LOOKED_AT = 1 << 16  # bytes in which one line of a JSONL file at least begins as an object
@@ -39,23 +39,15 @@ def scan(path: Path) -> Layout:
     """
     if path.stat().st_size == 0:
         raise ValueError(f"{path}: the file is empty; {EXPECTED}")
-    with (
-        path.open("rb") as file,
-        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ThreadPoolExecutor(1) as background,
-    ):
+    content = DataFile(path)
+    with ThreadPoolExecutor(1) as background:
         digest = background.submit(sha256, path)  # releases the interpreter: runs beside the search
         form = form_of(path, content)
         ranges = _line_ranges(content) if form == "lines" else _nested_ranges(path, content)
         return Layout(ranges, form, digest.result())
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def form_of(path: Path, content: mmap.mmap) -> Literal["list", "object", "lines"]:
+def form_of(path: Path, content: DataFile) -> Literal["list", "object", "lines"]:
     """A list begins with `[`; a first line that is a whole object of its own begins JSON Lines, unless it is all."""
     begin = _first_of(content)
     if content[begin : begin + 1] == b"[":
@@ -92,26 +84,26 @@ def _is_value(line: bytes) -> bool:
     return True
 
 
-def _first_of(content: mmap.mmap) -> int:
+def _first_of(content: DataFile) -> int:
     begin = 3 if content[:3] == b"\xef\xbb\xbf" else 0
     while begin < len(content) and content[begin : begin + 1] in (b" ", b"\t", b"\r", b"\n"):
         begin += 1
     return begin
 
 
-def _looks_nested(content: mmap.mmap, begin: int) -> bool:
+def _looks_nested(content: DataFile, begin: int) -> bool:
     """Whether `{` is followed by a key whose value is an object: `{"id": {`."""
     head = content[begin + 1 : begin + 4096].lstrip(_WHITE)
     rest = head[1:].partition(b'"')[2].lstrip(_WHITE)
     return head[:1] == b'"' and rest[:1] == b":" and rest[1:].lstrip(_WHITE)[:1] == b"{"
 
 
-def blocks(content: mmap.mmap) -> Iterator[tuple[int, UInt8[np.ndarray, " bytes"]]]:
+def blocks(content: DataFile) -> Iterator[tuple[int, UInt8[np.ndarray, " bytes"]]]:
     for begin in range(0, len(content), BLOCK):
         yield begin, np.frombuffer(content[begin : begin + BLOCK], dtype=np.uint8)
 
 
-def _line_ranges(content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
+def _line_ranges(content: DataFile) -> Int[np.ndarray, "rows 2"]:
     """Lines that are not blank."""
     ends = [begin + np.flatnonzero(block == _NEWLINE) for begin, block in blocks(content)]
     end = np.concatenate([*ends, [len(content)]])
@@ -122,7 +114,7 @@ def _line_ranges(content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
     return np.delete(ranges, blank, axis=0)
 
 
-def _nested_ranges(path: Path, content: mmap.mmap) -> Int[np.ndarray, "rows 2"]:
+def _nested_ranges(path: Path, content: DataFile) -> Int[np.ndarray, "rows 2"]:
     """What stands between the outermost brackets and the commas of depth one; strings are skipped, escapes heeded."""
     depth, inside, carried = 0, False, 0  # before the block: nesting, in a string, length of a run of backslashes
     cuts: list[np.ndarray] = []

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from icons.datamodules.records.data_set import content_digest
+from icons.datamodules.records.data_file import DataFile, State, content_digest
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
@@ -42,6 +42,7 @@ class TarRecords:
     def __init__(self, files: Sequence[Path], path: Path) -> None:
         self.path, self.files = path, list(files)
         self.samples: list[Sample] = []
+        self.states = [State.of(file) for file in self.files]
         for shard, file in enumerate(self.files):
             self.read_contents(shard, file)
         if not self.samples:
@@ -113,9 +114,7 @@ class TarRecords:
 
     def content(self, sample: Sample, extension: str) -> bytes:
         offset, size = sample.members[extension]
-        with self.files[sample.shard].open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        return DataFile(self.files[sample.shard], self.states[sample.shard])[offset : offset + size]
 
     def id(self, row: int) -> str:
         try:
