@@ -53,8 +53,9 @@ class ToyData(LightningDataModule):
 class ToyExtractor(LightningModule):
     """The gradient of a tanh regression's loss, one row per sample, as the sum over the batch would mix it."""
 
-    def __init__(self, pause_s: float = 0.0) -> None:
+    def __init__(self, pause_s: float = 0.0, slow_rank: int | None = None, failing_rank: int | None = None) -> None:
         super().__init__()
+        self.slow_rank, self.failing_rank = slow_rank, failing_rank
         torch.manual_seed(3)
         self.model, self.pause_s = nn.Linear(WIDTH, WIDTH), pause_s
 
@@ -67,7 +68,9 @@ class ToyExtractor(LightningModule):
 
     @torch.enable_grad()  # type: ignore[untyped-decorator]
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        time.sleep(self.pause_s)
+        time.sleep(self.pause_s * (10 if self.slow_rank == self.global_rank else 1))
+        if self.failing_rank == self.global_rank and batch_idx == 2:
+            raise RuntimeError("out of memory")
         x = batch["x"].clone().requires_grad_()
         loss = torch.tanh(self.model(x)).square().mean(dim=1)
         gradient = torch.autograd.grad(loss.sum(), x)[0] if len(x) else torch.empty(0, WIDTH)
@@ -84,7 +87,14 @@ class ToyExtractor(LightningModule):
 
 
 def predict(
-    path: str, *, rows: int, pause_s: float = 0.0, data: ToyData | None = None, **options: Any
+    path: str,
+    *,
+    rows: int,
+    pause_s: float = 0.0,
+    slow_rank: int | None = None,
+    failing_rank: int | None = None,
+    data: ToyData | None = None,
+    **options: Any,
 ) -> GradientWriter:
     """Fills a store; options with the prefix `trainer_` go to the Trainer, all others to the writer."""
     flags = {name[8:]: options.pop(name) for name in list(options) if name.startswith("trainer_")}
@@ -104,7 +114,8 @@ def predict(
         }
         | flags
     )
-    trainer.predict(ToyExtractor(pause_s), datamodule=data or ToyData(rows), return_predictions=False)
+    extractor = ToyExtractor(pause_s, slow_rank, failing_rank)
+    trainer.predict(extractor, datamodule=data or ToyData(rows), return_predictions=False)
     return writer
 
 
@@ -115,6 +126,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--chunk-rows", type=int, default=8)
     parser.add_argument("--pause-s", type=float, default=0.0)
+    parser.add_argument("--slow-rank", type=int, help="one whose batches take ten times as long")
+    parser.add_argument("--failing-rank", type=int, help="one whose third batch fails")
     parser.add_argument("--shard")
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=1)
@@ -126,6 +139,8 @@ def main() -> None:
         pause_s=given.pause_s,
         chunk_rows=given.chunk_rows,
         shard=given.shard,
+        slow_rank=given.slow_rank,
+        failing_rank=given.failing_rank,
         trainer_devices=given.devices,
         trainer_num_nodes=given.nodes,
         trainer_strategy=strategy,
