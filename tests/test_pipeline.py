@@ -10,6 +10,7 @@ from lightning import Trainer
 import icons
 from icons.cli import command_line as cli
 from icons.cli.model_source import ModelSource
+from icons.cli.options.groups import CheckpointOptions
 from icons.models.folder import ModelFolder
 
 DATA = Path(__file__).parent / "data" / "original_llava"
@@ -48,15 +49,7 @@ def test_command_line_and_library_agree_bit_for_bit(tmp_path: Path) -> None:
     assert ModelFolder.open(tmp_path / "exported").layout == "huggingface"
     assert "<html" in (tmp_path / "report.html").read_text()
 
-    source = ModelSource.resolve(
-        checkpoint=tmp_path / "warmup",
-        model=None,
-        vision_tower=None,
-        mm_projector=None,
-        adapter=None,
-        optimizer_state=None,
-        preprocessing={},
-    )
+    source = ModelSource.resolve(CheckpointOptions(checkpoint=tmp_path / "warmup"))
     model = source.load(target="lora", dtype="auto", attention="sdpa", quantize=None)
     made = {}
     for name, file, form in (("train", pool, "adam"), ("task", DATA / "data.json", "none")):

@@ -35,20 +35,7 @@ FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 def gradients(options: GradientsOptions) -> int:
     """Computes a store of projected per-sample gradients; the same line, run again, resumes."""
     preconditioner = chosen(options.preconditioner, options.task)
-    source = ModelSource.resolve(
-        checkpoint=options.checkpoint,
-        model=options.model,
-        vision_tower=options.vision_tower,
-        mm_projector=options.mm_projector,
-        adapter=options.adapter,
-        optimizer_state=options.optimizer_state,
-        preprocessing={
-            "template": options.template,
-            "max_length": options.max_length,
-            "preset": options.preset,
-            "processor": options.processor,
-        },
-    )
+    source = ModelSource.resolve(options, options.optimizer_state, options)
     if source.warning:
         warn(source.warning)
     differentiates = options.collect in DIFFERENTIATED
@@ -81,9 +68,7 @@ def gradients(options: GradientsOptions) -> int:
         max_tokens=options.max_tokens,
         num_workers=options.num_workers,
         trust_remote_code=options.trust_remote_code,
-        dialect=options.dialect,
-        allow_paths=options.allow_paths or (),
-        web_images=options.web_images,
+        **options.reading,
     )
     console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
     if options.dry_run:
@@ -100,10 +85,7 @@ def gradients(options: GradientsOptions) -> int:
             batch_size=options.batch_size,
             max_tokens=options.max_tokens,
             model_dtype=options.model_dtype,
-            attention=options.attention,
-            quantize=options.quantize,
-            gradient_checkpointing=options.gradient_checkpointing,
-            trust_remote_code=options.trust_remote_code,
+            **options.loading,
             chunk_rows=options.chunk_rows,
             shard=options.shard,
             trainer=options.trainer,
@@ -117,14 +99,7 @@ def gradients(options: GradientsOptions) -> int:
         )
         plan.show(console)
         return 0
-    network = source.load(
-        target=options.target,
-        dtype=options.model_dtype,
-        attention=options.attention,
-        quantize=options.quantize,
-        gradient_checkpointing=options.gradient_checkpointing,
-        trust_remote_code=options.trust_remote_code,
-    )
+    network = source.load(target=options.target, dtype=options.model_dtype, **options.loading)
     several = [PROJECTORS[options.projector](size, seed=options.seed) for size in dims]
     state = source.preconditioner(preconditioner, network) if differentiates else None
     if isinstance(state, AdamPreconditioner):

@@ -26,29 +26,14 @@ def inspect(options: InspectOptions) -> int:
     for name, value in (("--samples", options.samples), ("--scan", options.scan)):
         if value < 1:
             raise ValueError(f"{name} {value}: expected 1 or more")
-    source = ModelSource.resolve(
-        checkpoint=options.checkpoint,
-        model=options.model,
-        vision_tower=options.vision_tower,
-        mm_projector=options.mm_projector,
-        adapter=options.adapter,
-        optimizer_state=None,
-        preprocessing={
-            "template": options.template,
-            "max_length": options.max_length,
-            "preset": options.preset,
-            "processor": options.processor,
-        },
-    )
+    source = ModelSource.resolve(options, preparing=options)
     dataset = ConversationDataModule(
         options.data,
         options.images,
         model_folder=source.folder,
         preprocessing=source.preprocessing,
         trust_remote_code=options.trust_remote_code,
-        dialect=options.dialect,
-        allow_paths=options.allow_paths or (),
-        web_images=options.web_images,
+        **options.reading,
     ).dataset
     for row in options.row or []:
         if not 0 <= row < len(dataset):

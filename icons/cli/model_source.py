@@ -1,15 +1,16 @@
 """Where a command's model comes from: a warm-up folder (`--checkpoint`), or its parts named one by one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from icons.cli.options.groups import CheckpointOptions, PreprocessingOptions
 from icons.datamodules.preprocessing import Preprocessing
 from icons.models.adam_state import load_adam_state
 from icons.models.folder import ModelFolder
-from icons.models.loading import Attention, Dtype, Quantize, Target, load_model
+from icons.models.loading import load_model
 from icons.models.warmup_folder import open_warmup
 from icons.modules.warmup import hardly_moved
 from icons.preconditioner import Preconditioner, Sign
@@ -28,37 +29,35 @@ class ModelSource:
     @classmethod
     def resolve(
         cls,
-        *,
-        checkpoint: Path | None,
-        model: Path | None,
-        vision_tower: Path | None,
-        mm_projector: Path | None,
-        adapter: Path | None,
-        optimizer_state: Path | None,
-        preprocessing: dict[str, Any],
+        parts: CheckpointOptions,
+        optimizer_state: Path | None = None,
+        preparing: PreprocessingOptions | None = None,
     ) -> "ModelSource":
         """Checks that either `checkpoint` or `model` is given, and fills in what the checkpoint knows.
 
         Args:
-            preprocessing: what the user asked for (`template`, `max_length`, `preset`, `processor`); None, and the
-                template "auto", mean: as the warm-up did, or the default.
+            parts: the checkpoint, or the parts.
+            optimizer_state: Adam's moments, if not the checkpoint's.
+            preparing: what the user asked for; None, and the template "auto", mean: as the warm-up did, or the default.
 
         Raises:
             ValueError: neither or both are given, or the preprocessing differs from the warm-up's.
         """
-        asked = {name: value for name, value in preprocessing.items() if value not in (None, "auto", {})}
+        names = [] if preparing is None else [field.name for field in fields(PreprocessingOptions)]
+        asked = {name: value for name in names if (value := getattr(preparing, name)) not in (None, "auto", {})}
+        checkpoint, model = parts.checkpoint, parts.model
+        named = {name: getattr(parts, name) for name in ("vision_tower", "mm_projector", "adapter")}
         if (checkpoint is None) == (model is None):
             got = "neither" if model is None else "both"
             raise ValueError(f"model: got {got} of --checkpoint and --model; give one: a warm-up folder, or the parts")
         if checkpoint is None:
             assert model is not None
-            folder = ModelFolder.open(model, vision_tower=vision_tower, mm_projector=mm_projector, adapter=adapter)
-            return cls(folder, adapter, Preprocessing(**asked), optimizer_state)
-        parts = {"--vision-tower": vision_tower, "--mm-projector": mm_projector, "--adapter": adapter}
-        for option, value in parts.items():
+            return cls(ModelFolder.open(model, **named), parts.adapter, Preprocessing(**asked), optimizer_state)
+        for name, value in named.items():
             if value is not None:
                 raise ValueError(
-                    f"{option} {value}: the warm-up folder {checkpoint} names its own; leave the option out"
+                    f"--{name.replace('_', '-')} {value}: the warm-up folder {checkpoint} names its own; leave the "
+                    "option out"
                 )
         warmup = open_warmup(checkpoint)
         trained = Preprocessing.from_dict(warmup.facts.preprocessing)
@@ -71,25 +70,9 @@ class ModelSource:
         warning = hardly_moved(warmup.facts.losses.before, warmup.facts.losses.after)
         return cls(warmup.model_folder, warmup.adapter, trained, optimizer_state or checkpoint, warning)
 
-    def load(
-        self,
-        *,
-        target: Target,
-        dtype: Dtype,
-        attention: Attention,
-        quantize: Quantize | None,
-        **options: Any,
-    ) -> nn.Module:
-        """The model with its adapter, on the CPU, in eval mode; `target` says which parameters are differentiated."""
-        return load_model(
-            self.folder,
-            adapter=self.adapter,
-            target=target,
-            dtype=dtype,
-            attention=attention,
-            quantize=quantize,
-            **options,
-        )
+    def load(self, **options: Any) -> nn.Module:
+        """The model with its adapter, on the CPU, in eval mode; options as for `load_model`."""
+        return load_model(self.folder, adapter=self.adapter, **options)
 
     def preconditioner(
         self, form: Literal["adam", "diagonal", "sign", "none"], model: nn.Module

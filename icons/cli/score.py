@@ -15,6 +15,7 @@ from icons.cli.console import console, warn
 from icons.cli.gradients import TRAINER as TRAINER
 from icons.cli.gradients import predict_flags, replaces, shared, summary
 from icons.cli.model_source import ModelSource
+from icons.cli.options.groups import CheckpointOptions
 from icons.cli.options.score import ScoreOptions
 from icons.cli.pairs import file_and_images, parse
 from icons.datamodules.datamodule import ConversationDataModule
@@ -76,38 +77,21 @@ def score(options: ScoreOptions) -> int:
         for place in range(len(options.checkpoint))
     ]
     for place, folder in enumerate(options.checkpoint):
-        source = ModelSource.resolve(
-            checkpoint=folder,
-            model=None,
-            vision_tower=None,
-            mm_projector=None,
-            adapter=None,
-            optimizer_state=states[place],
-            preprocessing={},
-        )
+        source = ModelSource.resolve(CheckpointOptions(checkpoint=folder), states[place])
         if source.warning:
             warn(source.warning)
-        model = source.load(
-            target=options.target,
-            dtype=options.model_dtype,
-            attention=options.attention,
-            quantize=options.quantize,
-            gradient_checkpointing=options.gradient_checkpointing,
-            trust_remote_code=options.trust_remote_code,
-        )
-        loading: dict[str, Any] = {
+        model = source.load(target=options.target, dtype=options.model_dtype, **options.loading)
+        preparing: dict[str, Any] = {
             "model_folder": source.folder,
             "preprocessing": source.preprocessing,
             "batch_size": options.batch_size,
-            "allow_paths": options.allow_paths or (),
-            "web_images": options.web_images,
-        }
-        loading |= {
             "max_tokens": options.max_tokens,
             "num_workers": options.num_workers,
             "trust_remote_code": options.trust_remote_code,
+            **options.reading,
         }
-        modules = {name: ConversationDataModule(*places, **loading) for name, places in files.items()}
+        detected = preparing | {"dialect": "auto"}
+        modules = {name: ConversationDataModule(*places, **detected) for name, places in files.items()}
         manifests = describe_vectors(model, modules, options.normalize == "exact")
         columns, former = columns_of(files, groups), None
         if options.reuse is not None:
@@ -140,7 +124,7 @@ def score(options: ScoreOptions) -> int:
             if options.keep_gradients is None
             else PROJECTORS[options.projector](options.dim, seed=options.seed),
         )
-        datamodule = ConversationDataModule(options.data, options.images, dialect=options.dialect, **loading)
+        datamodule = ConversationDataModule(options.data, options.images, **preparing)
         console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
         writing: dict[str, Any] = {
             "chunk_rows": options.chunk_rows,

@@ -74,9 +74,7 @@ def warmup(options: WarmupOptions) -> int:
         tasks=tasks,
         seed=options.seed,
         trust_remote_code=options.trust_remote_code,
-        dialect=options.dialect,
-        allow_paths=options.allow_paths or (),
-        web_images=options.web_images,
+        **options.reading,
     )
     say(datamodule.dataset.summary())
     num_rows = len(datamodule.dataset)
@@ -124,11 +122,8 @@ def warmup(options: WarmupOptions) -> int:
         folder,
         lora=lora,
         dtype=computed_in,
-        attention=options.attention,
-        quantize=options.quantize,
-        gradient_checkpointing=options.gradient_checkpointing,
         target=target,
-        trust_remote_code=options.trust_remote_code,
+        **options.loading,
     )
     module = WarmupModule(
         network,

@@ -55,10 +55,10 @@ class Measured(msgspec.Struct, frozen=True):
 class WarmupManifest(Manifest, frozen=True, kw_only=True):
     """What the manifest of a warm-up folder states."""
 
-    format: int
-    model_folder: dict[str, Any]
-    model_fingerprint: str
-    beside: dict[str, str]
+    format: int = _FORMAT
+    model_folder: dict[str, Any] = {}
+    model_fingerprint: str = ""
+    beside: dict[str, str] = {}
     preprocessing: dict[str, Any] = {}
     losses: Measured = Measured()
     accuracy: Measured = Measured()
@@ -71,7 +71,10 @@ class WarmupFolder:
     model_folder: ModelFolder
     adapter: Path
     manifest: dict[str, Any]
-    facts: WarmupManifest
+
+    @property
+    def facts(self) -> WarmupManifest:
+        return WarmupManifest.read(self.manifest, self.adapter)
 
 
 def save_warmup(
@@ -149,7 +152,7 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
             f"{folder}: was trained on a base model with fingerprint {then}; {model_folder.model} has {now}: expected "
             "the same files"
         )
-    return WarmupFolder(model_folder, folder, manifest, facts)
+    return WarmupFolder(model_folder, folder, manifest)
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

@@ -7,13 +7,11 @@ import pytest
 
 from icons.cli import model_source as source
 from icons.cli.model_source import ModelSource
+from icons.cli.options.groups import CheckpointOptions, PreprocessingOptions
 from icons.models.folder import ModelFolder
 from icons.models.warmup_folder import WarmupFolder
 
 DATA = Path(__file__).parents[1] / "data" / "original_llava"
-NOTHING: dict[str, Any] = dict.fromkeys(
-    ("checkpoint", "model", "vision_tower", "mm_projector", "adapter", "optimizer_state")
-)
 
 
 @pytest.fixture
@@ -26,7 +24,9 @@ def warmup(monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def preprocessing(checkpoint: Path, **asked: Any) -> dict[str, Any]:
-    return ModelSource.resolve(**NOTHING | {"checkpoint": checkpoint}, preprocessing=asked).preprocessing.as_dict()
+    return ModelSource.resolve(
+        CheckpointOptions(checkpoint=checkpoint), preparing=PreprocessingOptions(**asked)
+    ).preprocessing.as_dict()
 
 
 @pytest.mark.parametrize("template", [None, "auto", "v1"])
@@ -44,10 +44,11 @@ def test_another_preprocessing_than_the_warmups_is_refused(warmup: Path, name: s
 @pytest.mark.parametrize(("given", "got"), [({}, "neither"), ({"checkpoint": DATA, "model": DATA}, "both")])
 def test_one_of_checkpoint_and_model_is_needed(given: dict[str, Path], got: str) -> None:
     with pytest.raises(ValueError, match=f"model: got {got} of --checkpoint and --model"):
-        ModelSource.resolve(**NOTHING | given, preprocessing={})
+        ModelSource.resolve(CheckpointOptions(**given))
 
 
 @pytest.mark.parametrize("option", ["vision_tower", "mm_projector", "adapter"])
 def test_parts_beside_a_warmup_are_refused(warmup: Path, option: str) -> None:
     with pytest.raises(ValueError, match=f"--{option.replace('_', '-')} .* names its own; leave the option out"):
-        ModelSource.resolve(**NOTHING | {"checkpoint": warmup, option: DATA}, preprocessing={})
+        parts: dict[str, Any] = {"checkpoint": warmup, option: DATA}
+        ModelSource.resolve(CheckpointOptions(**parts))

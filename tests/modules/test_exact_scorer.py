@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from icons.batch import Status
 from icons.cli import command_line as cli
 from icons.cli.model_source import ModelSource
+from icons.cli.options.groups import CheckpointOptions
 from icons.cli.score import ended
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.gradients import per_sample_gradients
@@ -51,8 +52,7 @@ def both_tasks() -> list[str]:
 
 def gradients(warmup: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Plain and Adam-preconditioned gradients of the three rows, whole, and the parameters' names in order."""
-    parts = dict.fromkeys(("model", "vision_tower", "mm_projector", "adapter", "optimizer_state"))
-    source = ModelSource.resolve(checkpoint=warmup, preprocessing={}, **parts)
+    source = ModelSource.resolve(CheckpointOptions(checkpoint=warmup))
     model = source.load(target="lora", dtype="float32", attention="sdpa", quantize=None)
     dataset = ConversationDataModule(
         DATA / "data.json", DATA, model_folder=source.folder, preprocessing=source.preprocessing

@@ -11,6 +11,7 @@ import torch
 import icons.modules.task_directions as task_directions
 from icons.cli import command_line as cli
 from icons.cli.model_source import ModelSource
+from icons.cli.options.groups import CheckpointOptions
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.gradients import combined_gradients, per_sample_gradients
 from icons.modules.task_directions import orthonormal
@@ -52,8 +53,7 @@ def score(folder: Path, out: Path, *more: object) -> int:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> dict[str, np.ndarray]:
     """Unit gradients of all rows, float64: the training rows' after Adam, the tasks' plain."""
-    parts = dict.fromkeys(("model", "vision_tower", "mm_projector", "adapter", "optimizer_state"))
-    source = ModelSource.resolve(checkpoint=folder / "warmup", preprocessing={}, **parts)
+    source = ModelSource.resolve(CheckpointOptions(checkpoint=folder / "warmup"))
     model = source.load(target="lora", dtype="float32", attention="sdpa", quantize=None)
     adam, rows = source.preconditioner("adam", model), {}
     assert adam is not None
@@ -158,8 +158,7 @@ def test_sums_that_repeat_each_other_give_fewer_directions() -> None:
 
 
 def test_several_sums_are_sums_of_per_sample_gradients_and_samples_without_weight_count_nothing(folder: Path) -> None:
-    parts = dict.fromkeys(("model", "vision_tower", "mm_projector", "adapter", "optimizer_state"))
-    source = ModelSource.resolve(checkpoint=folder / "warmup", preprocessing={}, **parts)
+    source = ModelSource.resolve(CheckpointOptions(checkpoint=folder / "warmup"))
     model = source.load(target="lora", dtype="float32", attention="sdpa", quantize=None)
     dataset = ConversationDataModule(
         folder / "a.json", DATA, model_folder=source.folder, preprocessing=source.preprocessing

@@ -56,6 +56,12 @@ class LoadingOptions(CodeOptions):
     num_workers: int = 0
     """processes that read and decode ahead"""
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """How a model is loaded, as `load_model` takes it."""
+        named = ("attention", "quantize", "gradient_checkpointing", "trust_remote_code")
+        return {name: getattr(self, name) for name in named}
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
@@ -72,6 +78,11 @@ class DataOptions:
     """how the records are written. {dialects}"""
     images: Path | None = None
     """folder (or tar or zip archive) that the records' image paths start from"""
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """How records and their images are read, as `ConversationDataModule` takes it."""
+        return {"dialect": self.dialect, "allow_paths": self.allow_paths or (), "web_images": self.web_images}
 
 
 @dataclass(frozen=True, kw_only=True)
