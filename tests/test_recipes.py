@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -70,6 +71,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(LLAVA / "clip", tower, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.bin"))
         vision = json.loads((tower / "config.json").read_text()) | {"image_size": 336, "patch_size": 14} | CLIP
         (tower / "config.json").write_text(json.dumps(vision))
+        pixels = json.loads((tower / "preprocessor_config.json").read_text())
+        sizes = {"crop_size": {"height": 336, "width": 336}, "size": {"shortest_edge": 336}}
+        (tower / "preprocessor_config.json").write_text(json.dumps(pixels | sizes))
         if projector.suffix:
             projector.parent.mkdir(parents=True)
             shutil.copy(LLAVA / "mm_projector.bin", projector)
@@ -124,23 +128,16 @@ def test_finetune(
 @EACH_MODEL
 def test_gradients(workplace: Path, recipe: str, model: str) -> None:
     """The plan that `icons gradients --dry-run` prints, with the recipe's options."""
-    words = ["--data", "d", "--out", "o", *configs(recipe)]
-    options = vars(parse("gradients", GradientsOptions, words))
-    assert str(options["checkpoint"]) == "warmup" and options["trainer"] == {"devices": 8}
-    assert options["preconditioner"] == {"gradients": "adam", "tasks": "none"}[recipe]
+    options = parse("gradients", GradientsOptions, ["--data", "d", "--out", "o", *configs(recipe)])
+    assert str(options.checkpoint) == "warmup" and options.trainer == {"devices": 8}
+    assert options.preconditioner == {"gradients": "adam", "tasks": "none"}[recipe]
     parts = {name: workplace / place for name, place in read(model).items() if name != "template"}
     adapter = workplace / f"adapter-{model}-{recipe}"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"r": 128, "target_modules": ["q_proj", "v_proj"]}))
-    same = ("target", "dim", "preconditioner", "batch_size", "max_tokens", "model_dtype", "attention", "quantize",
-            "gradient_checkpointing", "trust_remote_code", "chunk_rows", "shard", "trainer")  # fmt: skip
+    folder, preconditioner = ModelFolder.open(**parts), options.preconditioner
     plan = estimate_gradients_run(
-        ModelFolder.open(**parts),
-        adapter,
-        FewRows(),
-        store_dtype=options["dtype"],
-        settings=options,
-        **{name: options[name] for name in same},
+        options, folder, adapter, FewRows(), [options.dim], preconditioner=preconditioner, settings=vars(options)
     )
     assert plan.files["gradients"] == 665_298 * 5120 * 2  # the paper's data and dimension: 6.8 GB
     assert len(plan.rows_per_rank) == 8 and sum(plan.rows_per_rank) >= 665_298
@@ -157,6 +154,12 @@ class FewRows:
     def lengths(self, rows: list[int]) -> list[int]:
         assert len(rows) <= 256
         return [600 + row % 300 for row in rows]
+
+    def __getitem__(self, row: int) -> int:
+        return row
+
+    def collate(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(len(rows), 1), "pixel_values": torch.zeros(len(rows), 3, 336, 336)}
 
 
 def test_influence_and_selection() -> None:

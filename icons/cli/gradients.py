@@ -73,22 +73,12 @@ def gradients(options: GradientsOptions) -> int:
     console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
     if options.dry_run:
         plan = estimate_gradients_run(
+            options,
             source.folder,
             source.adapter,
             datamodule.dataset,
-            target=options.target,
-            collect=options.collect,
-            dim=dims,
-            projector=options.projector,
-            store_dtype=options.dtype,
+            dims,
             preconditioner=preconditioner,
-            batch_size=options.batch_size,
-            max_tokens=options.max_tokens,
-            model_dtype=options.model_dtype,
-            **options.loading,
-            chunk_rows=options.chunk_rows,
-            shard=options.shard,
-            trainer=options.trainer,
             settings={
                 "data": options.data,
                 "out": ", ".join(outs),

@@ -10,8 +10,7 @@ import numpy as np
 from rich.table import Table
 
 from icons.cli.console import bars, console, warn
-from icons.cli.cost import ModelSize, Workload
-from icons.cli.estimate import estimate_warmup, evenly
+from icons.cli.estimate import Plan, estimate_warmup, evenly
 from icons.cli.options.warmup import WarmupOptions
 from icons.cli.pairs import file_and_images
 from icons.datamodules.datamodule import ConversationDataModule
@@ -96,20 +95,19 @@ def warmup(options: WarmupOptions) -> int:
         say(f"{asked} is little to learn from: taking {share} (--min-rows)")
     if options.dry_run:
         empty = empty_model(folder, lora=lora, target=target, trust_remote_code=options.trust_remote_code)
-        size = ModelSize.of(empty, folder.image_tokens)
-        lengths = datamodule.dataset.lengths(evenly(rows))
-        load = Workload(
-            lengths,
-            options.batch_size,
-            None,
-            computed_in,
-            options.quantize,
-            options.attention,
-            options.gradient_checkpointing,
+        plan = Plan.of(
+            empty,
+            datamodule.dataset,
+            rows,
+            batch_size=options.batch_size,
+            dtype=computed_in,
+            quantize=options.quantize,
+            attention=options.attention,
+            gradient_checkpointing=options.gradient_checkpointing,
         )
         work = {"num_rows": len(rows), "ranks": ranks, "accumulate": options.accumulate, "epochs": options.epochs}
         files = {"model": options.model, "data": options.data, "images": options.images, "out": options.out}
-        estimate_warmup(size, load, **work, settings=files | settings).show(console)
+        estimate_warmup(plan, **work, settings=files | settings).show(console)
         return 0
     if options.resume and already_done(options.out, settings):
         say(f"{options.out} holds this very fit, finished: nothing to do (--resume false to start again)")

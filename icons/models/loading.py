@@ -153,7 +153,10 @@ def checkpoint_layers(model: Any) -> None:
     transformers recomputes a layer only while its `training` flag is set, and in training mode dropout would change the
     gradients: so the flag of the layers alone is kept set, whatever `train` and `eval` do to the rest.
     """
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with warnings.catch_warnings():
+        # the name in transformers 4; 5 has another beside it
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing_enable", category=FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.train = AlwaysTraining(layer)  # type: ignore[assignment]

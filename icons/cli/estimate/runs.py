@@ -1,0 +1,208 @@
+"""The estimates of `icons warmup` and `icons gradients`."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from icons.cli.estimate.probe import Kind, image_operations, operations, peak_memory
+from icons.cli.estimate.run_estimate import RunEstimate
+from icons.cli.estimate.speed import device_speed
+from icons.cli.estimate.workload import BYTES, ModelSize, Workload, weights
+from icons.cli.options.gradients import GradientsOptions
+from icons.datamodules.dataset import ConversationDataset
+from icons.models.folder import ModelFolder
+from icons.models.loading import empty_model
+from icons.models.lora import LoraSettings
+from icons.modules.collector import DIFFERENTIATED
+from icons.modules.fit import ranks_of
+from icons.partition import parse_shard
+from icons.store import fitting_chunk_rows
+
+ROW_BYTES = 4 + 4 + 4 + 1  # norm, loss, tokens, status
+LOOKED_AT = 8
+"""Rows whose images are opened, for the work of the vision tower."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model on the meta device, and what is to be run through it.
+
+    Attributes:
+        model: with its adapter.
+        load: how.
+        images: of some rows: `pixel_values` and what belongs to them; empty for text.
+        image_rows: how many rows these are.
+    """
+
+    model: nn.Module
+    load: Workload
+    images: Mapping[str, Any]
+    image_rows: int
+
+    @classmethod
+    def of(cls, model: nn.Module, dataset: ConversationDataset, rows: Sequence[int], **load: Any) -> "Plan":
+        """Takes the lengths of 256 of the rows, and the images of 8."""
+        some = evenly(rows, LOOKED_AT)
+        batch = dataset.collate([dataset[row] for row in some])
+        images = batch if "pixel_values" in batch else {}
+        return cls(model, Workload(dataset.lengths(evenly(rows)), **load), images, max(1, len(batch["input_ids"])))
+
+    def row_operations(self, kind: Kind) -> float:
+        """Operations of a row of mean length, with its share of the images."""
+        images = image_operations(self.model, self.images) / self.image_rows if self.images else 0
+        return operations(self.model, kind, max(2, self.load.mean_length), self.load) + images
+
+    def batch_memory(self, kind: Kind) -> int:
+        """Bytes that the largest batch takes beside weights, moments and summed gradients."""
+        rows, length = self.load.largest_batch
+        return int(peak_memory(self.model, kind, rows, max(2, length), self.load))
+
+
+def estimate_warmup(
+    plan: Plan, *, num_rows: int, ranks: int, accumulate: int, epochs: int, settings: dict[str, Any]
+) -> RunEstimate:
+    """What `icons warmup` would do with `num_rows` rows; what is trained is float32 with a gradient and two moments."""
+    per_rank, size = split(num_rows, ranks), ModelSize.of(plan.model)
+    batches = math.ceil(max(per_rank) / plan.load.batch_size)
+    memory = weights(size, plan.load) | {"gradients and moments": 12 * size.trainable}
+    speed, said = device_speed(plan.load.dtype)
+    return RunEstimate(
+        settings=settings,
+        rows_per_rank=per_rank,
+        steps=epochs * math.ceil(batches / accumulate),
+        files={
+            "adapter": 4 * size.trainable,
+            "Adam's moments": 8 * size.trainable,
+            "last.ckpt": 12 * size.trainable,
+        },
+        memory=memory | {"a batch": plan.batch_memory("training")},
+        seconds=epochs * max(per_rank) * plan.row_operations("training") / speed,
+        speed=said,
+    )
+
+
+def estimate_gradients(
+    plan: Plan,
+    *,
+    num_rows: int,
+    ranks: int,
+    shards: int,
+    chunk_rows: int,
+    dim: int,
+    store_dtype: str,
+    moments: bool,
+    signs: int = 0,
+    differentiates: bool = True,
+    settings: dict[str, Any],
+) -> RunEstimate:
+    """What `icons gradients` would do with a file of `num_rows` rows.
+
+    Ranks own whole units of `chunk_rows` rows. In place of an optimizer there are Adam's moments (`moments`) and the
+    signs of `signs` count sketches. What is not differentiated (representations, losses) takes a forward pass alone.
+    """
+    units, size = math.ceil(num_rows / chunk_rows), ModelSize.of(plan.model)
+    per_rank = [min(chunk_rows * count, num_rows) for count in split(math.ceil(units / shards), ranks)]
+    kind: Kind = "per-sample" if differentiates else "forward"
+    memory = weights(size, plan.load)
+    memory |= {"moments": 8 * size.trainable} if moments else {}
+    memory |= {"signs of the projection": 4 * signs * size.trainable} if signs else {}
+    speed, said = device_speed(plan.load.dtype)
+    scale = 0 if store_dtype == "float32" else 4
+    return RunEstimate(
+        settings=settings,
+        rows_per_rank=per_rank,
+        steps=math.ceil(max(per_rank) / plan.load.batch_size),
+        files={"gradients": int(num_rows * dim * BYTES[store_dtype]), "scalars": num_rows * (ROW_BYTES + scale)},
+        memory=memory | {"a batch": plan.batch_memory(kind)},
+        seconds=max(per_rank) * plan.row_operations(kind) / speed,
+        speed=said,
+    )
+
+
+def estimate_gradients_run(
+    options: GradientsOptions,
+    folder: ModelFolder,
+    adapter: Path | None,
+    dataset: ConversationDataset,
+    dims: Sequence[int],
+    *,
+    preconditioner: str,
+    base_shards: int = 1,
+    settings: dict[str, Any],
+) -> RunEstimate:
+    """What one `icons gradients` would do: the model is made from its configuration alone.
+
+    Args:
+        options: of the command.
+        folder: the base model.
+        adapter: folder of the LoRA adapter; its rank and targets are read, not its weights.
+        dataset: the data.
+        dims: numbers per row of each store.
+        preconditioner: which.
+        base_shards: ranks over which the base model's weights are sharded.
+        settings: what to show as resolved settings.
+    """
+    lora = None if adapter is None else lora_settings(adapter)
+    model = empty_model(folder, lora=lora, target=options.target, trust_remote_code=options.trust_remote_code)
+    num_rows, differentiates = len(dataset), options.collect in DIFFERENTIATED
+    dtype = options.model_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    if not differentiates:
+        dims = [model.config.get_text_config().hidden_size if options.collect == "representations" else 1]  # type: ignore[union-attr,operator]
+    fitting = fitting_chunk_rows(num_rows, max(dims), options.dtype)
+    return estimate_gradients(
+        Plan.of(
+            model,
+            dataset,
+            range(num_rows),
+            batch_size=options.batch_size,
+            max_tokens=options.max_tokens,
+            dtype=dtype,
+            quantize=options.quantize,
+            attention=options.attention,
+            gradient_checkpointing=options.gradient_checkpointing,
+            base_shards=base_shards,
+        ),
+        num_rows=num_rows,
+        ranks=ranks_of(options.trainer),
+        shards=1 if options.shard is None else parse_shard(options.shard)[1],
+        chunk_rows=options.chunk_rows or min(fitting, num_rows),
+        dim=sum(dims),
+        store_dtype=options.dtype,
+        moments=differentiates and preconditioner in ("adam", "diagonal"),
+        signs=len(dims) if differentiates and options.projector == "count_sketch" else 0,
+        differentiates=differentiates,
+        settings=settings,
+    )
+
+
+def lora_settings(adapter: Path) -> LoraSettings:
+    """Rank and targets of a saved adapter; a list of layer names (LLaVA's) means the language model's linear layers."""
+    saved = json.loads((adapter / "adapter_config.json").read_text())
+    targets = saved.get("target_modules")
+    return LoraSettings(rank=saved["r"], targets=targets if isinstance(targets, str) else None)
+
+
+def evenly(rows: Sequence[int], most: int = 256) -> list[int]:
+    """Evenly spaced rows, which stand for all.
+
+    >>> evenly(range(10), 4)
+    [0, 3, 6, 9]
+    """
+    return list(rows[:: -(-len(rows) // most)]) if rows else []
+
+
+def split(count: int, parts: int) -> list[int]:
+    """`count` things in `parts` nearly equal shares, the larger ones first.
+
+    >>> split(10, 4)
+    [3, 3, 2, 2]
+    """
+    return [count // parts + (part < count % parts) for part in range(parts)]
