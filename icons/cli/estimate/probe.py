@@ -80,7 +80,7 @@ def peak_memory(model: nn.Module, kind: Kind, rows: int, length: int, load: Work
 
 def over_layers(model: nn.Module, measure: Callable[["LanguagePart"], float]) -> float:
     """A measure of the language model, from that of a few of its layers: it grows by the same with each."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     name = next((n for n, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)), None)
     count = len(getattr(decoder, name)) if name else 0
@@ -97,11 +97,11 @@ def image_operations(model: nn.Module, sample: Mapping[str, Any]) -> float:
         model: as for `operations`.
         sample: `pixel_values` and what else the model's `get_image_features` takes.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     wanted = inspect.signature(base.get_image_features).parameters
     inputs = {name: value for name, value in sample.items() if name in wanted}
     inputs["pixel_values"] = inputs["pixel_values"].to("meta", next(base.parameters()).dtype)
-    with torch.no_grad(), WithoutContents(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), AllMeta(), FlopCounterMode(display=False) as counter:
         base.get_image_features(**inputs)
     return float(counter.get_total_flops())
 
@@ -183,11 +183,14 @@ class PassWithoutContents(BackwardPass):
             return self.positions.run(self.model, self.batch)
 
 
-class WithoutContents(TorchDispatchMode):
+class AllMeta(TorchDispatchMode):
     """What is computed from a tensor on the meta device is there too, whatever else goes into it.
 
     Sizes of images stay on the CPU, where a tower may read them.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
@@ -200,7 +203,7 @@ class Alive(TorchDispatchMode):
     """Counts the bytes of what is computed while it is alive; the weights of `model` are not counted."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.weights: set[int] = set()
         self.bytes: dict[int, int] = {}
@@ -238,7 +241,7 @@ def without_contents(part: LanguagePart, fake: FakeTensorMode, dtype: torch.dtyp
     made: dict[int, Tensor] = {}
     for module in part.modules():
         for held in (module._parameters, module._buffers):
-            for name, value in held.items():
+            for name, value in list(held.items()):
                 if value is None:
                     continue
                 if id(value) not in made:
@@ -246,7 +249,7 @@ def without_contents(part: LanguagePart, fake: FakeTensorMode, dtype: torch.dtyp
                     with fake:
                         new = torch.empty(value.shape, dtype=dtype if narrow else value.dtype, device="cpu")
                     made[id(value)] = nn.Parameter(new, value.requires_grad) if held is module._parameters else new
-                held[name] = made[id(value)]  # type: ignore[index]
+                setattr(module, name, made[id(value)])
     return part
 
 
