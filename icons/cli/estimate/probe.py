@@ -127,7 +127,7 @@ def prepared(part: "LanguagePart", kind: Kind, batch: dict[str, Any]) -> Callabl
     """What is to be run inside of the fake mode; made outside, since it looks at the labels."""
     if kind == "per-sample":
         parameters = trainable_parameters(part)
-        known = paths_of(part, parameters)
+        known = paths_of(part, parameters, batch)
         known.narrow = dict.fromkeys(dict(part.named_modules()), True)
         return PassWithoutContents(part, batch, parameters, known, forget, proving=True).run
     for module in part.modules():
