@@ -106,6 +106,11 @@ def image_operations(model: nn.Module, sample: Mapping[str, Any]) -> float:
     return float(counter.get_total_flops())
 
 
+def base_of(model: Any) -> Any:
+    """The model inside of its adapter, if it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def run(part: "LanguagePart", kind: Kind, rows: int, length: int, load: Workload, alive: "Alive | None" = None) -> None:
     fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), getattr(torch, load.dtype)
     part = without_contents(copy.deepcopy(part), fake, dtype)
