@@ -180,12 +180,14 @@ class LanguagePart(nn.Module):
 
 
 class PassWithoutContents(BackwardPass):
-    """The pass of `icons gradients`; that it draws no random numbers cannot be asked of tensors without contents."""
+    """The pass of `icons gradients`; tensors without contents can neither be asked for chance nor be proven right."""
 
     def forward(self) -> Tensor:
         self.uses = dict.fromkeys(self.uses, 0)
         with torch.enable_grad():
-            return self.positions.run(self.model, self.batch)
+            losses = self.positions.run(self.model, self.batch)
+        self.proving = False  # what backward passes measure for a proof is not part of the others
+        return losses
 
 
 class AllMeta(TorchDispatchMode):
