@@ -15,7 +15,6 @@ from icons.cli.estimate.run_estimate import RunEstimate
 from icons.cli.estimate.speed import device_speed
 from icons.cli.estimate.workload import BYTES, ModelSize, Workload, weights
 from icons.cli.options.gradients import GradientsOptions
-from icons.datamodules.dataset import ConversationDataset
 from icons.models.folder import ModelFolder
 from icons.models.loading import empty_model
 from icons.models.lora import LoraSettings
@@ -46,8 +45,8 @@ class Plan:
     image_rows: int
 
     @classmethod
-    def of(cls, model: nn.Module, dataset: ConversationDataset, rows: Sequence[int], **load: Any) -> "Plan":
-        """Takes the lengths of 256 of the rows, and the images of 8."""
+    def of(cls, model: nn.Module, dataset: Any, rows: Sequence[int], **load: Any) -> "Plan":
+        """Takes the lengths of 256 of a ConversationDataset's rows, and the images of 8."""
         some = evenly(rows, LOOKED_AT)
         batch = dataset.collate([dataset[row] for row in some])
         images = batch if "pixel_values" in batch else {}
@@ -129,7 +128,7 @@ def estimate_gradients_run(
     options: GradientsOptions,
     folder: ModelFolder,
     adapter: Path | None,
-    dataset: ConversationDataset,
+    dataset: Any,
     dims: Sequence[int],
     *,
     preconditioner: str,
@@ -142,7 +141,7 @@ def estimate_gradients_run(
         options: of the command.
         folder: the base model.
         adapter: folder of the LoRA adapter; its rank and targets are read, not its weights.
-        dataset: the data.
+        dataset: a ConversationDataset.
         dims: numbers per row of each store.
         preconditioner: which.
         base_shards: ranks over which the base model's weights are sharded.
