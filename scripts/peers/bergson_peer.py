@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from bergson.data import load_gradients, load_scores
 from datasets import Dataset
 from result import Job, main, mean_by_task
@@ -53,8 +54,20 @@ def scores(job: Job, place: Path) -> np.ndarray:
 
 
 def state(job: Job, optimizer: bool) -> Options:
-    """Adam's second moment for the pool's side; the queries are plain gradients, as in LESS."""
-    return {"optimizer_state": str(job.checkpoint)} if optimizer else {}
+    """Adam's second moment for the pool's side; the queries are plain gradients, as in LESS.
+
+    bergson finds moments by the order of all parameters, or by name; of full fine-tuning only the layers in the blocks
+    have any, so they are named for it.
+    """
+    if not optimizer:
+        return {}
+    if job.way == "lora":
+        return {"optimizer_state": str(job.checkpoint)}
+    moments = torch.load(job.checkpoint / "optimizer.pt", weights_only=True)
+    for number, name in enumerate(moments["param_groups"][0]["param_names"]):
+        moments["state"][number]["param_name"] = name
+    torch.save(moments, job.out / "optimizer.pt")
+    return {"optimizer_state": str(job.out / "optimizer.pt")}
 
 
 def cosines(job: Job, dim: int, optimizer: bool) -> np.ndarray:
@@ -67,11 +80,12 @@ def cosines(job: Job, dim: int, optimizer: bool) -> np.ndarray:
     ))  # fmt: skip
 
 
-def index(job: Job, dim: int, optimizer: bool) -> np.ndarray:
+def index(job: Job, dim: int, optimizer: bool, target: str = "per_module") -> np.ndarray:
     """`build` of the queries and of the pool, unit vectors; then their products."""
     options: dict[str, Any] = {"preprocess_cfg": {"unit_normalize": True}}
-    query = bergson(job, "build", "query", job.task.names, {"projection_dim": dim}, **options)
-    pool = bergson(job, "build", "pool", ["pool"], {"projection_dim": dim} | state(job, optimizer), **options)
+    shape = {"projection_dim": dim, "projection_target": target}
+    query = bergson(job, "build", "query", job.task.names, shape, **options)
+    pool = bergson(job, "build", "pool", ["pool"], shape | state(job, optimizer), **options)
     sides = [np.asarray(load_gradients(place)).astype(np.float32) for place in (pool, query)]
     return mean_by_task(job.task, sides[0] @ sides[1].T)
 
@@ -90,9 +104,12 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "cosine-adam": partial(cosines, dim=0, optimizer=True),
     "build": partial(index, dim=16, optimizer=False),
     "build-adam": partial(index, dim=16, optimizer=True),
+    "build-adam-5120": partial(index, dim=5120, optimizer=True, target="global"),
     "trackstar": lambda job: pipeline(job, "trackstar", {}),
     "trackstar-adam": lambda job: pipeline(job, "trackstar", state(job, True)),
-    "trak": lambda job: pipeline(job, "trak", {"projection_dim": 512, "projection_target": "global"}),
+    "trak": lambda job: pipeline(
+        job, "trak", {"projection_dim": 512, "projection_target": "global", "loss_fn": "log_odds"}
+    ),
     "ekfac": lambda job: pipeline(job, "ekfac", {}, hessian_cfg={"method": "kfac", "ev_correction": True}),
 }
 

@@ -12,7 +12,6 @@ import argparse
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from icons.projection import PROJECTORS, Projector
 from icons.scores import Scorer
 from icons.scores.rows import ArrayRows
 
+SETTINGS = ("outliers", "projector", "K", "checkpoints")
 NUM_TRAIN, NUM_VALIDATION, OUTLIER = 40, 8, 30.0
 PLANS: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = [  # projector, dims, checkpoints
     ("count_sketch", (64, 256, 1024, 5120), (3,)),
@@ -91,7 +91,7 @@ def exact(checkpoints: Sequence[dict[str, Rows]], tasks: Sequence[str], normaliz
 
 def covered(
     checkpoints: Sequence[dict[str, Rows]], tasks: Sequence[str], kind: str, dim: int, seeds: int
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """Share of the exact scores inside, per normalisation, with its standard error over projections."""
     truth = {name: exact(checkpoints, tasks, name) for name in ("projected", "exact", "none")}
     hits: dict[str, list[float]] = {name: [] for name in truth}
@@ -120,19 +120,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("scripts/peers/coverage.csv"))
     given = parser.parse_args()
     torch.set_num_threads(1)
-    task, table = Task(given.task), []
-    for outliers in (False, True):
-        known = {epoch: gradients(task, epoch, outliers) for epoch in (1, 2, 3)}
+    task, table = Task(given.task), read(given.out)
+    done = {tuple(row[name] for name in SETTINGS) for row in table}
+    for outliers in ("no", "yes"):
+        known = {epoch: gradients(task, epoch, outliers == "yes") for epoch in (1, 2, 3)}
         for kind, dims, epochs in PLANS:
             for dim in dims:
+                settings = dict(zip(SETTINGS, (outliers, kind, str(dim), str(len(epochs))), strict=True))
+                if tuple(settings.values()) in done:
+                    continue
                 found = covered([known[epoch] for epoch in epochs], task.names, kind, dim, given.seeds)
-                row = {"outliers": outliers, "projector": kind, "K": dim, "checkpoints": len(epochs)} | found
+                row = settings | found
                 print(row, flush=True)
                 table.append(row)
-    with given.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+                with given.out.open("w", newline="") as file:
+                    writer = csv.DictWriter(file, table[0])
+                    writer.writeheader()
+                    writer.writerows(table)
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    """The table as far as it is made; none yet: empty."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
 
 
 if __name__ == "__main__":

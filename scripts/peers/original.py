@@ -6,7 +6,7 @@ random matrix of signs, drawn again for every sample as `trak`'s BasicProjector 
 
 import numpy as np
 import torch
-from result import Job
+from result import Job, main
 from task import batches, losses_of
 from torch import Tensor
 
@@ -24,15 +24,15 @@ def project(gradient: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def dense_signs(job: Job, num_rows: int | None = None) -> np.ndarray:
-    """Mean cosine with a task's rows; `num_rows`: of each part, for the timing."""
+def dense_signs(job: Job) -> np.ndarray:
+    """Mean cosine with a task's rows."""
     model = job.task.model(job.way, job.checkpoint)
     adam = load_adam_state(job.checkpoint, model)
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
     rows: dict[str, Tensor] = {}
     for part, tokens in job.task.tokens.items():
         found = []
-        for batch in batches(tokens[:num_rows], 1):
+        for batch in batches(tokens, 1):
             gradients = torch.autograd.grad(losses_of(model, batch).sum(), list(trained.values()))
             blocks = dict(zip(trained, gradients, strict=True))
             if part == "pool":
@@ -41,3 +41,7 @@ def dense_signs(job: Job, num_rows: int | None = None) -> np.ndarray:
         rows[part] = torch.nn.functional.normalize(torch.stack(found), dim=1)
     pool = rows.pop("pool")
     return torch.stack([(pool @ side.T).mean(dim=1) for side in rows.values()], dim=1).numpy()
+
+
+if __name__ == "__main__":
+    main({"dense signs": dense_signs})

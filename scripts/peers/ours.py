@@ -16,11 +16,13 @@ from result import EPOCH, Job, main
 from task import Row, batches
 from torch import Tensor, nn
 
+from icons.cli import call
 from icons.gradients import TaskMatrix, projected_gradients, scored_gradients, weighted_gradient
 from icons.models.adam_state import load_adam_state
 from icons.preconditioner import Preconditioner, Sign
 from icons.projection import CountSketch
 from icons.scores import Scorer
+from icons.store import ScoreStore
 
 BATCH = 32
 
@@ -84,6 +86,28 @@ def projected(job: Job, form: str, dim: int, **options: Any) -> np.ndarray:
     return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))]).numpy()
 
 
+def command_line(job: Job, dim: int) -> np.ndarray:
+    """`icons gradients` into stores, `icons influence` from them; for LoRA, as the command line has it."""
+    common: dict[str, Any] = {
+        "model": job.task.folder / "start", "adapter": job.checkpoint,
+        "optimizer_state": job.checkpoint / "optimizer.pt", "template": "chat", "dim": dim, "batch_size": BATCH,
+        "trainer": {"accelerator": "cpu"},
+    }  # fmt: skip
+    for name in ("pool", *job.task.names):
+        done(
+            "gradients", data=job.task.folder / f"{name}.json", out=str(job.out / f"{name}.zarr"),
+            preconditioner="adam" if name == "pool" else "none", **common,
+        )  # fmt: skip
+    tasks = [f"{name}={job.out / name}.zarr" for name in job.task.names]
+    done("influence", train=[str(job.out / "pool.zarr")], task=tasks, out=str(job.out / "scores.zarr"))
+    return ScoreStore.open(job.out / "scores.zarr").stored("influence", slice(None))
+
+
+def done(command: str, **options: Any) -> None:
+    if status := call(command, **options):
+        raise RuntimeError(f"icons {command}: exit status {status}")
+
+
 VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "cosine, Adam, exact": partial(exact, form="adam", epoch=EPOCH, cosine=True),
     "cosine, diagonal, exact": partial(exact, form="diagonal", epoch=EPOCH, cosine=True),
@@ -95,6 +119,7 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "cosine, Adam, exact, 3 checkpoints": partial(several, form="adam"),
     "cosine, diagonal, exact, 3 checkpoints": partial(several, form="diagonal"),
     "LESS's formula": partial(several, form="adam", weights="rate"),
+    "command line": partial(command_line, dim=5120),
     "cosine, Adam, K 5120": partial(projected, form="adam", dim=5120),
     "cosine, Adam, K 1024": partial(projected, form="adam", dim=1024),
     "cosine, Adam, K 5120, subspace 0.9": partial(projected, form="adam", dim=5120, subspace=0.9),

@@ -36,7 +36,7 @@ class Question:
 
 
 def cities() -> list[tuple[str, str]]:
-    """City and continent, in the order of their names."""
+    """City and continent, in the order of the zones' names; Istanbul and Nicosia have zones on two continents."""
     zones = [name.split("/") for name in sorted(zoneinfo.available_timezones())]
     return [(parts[1].replace("_", " "), parts[0]) for parts in zones if len(parts) == 2 and parts[0] in CONTINENTS]
 
