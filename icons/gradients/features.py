@@ -1,6 +1,6 @@
 """What else can be collected of a sample: its representation, its loss alone, its batch with noise for images.
 
-In the original's options (`info_type`): `reps` (here `representations`), `loss` (`losses`), and `delta`, the gradient
+In the original's options (`info_type`): `reps` (here `represented`), `loss` (`losses`), and `delta`, the gradient
 with the image ablated (`projected_gradients` of `with_noise_images(batch)`); `grads` is `projected_gradients`, whose
 `gradient_type` `adam`, `sgd` and `sign` are `adam`, none and `sign` here.
 """
@@ -31,22 +31,14 @@ def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         return SupervisedPositions(model, batch["labels"]).run(model, batch)
 
 
-def representations(model: nn.Module, batch: Batch) -> Float[Tensor, "batch width"]:
-    """The last token's hidden state that the output layer reads, float32 (`reps` in LESS and in the original).
+def represented(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]]:
+    """The last token's hidden state that the output layer reads (`reps` in LESS and in the original), and the samples'
+    losses, float32, from one forward pass.
 
     The original takes the first token's, which under causal attention has seen nothing of the sample.
 
     Raises:
         ValueError: the model drops out, draws random numbers in whatever way, or does not tell its output layer.
-    """
-    return represented(model, batch)[0]
-
-
-def represented(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "batch width"], Float[Tensor, " batch"]]:
-    """The samples' `representations` and `losses`, from one forward pass.
-
-    Raises:
-        ValueError: as `representations` does.
     """
     width = width_of(model)
     refuse_dropout(model)

@@ -173,9 +173,7 @@ def composition(
     return figure
 
 
-def specialists(
-    names: Sequence[str], shared: Float[np.ndarray, " tasks"], expected: float, ordinary: float | None = None
-) -> Figure:
+def specialists(names: Sequence[str], shared: Float[np.ndarray, " tasks"], expected: float) -> Figure:
     """For each task, the share of its own best rows that the consensus selected; a line at what chance would give."""
     with _canvas(5.6, 0.75 + 0.26 * len(names)) as (figure, axes):
         positions = np.arange(len(names))

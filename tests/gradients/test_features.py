@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.batch import model_inputs, sample_losses
-from icons.gradients.features import losses, representations, with_noise_images
+from icons.gradients.features import losses, represented, with_noise_images
 from icons.gradients.output_layer import SupervisedPositions
 
 
@@ -56,13 +56,13 @@ def test_a_representation_is_the_last_tokens_hidden_state() -> None:
     with torch.no_grad():
         hidden = network(**model_inputs(data), output_hidden_states=True).hidden_states[-1]
     expected = torch.stack([hidden[0, 9], hidden[1, 5], hidden[2, 7]])
-    torch.testing.assert_close(representations(network, data), expected)
-    assert representations(network, {name: value[:0] for name, value in data.items()}).shape == (0, 16)
+    torch.testing.assert_close(represented(network, data)[0], expected)
+    assert represented(network, {name: value[:0] for name, value in data.items()})[0].shape == (0, 16)
 
 
 def test_a_model_without_output_layer_has_no_representation() -> None:
     with pytest.raises(ValueError, match=r"Linear has no output layer.*expected a causal or image-text model"):
-        representations(nn.Linear(2, 2), batch())
+        represented(nn.Linear(2, 2), batch())
 
 
 class Wavering(LlamaForCausalLM):
@@ -74,7 +74,7 @@ class Wavering(LlamaForCausalLM):
         return found
 
 
-@pytest.mark.parametrize("measure", [losses, representations])
+@pytest.mark.parametrize("measure", [losses, represented])
 def test_chance_is_refused(measure: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match=r"Wavering drew random numbers .*expected a pass without: call model.eval"):
         measure(Wavering(model().config).eval(), batch())

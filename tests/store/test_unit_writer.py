@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,6 @@ def results(row: np.ndarray, dim: int = 6) -> dict[str, np.ndarray]:
     gradient = np.outer(row + 1.0, np.arange(1.0, dim + 1)).astype(np.float32)
     ones = np.ones(len(row), np.float32)
     return {"gradient": gradient, "norm": ones, "loss": ones, "tokens": ones, "status": ones}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> GradientStore:
-    return GradientStore.create(tmp_path / "store", num_rows=22, dim=6, dtype="float32", chunk_rows=4)
-
-
-@pytest.fixture
-def make() -> Iterator[Any]:
-    made: list[UnitWriter] = []
-
-    def build(store: GradientStore, **options: Any) -> UnitWriter:
-        made.append(UnitWriter(store, **options))
-        return made[-1]
-
-    yield build
-    for writer in made:
-        writer.close()
 
 
 def test_rows_in_any_order_become_units(store: GradientStore, make: Any) -> None:

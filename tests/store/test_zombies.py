@@ -3,7 +3,6 @@
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +20,6 @@ def results(row: np.ndarray, loss: float = 1.0) -> dict[str, np.ndarray]:
     ones = np.ones(len(row), np.float32)
     gradient = np.outer(row + 1.0, np.arange(1.0, 7.0)).astype(np.float32)
     return {"gradient": gradient, "norm": ones, "loss": ones * loss, "tokens": ones, "status": ones}
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> GradientStore:
-    return GradientStore.create(tmp_path / "store", num_rows=22, dim=6, dtype="float32", chunk_rows=4)
-
-
-@pytest.fixture
-def make() -> Iterator[Any]:
-    made: list[UnitWriter] = []
-
-    def build(store: GradientStore, **options: Any) -> UnitWriter:
-        made.append(UnitWriter(store, **options))
-        return made[-1]
-
-    yield build
-    for writer in made:
-        writer.close()
 
 
 def frozen_on(store: GradientStore, make: Any, unit: int, **options: Any) -> UnitWriter:
