@@ -18,7 +18,8 @@ from icons.cli.demo import DemoSettings
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.easy_vqa import DemoData
-from icons.datamodules.images import ImageSource, PixelMaker
+from icons.datamodules.images import ImageSource
+from icons.datamodules.pixels import PixelMaker
 from icons.datamodules.records import RecordIndex
 from icons.models.folder import ModelFolder
 from icons.models.loading import load_model

@@ -78,3 +78,28 @@ def of_tasks(facts: ScoreManifest) -> dict[str, list[Mapping[str, Any]]]:
         for name, entries in facts.tasks.items()
         if isinstance(entries, list) and all(isinstance(entry, Mapping) and "path" in entry for entry in entries)
     }
+
+
+def scorer_behind(scores: Any, train: Any, tasks: Any, num_rows: int, names: Sequence[str], pairwise: bool) -> Scorer:
+    """The gradients that the scores come from: those that are given, or that a score store names.
+
+    Raises:
+        ValueError: they are neither given nor named by the scores, or they are of other rows or tasks.
+    """
+    if train is not None and tasks is not None:
+        scorer = Scorer.of(train, tasks, pairwise=pairwise)
+    elif hasattr(scores, "scorer"):
+        scorer = scores.scorer(pairwise)
+    elif isinstance(scores, ScoreStore):
+        scorer = scorer_of(scores, pairwise=pairwise)
+    else:
+        raise ValueError(
+            "got scores without gradients; expected a score store that names its gradient stores, or train and tasks "
+            "as `icons.influence` takes them"
+        )
+    if scorer.num_rows != num_rows or scorer.tasks != list(names):
+        raise ValueError(
+            f"gradients: got {scorer.num_rows} rows and the tasks {', '.join(scorer.tasks)}; expected "
+            f"{num_rows} and {', '.join(names)}, as the scores have"
+        )
+    return scorer

@@ -1,10 +1,11 @@
 """Products of every training row with every validation row, in a temporary file: rules read them again and again."""
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -232,3 +233,36 @@ def _stored(store: ScoreStore, names: Sequence[str]) -> Iterator[PairBlock]:
         rows = store.partition.unit_rows(unit)
         span = slice(rows.start, rows.stop)
         yield PairBlock(rows, {name: store.stored(f"pairwise_{name}", span) for name in names})
+
+
+def pairs_behind(
+    given: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None,
+    scores: Any,
+    gradients: Callable[[bool], Scorer],
+    num_rows: int,
+    tasks: Sequence[str],
+    stack: ExitStack,
+) -> Pairs:
+    """Products with single validation rows; those made here are closed by `stack`.
+
+    Raises:
+        ValueError: they are neither given nor to be had, or they are of other rows or tasks.
+    """
+    if isinstance(given, Pairs):
+        opened = given
+    elif given is not None:
+        opened = stack.enter_context(Pairs.of_arrays(given, tasks))
+    elif hasattr(scores, "pairs"):
+        opened = scores.pairs()  # the caller's to close
+    elif isinstance(scores, ScoreStore) and Pairs.are_in(scores):
+        opened = stack.enter_context(Pairs.of_store(scores))
+    else:
+        scorer = gradients(True)
+        groups = scores.facts.groups if isinstance(scores, ScoreStore) else {}
+        opened = stack.enter_context(Pairs.of_gradients(scorer, groups))
+    if opened.num_rows != num_rows or opened.tasks != list(tasks):
+        raise ValueError(
+            f"products: got {opened.num_rows} rows and the tasks {', '.join(opened.tasks)}; expected "
+            f"{num_rows} and {', '.join(tasks)}, as the scores have"
+        )
+    return opened

@@ -1,6 +1,6 @@
 """Scores per task -> votes -> the selected rows: the generalist stage (arXiv 2501.00654, section 3)."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from icons.consensus.budget import Budget, Sources
 from icons.consensus.explanation import Explanation, explain
-from icons.consensus.origin import scorer_of
-from icons.consensus.pairs import Pairs
+from icons.consensus.origin import scorer_behind
+from icons.consensus.pairs import Pairs, pairs_behind
 from icons.consensus.rules.aggregates import merge_weights
 from icons.consensus.rules.columns import Columns, survey
 from icons.consensus.rules.evidence import Evidence
@@ -21,7 +21,6 @@ from icons.consensus.rules.own import OwnRule, imported, name_of, ordered_by
 from icons.consensus.rules.table import RULES, Rule
 from icons.scores import Scorer
 from icons.scores.rows import Source as Gradients
-from icons.store import ScoreStore
 
 
 @runtime_checkable
@@ -149,7 +148,7 @@ def select(
     thresholds, counted, tie = survey(columns, share, weight)
 
     def gradients(pairwise: bool) -> Scorer:
-        return _scorer_behind(scores, train, tasks, columns, pairwise)
+        return scorer_behind(scores, train, tasks, columns.num_rows, columns.tasks, pairwise)
 
     with ExitStack() as stack:
         evidence = Evidence(
@@ -166,7 +165,7 @@ def select(
             values=values,
             num_validation=num_validation,
             sources=limits.sources,
-            open_pairs=cache(lambda: _opened_pairs(pairs, scores, gradients, columns, stack)),
+            open_pairs=cache(lambda: pairs_behind(pairs, scores, gradients, columns.num_rows, columns.tasks, stack)),
             open_scorer=lambda: gradients(False),
         )
         settings: dict[str, Any] = {
@@ -213,63 +212,6 @@ def _rule_of(method: str | OwnRule) -> Rule:
         raise ValueError(f"method {method!r}: expected one of {', '.join(RULES)}, or MODULE:FUNCTION")
     own = imported(method) if isinstance(method, str) else method
     return Rule(lambda evidence: ordered_by(own, evidence), f"the rule {name_of(own)}")
-
-
-def _scorer_behind(scores: Any, train: Any, tasks: Any, columns: Columns, pairwise: bool) -> Scorer:
-    """The gradients that the scores come from.
-
-    Raises:
-        ValueError: they are neither given nor named by the scores, or they are of other rows or tasks.
-    """
-    if train is not None and tasks is not None:
-        scorer = Scorer.of(train, tasks, pairwise=pairwise)
-    elif hasattr(scores, "scorer"):
-        scorer = scores.scorer(pairwise)
-    elif isinstance(scores, ScoreStore):
-        scorer = scorer_of(scores, pairwise=pairwise)
-    else:
-        raise ValueError(
-            "got scores without gradients; expected a score store that names its gradient stores, or train and tasks "
-            "as `icons.influence` takes them"
-        )
-    if scorer.num_rows != columns.num_rows or scorer.tasks != columns.tasks:
-        raise ValueError(
-            f"gradients: got {scorer.num_rows} rows and the tasks {', '.join(scorer.tasks)}; expected "
-            f"{columns.num_rows} and {', '.join(columns.tasks)}, as the scores have"
-        )
-    return scorer
-
-
-def _opened_pairs(
-    given: Pairs | Mapping[str, Float[np.ndarray, "_ _"]] | None,
-    scores: Any,
-    gradients: Callable[[bool], Scorer],
-    columns: Columns,
-    stack: ExitStack,
-) -> Pairs:
-    """Products with single validation rows; those made here are closed by `stack`.
-
-    Raises:
-        ValueError: they are neither given nor to be had, or they are of other rows or tasks.
-    """
-    if isinstance(given, Pairs):
-        opened = given
-    elif given is not None:
-        opened = stack.enter_context(Pairs.of_arrays(given, columns.tasks))
-    elif hasattr(scores, "pairs"):
-        opened = scores.pairs()  # the caller's to close
-    elif isinstance(scores, ScoreStore) and Pairs.are_in(scores):
-        opened = stack.enter_context(Pairs.of_store(scores))
-    else:
-        scorer = gradients(True)
-        groups = scores.facts.groups if isinstance(scores, ScoreStore) else {}
-        opened = stack.enter_context(Pairs.of_gradients(scorer, groups))
-    if opened.num_rows != columns.num_rows or opened.tasks != columns.tasks:
-        raise ValueError(
-            f"products: got {opened.num_rows} rows and the tasks {', '.join(opened.tasks)}; expected "
-            f"{columns.num_rows} and {', '.join(columns.tasks)}, as the scores have"
-        )
-    return opened
 
 
 def matrix_of(scores: Any) -> tuple[Float[np.ndarray, "rows tasks"], list[str]]:

@@ -29,7 +29,8 @@ from icons.datamodules.chat.tokenizer import load_tokenizer
 from icons.datamodules.conversation import IMAGE, Conversation
 from icons.datamodules.dialects import DIALECTS, Dialect, detect, read_conversation
 from icons.datamodules.failed_row import FailedRowError, bad_record
-from icons.datamodules.images import ImageSource, PixelMaker
+from icons.datamodules.images import ImageSource
+from icons.datamodules.pixels import PixelMaker
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordError, RecordSource
 from icons.models.folder import ModelFolder

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from icons.batch import IGNORE_INDEX, Status
 from icons.datamodules.dataset import ConversationDataset
-from icons.datamodules.images import PixelMaker
+from icons.datamodules.pixels import PixelMaker
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordIndex
 from icons.models.folder import ModelFolder

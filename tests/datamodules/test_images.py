@@ -18,7 +18,8 @@ import torch
 from PIL import Image
 
 from icons.batch import Status
-from icons.datamodules.images import FailedRowError, ImageSource, PixelMaker, decode, processor_kind, square
+from icons.datamodules.images import FailedRowError, ImageSource, decode
+from icons.datamodules.pixels import PixelMaker, processor_kind, square
 
 CLIP = Path(__file__).parents[1] / "data" / "original_llava" / "clip"
 
