@@ -19,6 +19,15 @@ def legible(text: str) -> str:
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, in the plural where it is not one.
+
+    >>> counted(1, "row"), counted(1200, "row"), counted(0, "failed row")
+    ('1 row', '1,200 rows', '0 failed rows')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Console(console.Console):
     """rich's console, for texts of which some come from files: their control characters are written out.
 

@@ -21,6 +21,7 @@ from icons.models.pinned_settings import claim
 from icons.output import mark, put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
+from icons.terminal import counted
 from icons.validation.bakeoff import REFERENCES, Measure, tables
 from icons.validation.retraining import Retrainer, Retraining, side_by_side
 
@@ -53,7 +54,9 @@ class Pool:
                 f"scores {self.scores}: {store.num_rows} rows, {self.data} has {len(index)}; expected the same file"
             )
         if store.missing():
-            raise ValueError(f"scores {self.scores}: {len(store.missing())} units are missing; finish the store first")
+            raise ValueError(
+                f"scores {self.scores}: lacks {counted(len(store.missing()), 'unit')}; finish the store first"
+            )
         found = {}
         for seed in seeds:
             for fraction in fractions:
@@ -76,6 +79,7 @@ def bakeoff(
     *,
     start: Mapping[str, Any],
     settings: Mapping[str, Any],
+    reading: Mapping[str, Any],
     task: list[str],
     fractions: Sequence[float],
     seeds: Sequence[int],
@@ -92,6 +96,7 @@ def bakeoff(
         out: folder of the trainings; of several pools, of their folders.
         start: model, vision_tower and mm_projector.
         settings: of every training.
+        reading: how the records and their images are read.
         task: files to measure on, as for `icons warmup`.
         fractions: shares of the pool to select.
         seeds: of the trainings and of the rules that draw.
@@ -119,6 +124,7 @@ def bakeoff(
         options = {
             **start,
             **settings,
+            **reading,
             "images": pool.images,
             "min_rows": 1,
             "max_failed": 1.0,
@@ -138,7 +144,9 @@ def bakeoff(
         (pool, *key): retrainers[pool].measured(one, measure) for pool in pools for key, one in planned[pool].items()
     }
     if left := sum(values is None for values in found.values()):
-        console.print(f"{left:,} models are being trained by other processes; the same line then makes the table")
+        console.print(
+            f"{counted(left, 'model')} still in training by other processes; the same line then makes the table"
+        )
         return RESUME
     measured = {
         (rule, fraction): np.array(

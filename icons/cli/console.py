@@ -7,12 +7,18 @@ from rich.markup import escape
 from icons.terminal import Console
 
 console = Console()
-_never_quiet = Console()
+results = Console()
+"""For what was asked for itself: `--quiet` leaves it."""
+
+
+def say(text: str) -> None:
+    """Prints a line that was asked for, as it is, with `--quiet` too."""
+    results.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """Prints a warning, with `--quiet` too."""
-    _never_quiet.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    results.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 def bars() -> dict[str, bool]:

@@ -27,6 +27,7 @@ from icons.demo.comparison_tables import comparison_table, outcome, shares_table
 from icons.models.pinned_settings import claim
 from icons.output import check_output, is_marked, mark, put
 from icons.store import ScoreStore
+from icons.terminal import counted
 
 MIB = 2**20
 
@@ -158,7 +159,7 @@ class Demo:
         self.seconds["Data"] = time.monotonic() - begun
         made = ", ".join(f"{share:.0%} {name}" for name, share in POOL.items())
         console.print(f"easy-VQA in {escape(str(self.out))}: pool of {self.settings.num_pool:,} rows ({made}),")
-        console.print(f"{len(data.validation)} tasks: {', '.join(data.validation)}")
+        console.print(f"{counted(len(data.validation), 'task')}: {', '.join(data.validation)}")
         return data
 
     def stage(self, title: str, name: str, /, **options: Any) -> None:

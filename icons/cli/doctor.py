@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.batch import sample_losses
+from icons.cli.console import results
 from icons.cli.options.doctor import DoctorOptions
 from icons.gradients import per_sample_gradients, projected_gradients
 from icons.projection import CountSketch
@@ -36,11 +37,10 @@ OPTIONAL = {
 
 def doctor(options: DoctorOptions) -> int:
     """Prints versions, accelerator, attention kernels and disk, and runs a self-test on a tiny model."""
-    console = Console()
     table = Table("", "", box=None, show_header=False)
     for name, value in {**software(), **hardware(options.folder)}.items():
         table.add_row(name, value)
-    console.print(table)
+    results.print(table)
     failed = 0
     for name, check in SELF_TEST.items():
         try:
@@ -48,7 +48,7 @@ def doctor(options: DoctorOptions) -> int:
         except Exception as error:  # whatever breaks here is the answer the user asked for
             problem = f"{type(error).__name__}: {error}"
         failed += problem is not None
-        console.print(f"[red]failed[/] {name}: {problem}" if problem else f"[green]ok[/]     {name}")
+        results.print(f"[red]failed[/] {name}: {escape(problem)}" if problem else f"[green]ok[/]     {name}")
     return int(failed > 0)
 
 

@@ -5,6 +5,7 @@ from icons.cli.options.export import ExportOptions
 from icons.models.export.folder import export_model
 from icons.models.folder import ModelFolder
 from icons.models.warmup_folder import open_warmup
+from icons.output import check_output
 
 
 def export(options: ExportOptions) -> int:
@@ -22,6 +23,8 @@ def export(options: ExportOptions) -> int:
                     f"{option} {value}: the folder {options.checkpoint} names its own; leave the option out"
                 )
         warmup = open_warmup(options.checkpoint)
+        inputs = {"--checkpoint": options.checkpoint}  # under the name that was given, not that of the adapter in it
+        check_output(options.out, kind="folder", inputs=inputs, ours=lambda _: True, overwrite=options.overwrite)
         folder, adapter = warmup.model_folder, warmup.adapter
     else:
         assert options.model is not None

@@ -16,7 +16,7 @@ from icons.output import check_output
 from icons.store import ScoreStore
 from icons.store.failures import failures_of, told
 from icons.store.former import holds_store
-from icons.terminal import Console
+from icons.terminal import Console, counted
 
 
 def influence(options: InfluenceOptions) -> int:
@@ -73,7 +73,8 @@ def report(scores: ScoreStore) -> None:
     """Prints, per task, how far the scores spread and how large their projection error is."""
     counts = scores.counts()
     failed = f", {counts['failed']:,} failed (no score)" if counts["failed"] else ""
-    console.print(f"{scores.path}: {counts['done']:,} rows scored on {len(scores.tasks)} tasks{failed}", soft_wrap=True)
+    scored = f"{counted(counts['done'], 'row')} scored on {counted(len(scores.tasks), 'task')}"
+    console.print(f"{scores.path}: {scored}{failed}", soft_wrap=True)
     for line in told(failures_of(scores)):
         console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
     total = np.zeros((3, len(scores.tasks)))

@@ -15,6 +15,7 @@ from icons.cli.model_source import ModelSource
 from icons.cli.options.inspect import InspectOptions
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.dataset import ConversationDataset
+from icons.terminal import counted
 
 LEARNED, IMAGE, PLAIN = "bold green", "bold magenta", ""
 OPENING, CLOSING = "\N{LEFT DOUBLE ANGLE BRACKET}", "\N{RIGHT DOUBLE ANGLE BRACKET}"
@@ -40,8 +41,8 @@ def inspect(options: InspectOptions) -> int:
             raise ValueError(f"--row {row}: {options.data} has {len(dataset)} rows; expected 0 to {len(dataset) - 1}")
     settings = dataset.preprocessing
     console.print(
-        f"{options.data}: {len(dataset):,} rows, dialect {dataset.dialect.name}, template {settings.template}, "
-        f"max length {settings.max_length}",
+        f"{options.data}: {counted(len(dataset), 'row')}, dialect {dataset.dialect.name}, "
+        f"template {settings.template}, max length {settings.max_length}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -126,7 +127,7 @@ def runs(ids: Sequence[int], labels: Sequence[int], image: int | None) -> Iterat
 def summary(samples: Sequence[Mapping[str, Any]]) -> int:
     """Prints lengths and, by kind, failures with examples; how many samples are good."""
     good = [sample for sample in samples if "failed" not in sample]
-    lines = [f"\nof {len(samples)} rows tried, {len(good)} are good"]
+    lines = [f"\nof {counted(len(samples), 'row')} tried, {len(good)} {'is' if len(good) == 1 else 'are'} good"]
     if good:
         lengths = [len(sample["input_ids"]) for sample in good]
         learned = [int((sample["labels"] != IGNORE_INDEX).sum()) for sample in good]

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -39,6 +40,7 @@ def parse(name: str, options: type, words: Sequence[str]) -> Any:
     hints = get_type_hints(options)
     words = shipped_recipes(spelled(words, hints))
     parser = parser_of(name, options)
+    check_names(parser, options, words)
     if "trainer" not in hints or {"-h", "--help"} & set(words):
         config = parser.parse_args(words)
         check_values(parser, options, config)
@@ -49,6 +51,23 @@ def parse(name: str, options: type, words: Sequence[str]) -> Any:
     given = parser.parse_args(words, defaults=False).get("trainer") or Namespace()
     flags = vars(parser.instantiate(config).trainer)
     return options(**own(config), trainer={key: flags[key] for key in vars(given)})
+
+
+def check_names(parser: jsonargparse.ArgumentParser, options: type, words: Sequence[str]) -> None:
+    """What is neither in a table nor has the form that may stand in its place, said in one line.
+
+    Raises:
+        SystemExit: with status 2.
+    """
+    for field in fields(options):
+        if "or" not in field.metadata:
+            continue
+        option, known = f"--{dashed(field.name)}", TABLES[field.metadata["choices"]]()
+        values = [word.removeprefix(f"{option}=") for word in words if word.startswith(f"{option}=")]
+        values += [value for word, value in pairwise(words) if word == option]
+        for value in values:
+            if value not in known and not re.fullmatch(field.metadata["or"], value):
+                parser.error(f"{option} {value}: expected one of {', '.join(known)}, or MODULE:FUNCTION")
 
 
 def check_values(parser: jsonargparse.ArgumentParser, options: type, config: Namespace) -> None:
@@ -222,7 +241,8 @@ def spelled(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
                 equals, value = "=", stream.pop(0) if known else "true"
             rest.append(f"--{dashed(name)}{equals}{value}")
         else:
-            rest.append(f"--{'help-trainer' if name == 'help_trainer' else name}{equals}{value}")
+            # --trainer.max_steps and the like go into objects, whose names have underscores
+            rest.append(f"--{name if '.' in name or name == 'print_config' else dashed(name)}{equals}{value}")
     return rest + [f"--{dashed(name)}={json.dumps(values)}" for name, values in gathered.items()]
 
 

@@ -40,7 +40,7 @@ def report(options: ReportOptions) -> int:
     if figures is not None:
         own = partial(is_marked, command="report")
         check_output(figures, "--png", kind="folder", ours=own, **common)
-    source = ImageSource(options.images)
+    source = ImageSource(options.images, options.allow_paths or (), options.web_images)
     store, index = ScoreStore.open(options.scores), open_records(options.data)
     chosen = Chosen.of(open_selection(options.selection), store)
     check_data(chosen, index)

@@ -104,7 +104,7 @@ def score(options: ScoreOptions) -> int:
         new_groups = {name: members for name, members in groups.items() if name in columns}
         with quiet():
             directed = find_directed(
-                Trainer(**flags),
+                Trainer(**{"enable_progress_bar": False} | flags),
                 model,
                 scored,
                 manifests,

@@ -34,10 +34,16 @@ from icons.datamodules.training_formats import MADE_BY, facts_of, write_training
 from icons.output import check_output, is_marked, mark
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
+from icons.terminal import counted
 
 
 def select(options: SelectOptions) -> int:
     """Selects the rows that help most tasks at once, and writes them in the data file's own form and order."""
+    if options.num_rows is not None and options.fraction is not None:
+        raise ValueError(
+            f"--num-rows {options.num_rows} and --fraction {options.fraction:g}: each says how many rows to select; "
+            "leave one of them out"
+        )
     inputs: dict[str, Any] = {"--scores": options.scores, "--data": options.data, "--train": options.train}
     inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": places(options.task or [])}
     index = open_records(options.data)
@@ -64,7 +70,7 @@ def select(options: SelectOptions) -> int:
         "tokens": loaded.array("tokens"),
     }
     settings: dict[str, Any] = {
-        "fraction": options.fraction,
+        "fraction": 0.2 if options.fraction is None else options.fraction,
         "method": options.method,
         "options": numbers(options.option, "--option"),
         "num_rows": options.num_rows,
@@ -290,14 +296,15 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
     console.print(table)
     failed = store.counts()["failed"]
     said = f"{out}: {len(chosen.rows):,} of {len(chosen.votes):,} rows selected by {chosen.method}"
-    said += f"; {failed:,} failed rows cannot be" if failed else ""
+    said += f"; {counted(failed, 'failed row')} cannot be" if failed else ""
     console.print(said, markup=False, soft_wrap=True)
     if num_near:
-        console.print(f"near-duplicates: {num_near:,} rows left out, the next best taken")
+        console.print(f"near-duplicates: {counted(num_near, 'row')} left out, the next best taken")
     if found is not None:
         console.print(
-            f"certain at 95 %: {100 * found.share:.1f} % of the selection ({found.certain:,} rows); "
-            f"{found.may_leave:,} selected rows could swap places with {found.may_enter:,} others. {found.verdict()}",
+            f"certain at 95 %: {100 * found.share:.1f} % of the selection ({counted(found.certain, 'row')}); "
+            f"{counted(found.may_leave, 'selected row')} could swap places with {counted(found.may_enter, 'other')}. "
+            f"{found.verdict()}",
             soft_wrap=True,
         )
     for text in store.facts.warnings:

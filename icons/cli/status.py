@@ -6,26 +6,26 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from icons.cli.console import results, say
 from icons.cli.options.status import StatusOptions
 from icons.partition import shard_of, slurm_array
 from icons.store import open_store
 from icons.store.failures import failures_of, kinds, told
 from icons.store.row_store import RowStore
-from icons.terminal import Console
 
 
 def status(options: StatusOptions) -> int:
     """Prints the rows done, failed (with reasons) and missing, and the manifest."""
-    console, opened = Console(soft_wrap=True, highlight=False), open_store(options.store)
+    opened = open_store(options.store)
     units = opened.missing()
     indices = shards_with_work(units, options.shards or stated_shards(opened))
     if options.missing:
-        console.print(slurm_array(indices), markup=False)
+        say(slurm_array(indices))
         return 0
     if options.as_json:
         print(json.dumps(summary(opened, units), indent=2))
         return 0
-    show(console, opened, units, indices, options.shards or stated_shards(opened))
+    show(opened, units, indices, options.shards or stated_shards(opened))
     return 0
 
 
@@ -54,16 +54,16 @@ def summary(store: RowStore, units: list[int]) -> dict[str, Any]:
     }
 
 
-def show(console: Console, store: RowStore, units: list[int], indices: list[int], shards: int) -> None:
-    console.print(repr(store), markup=False)
+def show(store: RowStore, units: list[int], indices: list[int], shards: int) -> None:
+    say(repr(store))
     total = store.partition.num_units
-    console.print(f"  units      {total - len(units):,} of {total:,} done, {store.partition.chunk_rows:,} rows each")
+    say(f"  units      {total - len(units):,} of {total:,} done, {store.partition.chunk_rows:,} rows each")
     for line in told(failures_of(store)):
-        console.print(f"  {line}", markup=False)
+        say(f"  {line}")
     if units:
-        console.print(f"  missing    units {slurm_array(units)}", markup=False)
-        console.print(f"  to run     --array={slurm_array(indices)} with --shard $SLURM_ARRAY_TASK_ID/{shards}")
+        say(f"  missing    units {slurm_array(units)}")
+        say(f"  to run     --array={slurm_array(indices)} with --shard $SLURM_ARRAY_TASK_ID/{shards}")
     table = Table("made from", "", box=None, show_header=False, padding=(0, 2))
     for name, value in store.manifest.items():
         table.add_row(escape(name), escape(json.dumps(value) if isinstance(value, (dict, list)) else str(value)))
-    console.print(table)
+    results.print(table, soft_wrap=True)

@@ -5,18 +5,18 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
+from icons.cli.console import results
 from icons.cli.options.tasks import TasksOptions
 from icons.datamodules.benchmarks import BENCHMARKS, build
-from icons.terminal import Console
+from icons.terminal import counted
 
 
 def tasks(options: TasksOptions) -> int:
     """Makes a task's validation file from a benchmark's own published files."""
     if options.name is not None and options.name not in BENCHMARKS:
         raise ValueError(f"no benchmark {options.name!r}; known: {', '.join(BENCHMARKS)}")
-    console = Console()
     if options.action == "list":
-        show(console, [options.name] if options.name else list(BENCHMARKS))
+        show([options.name] if options.name else list(BENCHMARKS))
         return 0
     if options.name is None or options.source is None or options.out is None:
         raise ValueError("build takes the benchmark's name, --source DIR and --out DIR; see `icons tasks list`")
@@ -37,28 +37,28 @@ def tasks(options: TasksOptions) -> int:
     table = Table("task", "rows", "of", "data", "images")
     for task in built:
         table.add_row(task.name, str(task.num_rows), str(task.num_questions), str(task.path), str(task.images))
-    console.print(table)
+    results.print(table)
     for reason, count in built[0].left_out.items():
-        console.print(f"left out: {count:,} questions: {reason}", markup=False, soft_wrap=True)
+        results.print(f"left out: {counted(count, 'question')}: {reason}", markup=False, soft_wrap=True)
     if (options.split or benchmark.splits[0]) in benchmark.evaluated:
-        console.print(
+        results.print(
             "These questions are among those that LLaVA's evaluation scores: leave the ids in the manifest out of it."
         )
     if benchmark.subtasks:
         names = ",".join(task.name for task in built)
         group = f"--group {options.name}={names}"
-        console.print(f"One task of {len(built)} subtasks; give `icons influence` each of them, and", soft_wrap=True)
-        console.print(group, soft_wrap=True)
+        results.print(f"One task of {len(built)} subtasks; give `icons influence` each of them, and", soft_wrap=True)
+        results.print(group, soft_wrap=True)
     return 0
 
 
-def show(console: Console, names: list[str]) -> None:
+def show(names: list[str]) -> None:
     """Prints what to download for each benchmark, from where, and what it becomes."""
     for name in names:
         benchmark = BENCHMARKS[name]
         scored = f" (scored by LLaVA's evaluation: {', '.join(benchmark.evaluated)})" if benchmark.evaluated else ""
-        console.print(f"[bold]{name}[/bold]  {escape(benchmark.title)}")
-        console.print(f"  becomes   {escape(benchmark.becomes)}", soft_wrap=True)
-        console.print(f"  splits    {', '.join(benchmark.splits)}{scored}", soft_wrap=True)
+        results.print(f"[bold]{name}[/bold]  {escape(benchmark.title)}")
+        results.print(f"  becomes   {escape(benchmark.becomes)}", soft_wrap=True)
+        results.print(f"  splits    {', '.join(benchmark.splits)}{scored}", soft_wrap=True)
         for path, url in benchmark.downloads:
-            console.print(f"  needs     {escape(path)}  {escape(url)}", soft_wrap=True)
+            results.print(f"  needs     {escape(path)}  {escape(url)}", soft_wrap=True)

@@ -23,6 +23,7 @@ from icons.modules.fit import TRAINER as TRAINER
 from icons.output import check_output, is_marked, mark, put
 from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
+from icons.terminal import counted
 from icons.validation.datamodel import (
     datamodelling_score,
     draw_subsets,
@@ -77,6 +78,7 @@ def validate(options: ValidateOptions) -> int:
             options.out,
             start=start,
             settings=settings,
+            reading=options.reading,
             task=options.task,
             fractions=options.fraction or [0.2],
             seeds=range(options.seed, options.seed + options.seeds),
@@ -115,6 +117,7 @@ def validate(options: ValidateOptions) -> int:
         "trainings",
     )
     fixed = {
+        **options.reading,
         "images": options.images,
         "min_rows": 1,
         "max_failed": 1.0,
@@ -130,7 +133,9 @@ def validate(options: ValidateOptions) -> int:
     found = {one.name: retrainer.losses(one) for one in trainings}
     left = [name for name, loss in found.items() if loss is None]
     if left:
-        console.print(f"{len(left):,} models are being trained by other processes; the same line then makes the table")
+        console.print(
+            f"{counted(len(left), 'model')} still in training by other processes; the same line then makes the table"
+        )
         return RESUME
     losses = {name: np.array([loss[task] for task in tasks]) for name, loss in found.items() if loss is not None}
     measured = np.stack(
@@ -173,7 +178,7 @@ def checked(name: str, store: ScoreStore, tasks: Sequence[str], num_rows: int) -
             f"--scores {name}: {store.num_rows} rows, the data file has {num_rows}; expected the same file"
         )
     if store.missing():
-        raise ValueError(f"--scores {name}: {len(store.missing())} units are missing; finish the store first")
+        raise ValueError(f"--scores {name}: lacks {counted(len(store.missing()), 'unit')}; finish the store first")
     return store.stored("influence", slice(None))[:, [store.tasks.index(task) for task in tasks]]
 
 

@@ -17,6 +17,7 @@ from icons.consensus.votes import Selection
 CERTAIN = 1.96
 """Standard errors on either side of a 95 % interval."""
 _ENOUGH = 0.9
+_WORTH = 1  # per cent of the selection: what a four times as large K is advised for
 """Share of the selection that has to be certain for K to count as large enough."""
 BLOCK_ROWS = 1 << 16
 _TABLE_ROWS = 1 << 17
@@ -62,8 +63,10 @@ class Border:
             return f"{dim} was large enough: no row could swap."
         if self.is_enough:
             return f"{dim} was large enough: {100 * self.share:.1f} % of the selection is certain."
-        four = "4 K" if self.dim is None else f"--dim {4 * self.dim}"
+        four = "four times as large a K" if self.dim is None else f"--dim {4 * self.dim}"
         at_4 = 100 * self.certain_at_4_dim / max(self.selected, 1)
+        if at_4 - 100 * self.share < _WORTH:
+            return f"{dim} leaves the border open, and so would {four}: the scores lie too close together."
         return f"{dim} leaves the border open; with {four} {at_4:.1f} % of the selection would be certain."
 
 

@@ -34,6 +34,7 @@ from icons.datamodules.pixels import PixelMaker
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordError, RecordSource
 from icons.models.folder import ModelFolder
+from icons.terminal import counted
 
 _LOOKED_AT = 32
 _DETECTED_BY = 64  # records, evenly spaced over the file
@@ -143,7 +144,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def summary(self) -> str:
         """One line: what the data are, and in which dialect."""
-        return f"{self.records.path}: {len(self):,} rows, dialect {self.dialect.name} ({self.dialect.expects})"
+        return f"{self.records.path}: {counted(len(self), 'row')}, dialect {self.dialect.name} ({self.dialect.expects})"
 
     def check_some(self, rows: Sequence[int]) -> None:
         """Looks at up to 32 of the rows, so that a wrong image folder shows before a model is loaded.

@@ -172,13 +172,20 @@ def _write_dataset(examples: Iterator[Example], out: Path) -> None:
     """
     try:
         from datasets import Dataset
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     except ModuleNotFoundError as error:
         raise ValueError(
             "format datasets: needs the package datasets, which is not installed; pip install 'icons-lightning[hf]'"
         ) from error
     lines = out / "data.jsonl"
     _write_lines(examples, out)
-    Dataset.from_json(str(lines), cache_dir=str(out / ".cache")).save_to_disk(out / "dataset")
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()  # two flashes of a second each, over what this command prints
+    try:
+        Dataset.from_json(str(lines), cache_dir=str(out / ".cache")).save_to_disk(out / "dataset")
+    finally:
+        if shown:
+            enable_progress_bars()
     lines.unlink()
 
 

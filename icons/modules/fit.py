@@ -198,6 +198,7 @@ def quiet() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.", category=FutureWarning)
             warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no tasks
             warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no")
+            warnings.filterwarnings("ignore", message="predict returned None")  # sums are kept by the module
             yield
     finally:
         logger.setLevel(level)

@@ -10,6 +10,7 @@ from torch import Tensor
 from icons.agreement import REUSED_SCORES, TASK_VECTOR, check_compatible
 from icons.batch import Status
 from icons.store import ScoreStore
+from icons.terminal import counted
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class FormerScores:
             ValueError: the store is not finished, or it already has all columns.
         """
         if missing := store.missing():
-            raise ValueError(f"--reuse {store.path}: {len(missing)} units are missing; finish the store first")
+            raise ValueError(f"--reuse {store.path}: lacks {counted(len(missing), 'unit')}; finish the store first")
         taken = [name for name, members in columns.items() if is_same(store, name, members, tasks, reduce)]
         if len(taken) == len(columns):
             raise ValueError(

@@ -153,7 +153,8 @@ class Kept:
             make: the module that goes over the rows of some tasks, task -> number of rows.
             result: what it has found of a task.
         """
-        files = {name: self.folder / f"{name}.{kind}safetensors" for name in self.modules}
+        # a name with a slash, as a benchmark's part has, is no folder
+        files = {name: self.folder / f"{name.replace('/', '%2F')}.{kind}safetensors" for name in self.modules}
         todo = [name for name, file in files.items() if not is_kept(file, manifests[name])]
         if todo:
             mine = assign(range(len(todo)), self.trainer.world_size, self.trainer.global_rank)

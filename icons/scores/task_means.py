@@ -183,7 +183,8 @@ def check_whole(source: StoredRows, what: str) -> None:
     if unwritten:
         raise ValueError(
             f"{what}: {unwritten} of {source.partition.num_rows} rows of {getattr(source, 'path', source)} are not "
-            "written yet; run the same `icons gradients` line again to finish it"
+            "written yet; run the same `icons gradients` line again to finish it (of array jobs, `icons status` names "
+            "those that are left)"
         )
 
 

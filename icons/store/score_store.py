@@ -13,6 +13,7 @@ from icons.partition import Partition
 from icons.store.layout import Column
 from icons.store.manifest import ScoreManifest
 from icons.store.row_store import RowStore
+from icons.terminal import counted
 
 if TYPE_CHECKING:
     import pandas
@@ -141,7 +142,7 @@ class ScoreStore(RowStore):
         counts = self.counts()
         return (
             f"ScoreStore({self.path!r})\n"
-            f"  rows   {self.num_rows:,} x {len(self.tasks)} tasks ({', '.join(self.tasks)})\n"
+            f"  rows   {self.num_rows:,} x {counted(len(self.tasks), 'task')} ({', '.join(self.tasks)})\n"
             f"  done   {counts['done']:,}   failed {counts['failed']:,}   missing {counts['missing']:,}"
         )
 

@@ -151,7 +151,7 @@ def test_refuses_before_anything_is_trained(
 
 @pytest.mark.parametrize(
     ("finished", "message"),
-    [(True, "4 rows, "), (False, "1 units are missing; finish the store first")],
+    [(True, "4 rows, "), (False, "lacks 1 unit; finish the store first")],
 )
 def test_refuses_scores_of_something_else(
     finished: bool, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -61,7 +61,7 @@ def test_colours_stand_in_place_of_brackets(
 def test_no_good_row_is_an_error(data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "data.json").write_text(json.dumps([{"id": "b", "image": "none.png", "conversations": TURNS}]))
     assert main(["inspect", *data]) == 1
-    assert "of 1 rows tried, 0 are good" in capsys.readouterr().out
+    assert "of 1 row tried, 0 are good" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,17 @@ def test_a_repeated_option_becomes_a_list() -> None:
     assert lean("--tasks", "a=1", "--tasks=b=2") == LeanOptions(store=Path("s.zarr"), tasks=["a=1", "b=2"])
 
 
+def test_an_unknown_option_is_named_as_it_was_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        lean("--no-such-thing", "3")
+    assert "--no-such-thing" in capsys.readouterr().err
+
+
+def test_yaml_takes_dashes(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("chunk-rows: 9\n")
+    assert lean("--config", str(tmp_path / "a.yaml")).chunk_rows == 9
+
+
 def test_a_value_of_a_list_that_looks_like_json_is_a_value() -> None:
     assert lean("--tasks", "[a=b").tasks == ["[a=b"]
     assert lean("--tasks", '["a", "b"]', "--tasks", "c").tasks == ["a", "b", "c"]

@@ -68,7 +68,7 @@ def test_the_manifest_lies_beside_and_the_border_is_printed(folder: Path, capsys
     assert saved.manifest["method"] == "vote" and saved.manifest["fraction"] == 0.5 and saved.manifest["num_rows"] == 60
     assert saved.manifest["border"]["certain"] + saved.manifest["border"]["may_leave"] == 30
     said = capsys.readouterr().out
-    assert "30 of 60 rows selected by vote; 1 failed rows cannot be" in said and "certain at 95 %" in said
+    assert "30 of 60 rows selected by vote; 1 failed row cannot be" in said and "certain at 95 %" in said
     assert "hardly moved" in said
 
 
@@ -253,6 +253,9 @@ def test_rules_of_ones_own_and_options_of_rules_reach_the_selection(
     assert run(folder, "--method", "balanced") == 1
     assert "expected --train STORE and --task NAME=STORE for gqa, pope, vqa" in capsys.readouterr().err
     assert run(folder, "--method", "best") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: --method best: expected one of vote, mean, ")
+    assert run(folder, "--num-rows", "5", "--fraction", "0.1") == 1
+    assert "--num-rows 5 and --fraction 0.1: each says how many rows to select" in capsys.readouterr().err
 
 
 def test_another_tools_form_is_a_folder_with_a_card(folder: Path) -> None:

@@ -130,7 +130,7 @@ def test_shards_train_their_share_and_leave_the_table_to_the_last_call(pool: Pat
     [
         ({"task": "other"}, "--scores ours: has no task tiny; it has other: name tasks alike"),
         ({"num_rows": 5}, "--scores ours: 5 rows, the data file has 6; expected the same file"),
-        ({"finished": False}, "--scores ours: 1 units are missing; finish the store first"),
+        ({"finished": False}, "--scores ours: lacks 1 unit; finish the store first"),
     ],
 )
 def test_refuses_scores_of_something_else(

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from icons.consensus import select
-from icons.consensus.border import border
+from icons.consensus.border import Border, border
 from icons.consensus.budget import Sources
 
 RNG = np.random.default_rng(0)
@@ -46,7 +46,14 @@ def test_the_verdict_names_the_k_that_would_help() -> None:
     assert found is not None and not found.is_enough
     assert "K = 5,120 leaves the border open; with --dim 20480" in found.verdict()
     unknown = border(select(TRUTH), TRUTH, np.full_like(TRUTH, 0.3))
-    assert unknown is not None and unknown.verdict().startswith("K leaves the border open; with 4 K")
+    assert unknown is not None and unknown.verdict().startswith(
+        "K leaves the border open; with four times as large a K"
+    )
+    hopeless = Border(selected=100, certain=0, may_enter=100, certain_at_4_dim=0, dim=64)
+    assert (
+        hopeless.verdict()
+        == "K = 64 leaves the border open, and so would --dim 256: the scores lie too close together."
+    )
     little = border(select(TRUTH), TRUTH, np.full_like(TRUTH, 1e-3))
     assert little is not None and little.is_enough and "of the selection is certain" in little.verdict()
 

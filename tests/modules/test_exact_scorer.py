@@ -88,10 +88,11 @@ def test_task_vectors_are_kept_and_a_second_store_uses_them(warmup: Path, tmp_pa
     vector = torch.cat([found[name].flatten() for name in names])
     torch.testing.assert_close(vector, torch.nn.functional.normalize(plain).mean(dim=0), rtol=1e-4, atol=1e-7)
     before = (kept / "a.safetensors").stat().st_mtime_ns
-    third = ["--task", f"c={DATA / 'data.json'}:{DATA}", "--task-vectors", kept]
+    third = ["--task", f"mme/c={DATA / 'data.json'}:{DATA}", "--task-vectors", kept]
     assert score(warmup, tmp_path / "two.zarr", *both_tasks(), *third) == 0
     assert (kept / "a.safetensors").stat().st_mtime_ns == before
-    assert ScoreStore.open(tmp_path / "two.zarr").tasks == ["a", "b", "c"]
+    assert ScoreStore.open(tmp_path / "two.zarr").tasks == ["a", "b", "mme/c"]
+    assert (kept / "mme%2Fc.safetensors").is_file()
 
 
 def test_a_resumed_store_is_the_same_bit_for_bit(warmup: Path, tmp_path: Path) -> None:
@@ -228,7 +229,7 @@ def test_former_scores_of_something_else_are_refused(
     old = ["--reuse", tmp_path / "old.zarr"]
     assert score(warmup, tmp_path / "old.zarr", *both_tasks(), "--shard", "1/2") == 0
     assert score(warmup, tmp_path / "new.zarr", *both_tasks(), *of_two_rows(tmp_path, "c"), *old) == 1
-    assert "old.zarr: 1 units are missing; finish the store first" in capsys.readouterr().err
+    assert "old.zarr: lacks 1 unit; finish the store first" in capsys.readouterr().err
     assert score(warmup, tmp_path / "old.zarr", *both_tasks()) == 0
     assert score(warmup, tmp_path / "new.zarr", *both_tasks(), *old) == 1
     assert "has all of a, b already; expected a further --task" in capsys.readouterr().err

@@ -189,7 +189,7 @@ def test_metadata_that_have_changed_are_refused_and_restored_and_no_row_is_throw
     with pytest.raises(ValueError, match=rf"{array}/zarr.json {message}.*verify .*--repair`, which touches no row"):
         GradientStore.open(store.path)
     assert main(["verify", store.path]) == 1
-    assert "1 findings; --repair restores the metadata as the store was made, and no row" in capsys.readouterr().out
+    assert "1 finding; --repair restores the metadata as the store was made, and no row" in capsys.readouterr().out
     assert main(["verify", store.path, "--repair"]) == 0
     assert f"restored: the metadata of {array}; no row was touched" in capsys.readouterr().out
     assert json.loads(path.read_text()) == content
@@ -220,7 +220,7 @@ def test_the_command_names_damage_and_repairs_it(store: GradientStore, capsys: p
     assert main(["verify", store.path]) == 1
     printed = capsys.readouterr().out
     assert "gradients, unit 1: the chunk gradients/c/1/0 is damaged" in printed and "loss/c/3 is missing" in printed
-    assert "2 findings in 2 units; --repair marks these units as not written" in printed
+    assert "2 findings in 2 units; --repair marks such units as not written" in printed
     assert main(["verify", store.path, "--repair"]) == 0
-    assert "repaired: 2 units are marked as not written (1,3)" in capsys.readouterr().out
+    assert "repaired: 2 units marked as not written (1,3)" in capsys.readouterr().out
     assert main(["verify", store.path]) == 0 and store.missing() == [1, 3, 4]

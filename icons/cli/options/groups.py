@@ -64,25 +64,37 @@ class LoadingOptions(CodeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataOptions:
+class ImageOptions:
     """data"""
 
-    data: Path
-    """JSON or JSONL, Parquet or Arrow (a pattern for several files), a data-set folder, a name on the Hugging Face hub,
-    or WebDataset tars; row i is record i of it"""
     allow_paths: list[Path] | None = None
     """a folder that absolute paths of images may lie in, beside --images; repeat it for each"""
     web_images: bool = False
     """fetch images that records name by http(s) addresses, once, into the cache folder"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions(ImageOptions):
+    """data"""
+
     dialect: str = field(default="auto", metadata={"choices": "dialects"})
     """how the records are written. {dialects}"""
-    images: Path | None = None
-    """folder (or tar or zip archive) that the records' image paths start from"""
 
     @property
     def reading(self) -> dict[str, Any]:
         """How records and their images are read, as `ConversationDataModule` takes it."""
         return {"dialect": self.dialect, "allow_paths": self.allow_paths or (), "web_images": self.web_images}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(ReadingOptions):
+    """data"""
+
+    data: Path
+    """JSON or JSONL, Parquet or Arrow (a pattern for several files), a data-set folder, a name on the Hugging Face hub,
+    or WebDataset tars; row i is record i of it"""
+    images: Path | None = None
+    """folder (or tar or zip archive) that the records' image paths start from"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,8 @@ class SelectOptions:
     out: Path
     """the selected records in the data's own form (of JSON byte for byte), with their rows (OUT.rows.npy) and ids
     (OUT.ids.txt) beside them"""
-    fraction: float = 0.2
-    """share of the rows to select"""
+    fraction: float | None = None
+    """share of the rows to select; default: 0.2"""
     method: str = field(default="vote", metadata={"choices": "rules", "or": r"[\w.]+:\w+"})
     """the rule. {rules}. Or MODULE:FUNCTION, a function of your own that takes the score store and gives rows, the best
     first"""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from icons.cli.options.groups import PartsOptions, TrainerOptions
+from icons.cli.options.groups import PartsOptions, ReadingOptions, TrainerOptions
 
 TRAINING = {"group": "every training"}
 BAD = {"group": "bad records"}
@@ -12,7 +12,7 @@ BAKE_OFF = {"group": "rules"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidateOptions(PartsOptions, TrainerOptions):
+class ValidateOptions(PartsOptions, ReadingOptions, TrainerOptions):
     """Trains the start on random subsets and on data without its best, worst and random rows; writes a table.
 
     $ icons validate --model M --data pool.json --images images/ --scores ours=scores.zarr --task gqa=gqa.json --out v
