@@ -18,8 +18,8 @@ from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.collector import DIFFERENTIATED, collector
 from icons.modules.fit import quiet
 from icons.modules.gradient_writer import GradientWriter, GradientWriting
+from icons.modules.named_strategy import predicting_strategy
 from icons.modules.part_writer import PartWriter, part_path
-from icons.modules.sharding import named_strategy
 from icons.output import check_output
 from icons.partition import assign, parse_shard
 from icons.preconditioner import AdamPreconditioner
@@ -184,7 +184,7 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
-    return named_strategy(TRAINER | bars() | (trainer or {}) | FIXED)
+    return predicting_strategy(TRAINER | bars() | (trainer or {}) | FIXED)
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:

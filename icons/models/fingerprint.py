@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 _SAMPLED_VALUES = 1024
+_KEPT = "_whole_description"
 
 
 def num_trainable(model: nn.Module) -> int:
@@ -20,6 +21,17 @@ def adapter_fingerprint(model: nn.Module) -> str:
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             digest.update(_as_bytes(parameter.detach().float()))
     return digest.hexdigest()[:16]
+
+
+def keep_description(model: nn.Module) -> None:
+    """To be called before the model's weights are sharded: what it is stays known on every rank."""
+    vars(model)[_KEPT] = base_description(model)
+
+
+def base_description(model: nn.Module) -> dict[str, str]:
+    """The base model's `class` and `fingerprint`; of a sharded model those of the whole one."""
+    kept: dict[str, str] | None = vars(model).get(_KEPT)
+    return kept or {"class": type(model).__name__, "fingerprint": base_fingerprint(model)}
 
 
 def base_fingerprint(model: nn.Module) -> str:

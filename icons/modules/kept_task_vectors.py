@@ -12,7 +12,7 @@ from torch import nn
 from icons.agreement import TASK_VECTOR, check_compatible
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
-from icons.models.fingerprint import adapter_fingerprint, base_fingerprint
+from icons.models.fingerprint import adapter_fingerprint, base_description
 from icons.modules.task_directions import (
     TaskCombiner,
     TaskLocator,
@@ -38,7 +38,7 @@ def describe_vectors(
 ) -> dict[str, dict[str, Any]]:
     """What each task's vector is made from."""
     model_part = {
-        "model": {"fingerprint": base_fingerprint(model)},
+        "model": {"fingerprint": base_description(model)["fingerprint"]},
         "adapter": {"fingerprint": adapter_fingerprint(model)},
         "normalize": "exact" if unit else "none",
     }

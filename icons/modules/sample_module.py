@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from icons.batch import Batch, Status, supervised_tokens
-from icons.models.fingerprint import adapter_fingerprint, base_fingerprint, num_trainable
+from icons.models.fingerprint import adapter_fingerprint, base_description, num_trainable
 from icons.modules.sharding import ShardedModule
 
 Fields = dict[str, Tensor]
@@ -82,7 +82,7 @@ class SampleModule(ShardedModule):
     def describe(self) -> dict[str, Any]:
         """The model's part of the manifest."""
         return {
-            "model": {"class": type(self.model).__name__, "fingerprint": base_fingerprint(self.model)},
+            "model": base_description(self.model),
             "adapter": {"parameters": num_trainable(self.model), "fingerprint": adapter_fingerprint(self.model)},
         }
 

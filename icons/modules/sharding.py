@@ -5,25 +5,21 @@ called, forwards and backwards, and let go afterwards; `icons.modules.lockstep` 
 What is computed is what one process computes, to the last bit on a CPU.
 """
 
-import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from icons.models.fingerprint import keep_description
 from icons.modules.lockstep import Lockstep, LostRankError
 
-NAME = "model_parallel"
-SHARDING = (NAME, "fsdp", "fsdp2", "fsdp_cpu_offload")
-"""What `--trainer.strategy` calls strategies that shard."""
+KEPT = "_lockstep"
 
 
 class ShardedModule(LightningModule):
@@ -31,23 +27,29 @@ class ShardedModule(LightningModule):
 
     Attributes:
         model: the model.
-        lockstep: of the ranks that share it; None: each has the whole.
     """
 
     model: nn.Module
-    lockstep: Lockstep | None = None
 
     def configure_model(self) -> None:
-        """Shards the model's frozen weights, once, under `ModelParallelStrategy`.
+        """Shards the model's frozen weights, once for all its modules, under `ModelParallelStrategy`.
 
         Raises:
             ValueError: see `shard`.
         """
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
-            if self.lockstep is None:
-                self.lockstep = shard(self.model, strategy.root_device)
-            self.lockstep.begin()
+            lockstep = lockstep_of(self.model) or shard(self.model, strategy.root_device)
+            lockstep.begin()
+
+    def on_predict_end(self) -> None:
+        """Waits for the ranks that have rows left, if nothing else has.
+
+        Raises:
+            LostRankError: a rank has died.
+        """
+        if error := end_lockstep(self.trainer):
+            raise error
 
 
 def end_lockstep(trainer: Trainer) -> LostRankError | None:
@@ -57,12 +59,18 @@ def end_lockstep(trainer: Trainer) -> LostRankError | None:
         An error if a rank has died meanwhile.
     """
     module = trainer.lightning_module
-    if isinstance(module, ShardedModule) and module.lockstep is not None:
-        try:
-            module.lockstep.end()
-        except LostRankError as error:
-            return error
+    lockstep = lockstep_of(module.model) if isinstance(module, ShardedModule) else None
+    try:
+        if lockstep is not None:
+            lockstep.end()
+    except LostRankError as error:
+        return error
     return None
+
+
+def lockstep_of(model: nn.Module) -> Lockstep | None:
+    """Of the ranks that share a model; None: each has the whole."""
+    return vars(model).get(KEPT)
 
 
 def shard(model: nn.Module, device: torch.device) -> Lockstep:
@@ -91,12 +99,14 @@ def shard(model: nn.Module, device: torch.device) -> Lockstep:
             f"sharding: every weight of {type(model).__name__} is trained, and trained weights stay whole on every "
             "device; expected a frozen base model with LoRA: use the strategy ddp"
         )
+    keep_description(model)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     chosen = [*units(model), model]
     for module in chosen:
         fully_shard(module, mesh=mesh, ignored_params=trained)
-    return Lockstep([module for module in model.modules() if isinstance(module, FSDPModule)])
+    lockstep = vars(model)[KEPT] = Lockstep([module for module in model.modules() if isinstance(module, FSDPModule)])
+    return lockstep
 
 
 def units(model: nn.Module) -> list[nn.Module]:
@@ -122,18 +132,3 @@ def check_strategy(strategy: Any) -> None:
             "told apart; expected auto, ddp, or ModelParallelStrategy(), which shards a model's frozen weights over "
             "the ranks (on the command line: --trainer.strategy model_parallel)"
         )
-
-
-def named_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The Trainer's flags with a strategy for `model_parallel`; and for `fsdp`, which becomes the same, and says so."""
-    name = flags.get("strategy")
-    if not isinstance(name, str) or name not in SHARDING:
-        return dict(flags)
-    if name != NAME:
-        say(f"--trainer.strategy {name}: taken as {NAME} (FSDP2), in which samples' gradients can be told apart")
-    return {**flags, "strategy": ModelParallelStrategy()}
-
-
-@rank_zero_only
-def say(text: str) -> None:
-    print(text, file=sys.stderr)

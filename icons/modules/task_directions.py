@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, combined_gradients, scored_gradients
+from icons.modules.sharding import ShardedModule
 from icons.modules.task_vectorizer import TaskVector
 from icons.projection import CountSketch, Identity, Projector
 from icons.scores.axes import axis_coefficients
@@ -48,7 +48,7 @@ class TaskSpan:
         return [{name: value[number] for name, value in self.directions.items()} for number in range(len(self.mean))]
 
 
-class TaskPass(LightningModule):
+class TaskPass(ShardedModule):
     """One pass over the validation rows of some tasks, task by task.
 
     Args:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from lightning import LightningModule
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
@@ -14,12 +13,13 @@ from icons.agreement import differences
 from icons.batch import IGNORE_INDEX, Batch, model_inputs, sample_losses, supervised_tokens
 from icons.models.warmup_folder import Trained
 from icons.modules.moments import gather
+from icons.modules.sharded_fit import ShardedFit
 
 PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
 LEAST_FALL = 0.05
 
 
-class WarmupModule(LightningModule):
+class WarmupModule(ShardedFit):
     """Trains a model's trainable parameters with `Trainer.fit`, and measures each task before and after.
 
     The loss is the mean over the batch's supervised tokens, as Hugging Face's Trainer and LLaVA have it (the loss whose
@@ -101,6 +101,7 @@ class WarmupModule(LightningModule):
         Raises:
             ValueError: a task has no row that can be used.
         """
+        self.meet()
         measured: dict[str, dict[str, float]] = {}
         for task, sums in zip(self.tasks, self.sums, strict=True):
             loss, matches, rows = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()

@@ -1,6 +1,6 @@
 """Rows of tiny LLaVAs through `Trainer.predict`, the model shared by the ranks; one has rows that are not finite.
 
-Run as `python sharded_predict.py FOLDER`: two ranks, of which one dies, then three that go on. The tests import it.
+Run as `python sharded_predict.py FOLDER`: two ranks of which one dies, three that go on, two that train.
 """
 
 import json
@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gradients"))
 from small_models import IMAGE, llava, with_lora
@@ -27,11 +29,17 @@ from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.models.loading import checkpoint_layers
 from icons.modules.extractor import GradientExtractor
 from icons.modules.gradient_writer import GradientWriter
+from icons.modules.sharded_fit import SharedModelStrategy
+from icons.modules.warmup import WarmupModule
 from icons.partition import UnitPlan
 from icons.projection import Identity
 
 ROWS, CHUNK_ROWS, BROKEN = 17, 3, (4, 9)
 KINDS = ("language", "tower")
+FLAGS: dict[str, Any] = {
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+    "inference_mode": False, "use_distributed_sampler": False,
+}  # fmt: skip
 
 
 def model_of(kind: str) -> nn.Module:
@@ -108,20 +116,61 @@ def predict(folder: Path, kind: str, devices: int = 1, dies: int | None = None) 
         accelerator="cpu",
         devices=devices,
         strategy="auto" if devices == 1 else ModelParallelStrategy(),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,
-        use_distributed_sampler=False,
         callbacks=[
             *([] if dies is None else [Dies(dies)]),
             GradientWriter(folder / f"{kind}.zarr", dtype="float32", chunk_rows=CHUNK_ROWS),
         ],
+        **FLAGS,
     )
     extractor = GradientExtractor(model_of(kind), Identity())
     trainer.predict(extractor, datamodule=Data(), return_predictions=False)
     return extractor
+
+
+class Saves(Callback):
+    """Saves a checkpoint after the second step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.done = path, False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 2 and not self.done:
+            self.done = True
+            trainer.save_checkpoint(self.path)
+
+
+def fit(folder: Path, devices: int = 1, resume: bool = False) -> WarmupModule:
+    """Trains on batches of two rows: on each rank its own, or, which is the same, accumulated by one."""
+    model = model_of("language")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    warmup = WarmupModule(model, learning_rate=1e-2, tasks=["task"])
+    checkpoint = folder / f"fit{devices}.ckpt"
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="auto" if devices == 1 else SharedModelStrategy(),
+        accumulate_grad_batches=2 // devices,
+        callbacks=[] if resume else [Saves(checkpoint)],
+        **(FLAGS | {"max_epochs": 1, "num_sanity_val_steps": -1, "gradient_clip_val": 0.5}),
+    )
+    place = int(os.environ.get("RANK", "0"))
+    batches: Any = [collate([row, row + 1]) for row in (0, 5, 2, 7, 10, 13)]
+    held: Any = [collate([row, row + 1]) for row in (11, 14, 15)]
+    loaders = [DataLoader(part[place::devices], batch_size=None) for part in (batches, held)]
+    trainer.fit(warmup, loaders[0], [loaders[1]], ckpt_path=checkpoint if resume else None)
+    return warmup
+
+
+def fit_rank(folder: Path, devices: int) -> None:
+    """Trains twice, the second time from the checkpoint; the first rank keeps what both leave."""
+    for resume in (False, True):
+        warmup = fit(folder, devices, resume)
+        assert (warmup.outcome is None) == (os.environ["RANK"] != "0")
+        if warmup.outcome is not None:
+            torch.save(asdict(warmup.outcome) | {"after": warmup.after}, folder / f"resumed_{resume}.pt")
+    assert (folder / f"fit{devices}.ckpt").stat().st_size < 200_000, "nothing of the base model"
 
 
 def rank(folder: Path, devices: int, dies: int | None) -> None:
@@ -163,6 +212,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     for devices, dies in ((2, 3), (3, None)):
         print(json.dumps(forked(devices, partial(rank, folder, devices, dies))), flush=True)
+    print(json.dumps(forked(2, partial(fit_rank, folder, 2))), flush=True)
 
 
 if __name__ == "__main__":

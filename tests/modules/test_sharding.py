@@ -2,19 +2,24 @@
 
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sharded_predict
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, model_of, predict, sample
+from lightning import Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, fit, model_of, predict, sample
 from small_models import llama, one_by_one, with_lora
 from torch import nn
 
 from icons.batch import Status
-from icons.modules.sharding import check_strategy, named_strategy, shard, units
+from icons.modules.named_strategy import named_strategy, predicting_strategy
+from icons.modules.sharded_fit import SharedModelStrategy
+from icons.modules.sharding import check_strategy, shard, units
 from icons.store import GradientStore
 
 SCRIPT = Path(sharded_predict.__file__)
@@ -24,16 +29,22 @@ def rows_of(folder: Path, kind: str) -> np.ndarray:
     return GradientStore.open(folder / f"{kind}.zarr").gradients[:]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ranks leave that share a model: one of two is killed, three go on, two train."""
+    folder = tmp_path_factory.mktemp("shared")
+    ended = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=300)
+    assert ended.stdout.splitlines() == ["[1, -9]", "[0, 0, 0]", "[0, 0]"], ended.stderr[-3000:]
+    assert "another rank of this run has died, and with it its part of the model" in ended.stderr
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_ranks_that_share_a_model_store_the_rows_of_one_process_also_after_a_kill(tmp_path: Path) -> None:
-    whole, shared = tmp_path / "whole", tmp_path / "shared"
+def test_ranks_that_share_a_model_store_the_rows_of_one_process_also_after_a_kill(shared: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
     for kind in KINDS:
         predict(whole, kind)
-    words = [sys.executable, str(SCRIPT), str(shared)]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert ended.stdout.splitlines() == ["[1, -9]", "[0, 0, 0]"], ended.stderr
-    assert "another rank of this run has died, and with it its part of the model" in ended.stderr
     for kind in KINDS:
         store = GradientStore.open(shared / f"{kind}.zarr")
         expected = [Status.NON_FINITE if row in BROKEN else Status.DONE for row in range(ROWS)]
@@ -45,6 +56,20 @@ def test_ranks_that_share_a_model_store_the_rows_of_one_process_also_after_a_kil
             alone = one_by_one(model, sample(row) | {"row": torch.tensor([row])})[0]
             error = np.linalg.norm(store.gradients[row] - alone.numpy()) / float(alone.norm())
             assert error < 1e-6, (kind, row, error)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_that_share_a_model_train_what_one_process_trains(shared: Path, tmp_path: Path) -> None:
+    for resume in (False, True):  # from a checkpoint after the second step
+        alone = fit(tmp_path, resume=resume)
+        assert alone.outcome is not None and alone.outcome.step == 3
+        expected = asdict(alone.outcome)
+        found = torch.load(shared / f"resumed_{resume}.pt", weights_only=True)
+        assert found["step"] == 3 and set(found["weights"]) == set(expected["weights"])
+        for part in ("weights", "exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(found[part], expected[part], rtol=1e-5, atol=1e-7, msg=part)
+        assert found["after"]["task"] == pytest.approx(alone.after["task"], rel=1e-5)
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
@@ -64,9 +89,11 @@ def test_packed_base_weights_and_models_without_frozen_ones_are_not_sharded() ->
 
 def test_the_command_line_s_names_of_sharding_mean_one_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("model_parallel", "fsdp"):
-        assert isinstance(named_strategy({"strategy": name, "devices": 2})["strategy"], ModelParallelStrategy)
+        flags: dict[str, Any] = predicting_strategy({"strategy": name, "accelerator": "cpu", "devices": 2})
+        assert isinstance(Trainer(**flags).strategy, SharedModelStrategy)
         assert ("fsdp: taken as model_parallel (FSDP2)" in capsys.readouterr().err) == (name == "fsdp")
-    assert named_strategy({"strategy": "ddp"}) == {"strategy": "ddp"}
+    assert predicting_strategy({"strategy": "ddp"}) == {"strategy": "ddp"}
+    assert named_strategy({"strategy": "fsdp"}) == {"strategy": "fsdp"}, "a fit knows it"
 
 
 def test_layers_and_untied_ends_are_gathered_one_by_one() -> None:

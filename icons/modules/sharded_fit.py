@@ -1,0 +1,98 @@
+"""Training what is whole on every rank beside frozen weights that are sharded; checkpoints of the former alone."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import nn
+from torch.optim import Optimizer
+
+from icons.modules.sharding import ShardedModule, lockstep_of
+
+
+class SharedModelStrategy(ModelParallelStrategy):
+    """Lightning's strategy for FSDP2, with checkpoints as under DDP: one file, of what is trained, by rank 0.
+
+    Lightning's own puts the whole base model into each of them.
+    """
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What is trained, by name."""
+        assert self.lightning_module is not None
+        named = self.lightning_module.named_parameters()
+        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return Strategy.optimizer_state(self, optimizer)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Sets what is trained; every name must be there."""
+        assert self.lightning_module is not None
+        places = dict(self.lightning_module.named_parameters())
+        with torch.no_grad():
+            for name, value in checkpoint["state_dict"].items():
+                places[name].copy_(value)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        Strategy.load_optimizer_state_dict(self, checkpoint)
+
+
+class ShardedFit(ShardedModule):
+    """A module that is trained, as under DDP, where its frozen weights may be sharded: gradients are the ranks' mean.
+
+    Ranks meet before anything else that needs all of them: one may still be gathering layers for its batch.
+    """
+
+    def meet(self) -> None:
+        """Returns when all ranks have come here.
+
+        Raises:
+            LostRankError: a rank has died.
+        """
+        if (lockstep := lockstep_of(self.model)) is not None:
+            lockstep.end()
+            lockstep.begin()
+
+    def on_train_start(self) -> None:
+        """All ranks begin with the first one's weights."""
+        if lockstep_of(self.model) is not None:
+            for parameter in trained(self.model):
+                dist.broadcast(parameter.data, 0)
+
+    def on_after_backward(self) -> None:
+        """Averages gradients over the ranks."""
+        if lockstep_of(self.model) is not None:
+            self.meet()
+            average_gradients(trained(self.model))
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """The mean of all ranks' gradients; of a parameter without any on every rank, None, which no optimizer counts as a
+    step. What earlier batches of an accumulated step have left is the same on all ranks, and stays."""
+    parameters = list(parameters)
+    device = parameters[0].device
+    used: Tensor = torch.tensor(
+        [parameter.grad is not None for parameter in parameters], dtype=torch.int, device=device
+    )
+    dist.all_reduce(used)
+    for parameter, count in zip(parameters, used.tolist(), strict=True):
+        if count:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            dist.all_reduce(gradient)
+            parameter.grad = gradient.div_(dist.get_world_size())
