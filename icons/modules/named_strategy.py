@@ -4,7 +4,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 
 from icons.modules.sharded_fit import SharedModelStrategy
@@ -25,6 +25,16 @@ def predicting_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
         say(f"--trainer.strategy {flags['strategy']}: taken as {NAME} (FSDP2), under which gradients can be told apart")
         flags = {**flags, "strategy": NAME}
     return named_strategy(flags)
+
+
+def sharing_ranks(flags: Mapping[str, Any], ranks: int) -> int:
+    """Ranks over which a prediction's frozen weights are sharded; 1: each has them whole.
+
+    >>> sharing_ranks({"strategy": "fsdp"}, 8), sharing_ranks({"strategy": "ddp"}, 8), sharing_ranks({}, 8)
+    (8, 1, 1)
+    """
+    strategy = flags.get("strategy")
+    return ranks if strategy in (NAME, *FLATTENING) or isinstance(strategy, ModelParallelStrategy) else 1
 
 
 @rank_zero_only

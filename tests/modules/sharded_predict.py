@@ -30,6 +30,7 @@ from icons.models.loading import checkpoint_layers
 from icons.modules.extractor import GradientExtractor
 from icons.modules.gradient_writer import GradientWriter
 from icons.modules.sharded_fit import SharedModelStrategy
+from icons.modules.task_vectorizer import TaskVectorizer
 from icons.modules.warmup import WarmupModule
 from icons.partition import UnitPlan
 from icons.projection import Identity
@@ -111,7 +112,24 @@ class Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def predict(folder: Path, kind: str, devices: int = 1, dies: int | None = None) -> GradientExtractor:
+def vectors(model: nn.Module, devices: int = 1) -> TaskVectorizer:
+    """Two tasks' vectors, the second task being longer; each is one rank's, and a third rank has none."""
+    vectorizer, place = TaskVectorizer(model, ["first", "second"]), int(os.environ.get("RANK", "0"))
+    rows = [[[0, 1]], [[2, 3], [5, 6], [4]]]
+    loaders = [
+        DataLoader([collate(row) for row in task] if number % devices == place else [], batch_size=None)  # type: ignore[arg-type]
+        for number, task in enumerate(rows)
+    ]
+    trainer = Trainer(
+        accelerator="cpu", devices=devices, strategy="auto" if devices == 1 else ModelParallelStrategy(), **FLAGS
+    )
+    trainer.predict(vectorizer, loaders, return_predictions=False)
+    return vectorizer
+
+
+def predict(
+    folder: Path, kind: str, devices: int = 1, dies: int | None = None, model: nn.Module | None = None
+) -> GradientExtractor:
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
@@ -122,7 +140,7 @@ def predict(folder: Path, kind: str, devices: int = 1, dies: int | None = None) 
         ],
         **FLAGS,
     )
-    extractor = GradientExtractor(model_of(kind), Identity())
+    extractor = GradientExtractor(model or model_of(kind), Identity())
     trainer.predict(extractor, datamodule=Data(), return_predictions=False)
     return extractor
 
@@ -175,7 +193,11 @@ def fit_rank(folder: Path, devices: int) -> None:
 
 def rank(folder: Path, devices: int, dies: int | None) -> None:
     for kind in KINDS:
-        extractor = predict(folder, kind, devices, dies)
+        model = model_of(kind)
+        if kind == "language":
+            for task, total in vectors(model, devices).totals.items():
+                torch.save(total, folder / f"{task}.pt")
+        extractor = predict(folder, kind, devices, dies, model)
         held = sum(value.to_local().numel() for value in extractor.parameters() if not value.requires_grad)
         whole = sum(value.numel() for value in model_of(kind).parameters() if not value.requires_grad)
         assert held < whole / devices * 1.2, "each rank holds its part of the frozen weights"

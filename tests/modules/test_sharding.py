@@ -12,7 +12,7 @@ import sharded_predict
 import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, fit, model_of, predict, sample
+from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, fit, model_of, predict, sample, vectors
 from small_models import llama, one_by_one, with_lora
 from torch import nn
 
@@ -23,10 +23,6 @@ from icons.modules.sharding import check_strategy, shard, units
 from icons.store import GradientStore
 
 SCRIPT = Path(sharded_predict.__file__)
-
-
-def rows_of(folder: Path, kind: str) -> np.ndarray:
-    return GradientStore.open(folder / f"{kind}.zarr").gradients[:]
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +42,25 @@ def test_ranks_that_share_a_model_store_the_rows_of_one_process_also_after_a_kil
     for kind in KINDS:
         predict(whole, kind)
     for kind in KINDS:
-        store = GradientStore.open(shared / f"{kind}.zarr")
+        store, other = GradientStore.open(shared / f"{kind}.zarr"), GradientStore.open(whole / f"{kind}.zarr")
+        assert store.manifest["model"] == other.manifest["model"], "a store may be gone on with either way"
         expected = [Status.NON_FINITE if row in BROKEN else Status.DONE for row in range(ROWS)]
         assert store.status[:].tolist() == expected
         assert ROWS % CHUNK_ROWS and store.partition.num_units % 3 == 0
-        np.testing.assert_array_equal(store.gradients[:], rows_of(whole, kind))
+        np.testing.assert_array_equal(store.gradients[:], other.gradients[:])
         model = model_of(kind)
         for row in set(range(ROWS)) - set(BROKEN):
             alone = one_by_one(model, sample(row) | {"row": torch.tensor([row])})[0]
             error = np.linalg.norm(store.gradients[row] - alone.numpy()) / float(alone.norm())
             assert error < 1e-6, (kind, row, error)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_ranks_that_share_a_model_find_the_task_vectors_of_one_process(shared: Path) -> None:
+    for task, total in vectors(model_of("language")).totals.items():
+        found = torch.load(shared / f"{task}.pt", weights_only=True)
+        assert all(torch.equal(found[name], value) for name, value in total.items())
 
 
 @pytest.mark.slow
@@ -89,7 +94,7 @@ def test_packed_base_weights_and_models_without_frozen_ones_are_not_sharded() ->
 
 def test_the_command_line_s_names_of_sharding_mean_one_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("model_parallel", "fsdp"):
-        flags: dict[str, Any] = predicting_strategy({"strategy": name, "accelerator": "cpu", "devices": 2})
+        flags: dict[str, Any] = predicting_strategy({"strategy": name, "accelerator": "cpu", "logger": False})
         assert isinstance(Trainer(**flags).strategy, SharedModelStrategy)
         assert ("fsdp: taken as model_parallel (FSDP2)" in capsys.readouterr().err) == (name == "fsdp")
     assert predicting_strategy({"strategy": "ddp"}) == {"strategy": "ddp"}
