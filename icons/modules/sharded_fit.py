@@ -86,10 +86,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean of all ranks' gradients; of a parameter without any on every rank, None, which no optimizer counts as a
     step. What earlier batches of an accumulated step have left is the same on all ranks, and stays."""
     parameters = list(parameters)
-    device = parameters[0].device
-    used: Tensor = torch.tensor(
-        [parameter.grad is not None for parameter in parameters], dtype=torch.int, device=device
-    )
+    flags = [int(parameter.grad is not None) for parameter in parameters]
+    used = torch.tensor(flags, device=parameters[0].device)
     dist.all_reduce(used)
     for parameter, count in zip(parameters, used.tolist(), strict=True):
         if count:
