@@ -10,7 +10,7 @@ import socket
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gradients"))
 from small_models import IMAGE, llava, with_lora
@@ -112,14 +112,22 @@ class Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Batches(IterableDataset[Any]):
+    """Without a length, since a rank may have none."""
+
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(collate, self.batches)
+
+
 def vectors(model: nn.Module, devices: int = 1) -> TaskVectorizer:
     """Two tasks' vectors, the second task being longer; each is one rank's, and a third rank has none."""
     vectorizer, place = TaskVectorizer(model, ["first", "second"]), int(os.environ.get("RANK", "0"))
     rows = [[[0, 1]], [[2, 3], [5, 6], [4]]]
-    loaders = [
-        DataLoader([collate(row) for row in task] if number % devices == place else [], batch_size=None)  # type: ignore[arg-type]
-        for number, task in enumerate(rows)
-    ]
+    own = [task if number % devices == place else [] for number, task in enumerate(rows)]
+    loaders = [DataLoader(Batches(task), batch_size=None) for task in own]
     trainer = Trainer(
         accelerator="cpu", devices=devices, strategy="auto" if devices == 1 else ModelParallelStrategy(), **FLAGS
     )
