@@ -302,9 +302,11 @@ def writers(trainer: Trainer) -> list[StoreWriter]:
 
 def computation(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """The manifest's part on how numbers are computed, where neither model nor data say it."""
-    config = getattr(getattr(pl_module, "model", None), "config", None)
-    attention = getattr(config, "_attn_implementation", None)
-    return {"computation": {"precision": str(trainer.precision), "attention": attention}}
+    configs = [
+        getattr(module, "config", None) for module in pl_module.modules()
+    ]  # a LLaVA's own says nothing of its parts
+    kernels = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
+    return {"computation": {"precision": str(trainer.precision), "attention": ", ".join(sorted(kernels)) or None}}
 
 
 def ask_to_stop(trainer: Trainer) -> None:
