@@ -302,10 +302,9 @@ def writers(trainer: Trainer) -> list[StoreWriter]:
 
 def computation(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     """The manifest's part on how numbers are computed, where neither model nor data say it."""
-    configs = [
-        getattr(module, "config", None) for module in pl_module.modules()
-    ]  # a LLaVA's own says nothing of its parts
-    kernels = {getattr(config, "_attn_implementation", None) for config in configs} - {None}
+    # of every part: a LLaVA's own config says nothing of its parts' kernels
+    configs = (getattr(module, "config", None) for module in pl_module.modules())
+    kernels = {str(kernel) for config in configs if (kernel := getattr(config, "_attn_implementation", None))}
     return {"computation": {"precision": str(trainer.precision), "attention": ", ".join(sorted(kernels)) or None}}
 
 
