@@ -12,7 +12,7 @@ from icons.consensus.rules import voted
 from icons.store import ScoreStore
 
 BLOCK_ROWS = 1 << 18
-_SAMPLE_ROWS = 100_000
+_SAMPLE_ROWS = 50_000
 """Rows that the distributions and the border are drawn from; every count is of all rows."""
 
 

@@ -1,6 +1,8 @@
 """`icons report`: one HTML file from what `icons select` left, pictures on demand, one line for what is wrong."""
 
 import json
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -130,3 +132,10 @@ def test_other_data_is_refused(run: Path, tmp_path: Path, capsys: pytest.Capture
         (tmp_path / name).write_text(text, encoding="utf-8")
         assert report(run, tmp_path / "report.html", "--data", str(tmp_path / name)) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_report_loads_no_model_library() -> None:
+    code = (
+        "import sys, icons.cli.report; print([name for name in ('transformers', 'lightning') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -8,7 +8,7 @@ import pytest
 
 from icons.store import GradientStore, ScoreStore
 
-NOTEBOOK = Path(__file__).parent.parent.parent / "scripts" / "read_store.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "read_store.ipynb"
 NUM_ROWS, DIM = 40, 16
 
 
