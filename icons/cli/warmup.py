@@ -32,6 +32,7 @@ from icons.modules.fit import (
     trainer_flags,
 )
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, remove
+from icons.modules.named_strategy import sharing_ranks
 from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark
 
@@ -104,6 +105,7 @@ def warmup(options: WarmupOptions) -> int:
             quantize=options.quantize,
             attention=options.attention,
             gradient_checkpointing=options.gradient_checkpointing,
+            base_shards=sharing_ranks(options.trainer, ranks),
         )
         work = {"num_rows": len(rows), "ranks": ranks, "accumulate": options.accumulate, "epochs": options.epochs}
         files = {"model": options.model, "data": options.data, "images": options.images, "out": options.out}

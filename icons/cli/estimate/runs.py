@@ -20,6 +20,7 @@ from icons.models.loading import empty_model
 from icons.models.lora import LoraSettings
 from icons.modules.collector import DIFFERENTIATED
 from icons.modules.fit import ranks_of
+from icons.modules.named_strategy import sharing_ranks
 from icons.partition import parse_shard
 from icons.store import fitting_chunk_rows
 
@@ -132,7 +133,6 @@ def estimate_gradients_run(
     dims: Sequence[int],
     *,
     preconditioner: str,
-    base_shards: int = 1,
     settings: dict[str, Any],
 ) -> RunEstimate:
     """What one `icons gradients` would do: the model is made from its configuration alone.
@@ -144,7 +144,6 @@ def estimate_gradients_run(
         dataset: a ConversationDataset.
         dims: numbers per row of each store.
         preconditioner: which.
-        base_shards: ranks over which the base model's weights are sharded.
         settings: what to show as resolved settings.
     """
     lora = None if adapter is None else lora_settings(adapter)
@@ -167,7 +166,7 @@ def estimate_gradients_run(
             quantize=options.quantize,
             attention=options.attention,
             gradient_checkpointing=options.gradient_checkpointing,
-            base_shards=base_shards,
+            base_shards=sharing_ranks(options.trainer, ranks_of(options.trainer)),
         ),
         num_rows=num_rows,
         ranks=ranks_of(options.trainer),
