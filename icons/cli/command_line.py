@@ -32,6 +32,11 @@ COMMANDS = {
 RESUMED = ("warmup", "gradients", "influence", "score")
 """Commands that a signal stops so that the same line goes on."""
 USER_ERROR, USAGE_ERROR = 1, 2
+SHORTAGES = ("can't start new thread", "Cannot allocate memory", "not enough memory", "unable to mmap")
+"""How Python and torch say that the system has given no more; neither has a class of its own for it."""
+SHORTAGE = (
+    "memory or processes are used up (`ulimit -v`, `ulimit -u`); what was finished is kept: run the same line again"
+)
 TAIL = (
     "icons COMMAND --help shows a command's options. icons --version. icons --print-completion bash (zsh, tcsh) prints",
     "what lets the shell complete them.",
@@ -95,6 +100,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("ICONS_TRACEBACK"):
             raise
         return user_error(name, error if str(error) else "out of memory")
+    except RuntimeError as error:
+        if os.environ.get("ICONS_TRACEBACK") or not any(words in str(error) for words in SHORTAGES):
+            raise
+        said = str(error).strip().partition("\n")[0]
+        return user_error(name, f"{said}: {SHORTAGE}")
 
 
 def user_error(name: str, error: object) -> int:

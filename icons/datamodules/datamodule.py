@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Subset
 
 from icons.datamodules.dataset import ConversationDataset
+from icons.datamodules.descriptors import check_descriptors
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import open_records
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
@@ -62,6 +63,7 @@ class ConversationDataModule(LightningDataModule):
         web_images: bool = False,
     ) -> None:
         super().__init__()
+        check_descriptors(num_workers)
         self.folder, self.allow_paths, self.web_images = model_folder, list(allow_paths), web_images
         self.preprocessing = preprocessing or Preprocessing()
         self.batch_size, self.max_tokens, self.num_workers = batch_size, max_tokens, num_workers

@@ -88,3 +88,20 @@ print([name for name in {slow} if name in sys.modules], len(sys.modules) < 600)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.stdout == "[] True\n", ran.stderr
+
+
+@pytest.mark.parametrize(
+    "said", ["can't start new thread", "[enforce fail at x] DefaultCPUAllocator: not enough memory: 8"]
+)
+def test_a_system_that_gives_no_more_is_one_line(
+    installed: None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_: object) -> None:
+        raise RuntimeError(f"{said}\nframe #0")
+
+    monkeypatch.setattr(cli, "command_of", lambda _: command)
+    assert cli.main(["compare", "a", "b"]) == 1
+    assert capsys.readouterr().err.strip() == (
+        f"icons compare: error: {said}: memory or processes are used up (`ulimit -v`, `ulimit -u`); what was finished is "
+        "kept: run the same line again"
+    )
