@@ -37,16 +37,22 @@ def _foreign_objects(file: Path) -> list[str]:
     return []
 
 
-def load_data(file: Path, expected: str, remedy: str = _AGAIN) -> Any:
-    """What a PyTorch file holds, read as data alone and mapped into memory, so that what is not looked at costs
-    nothing.
+def load_data(file: Path, expected: str, remedy: str = _AGAIN, mapped: bool = True) -> Any:
+    """What a PyTorch file holds, read as data alone.
+
+    Args:
+        file: to be read.
+        expected: what it should be, for the message.
+        remedy: what to do if it is not.
+        mapped: into memory, so that what is not looked at costs nothing; False: read whole, so that whoever writes to
+            the file afterwards changes nothing of what was read.
 
     Raises:
         ValueError: it is broken, or holds Python objects, which are named.
     """
     with readable(file, expected, remedy):
         try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except RuntimeError:  # written by torch < 1.6: not mappable
             return torch.load(file, map_location="cpu", weights_only=True)
 

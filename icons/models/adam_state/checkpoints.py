@@ -148,6 +148,7 @@ def load(path: Path) -> Mapping[str, Any]:
         "data alone",
         "expected an optimizer state without Python objects: save the checkpoint without them, or give the "
         "optimizer's file",
+        mapped=False,
     )
     if not isinstance(content, Mapping):
         raise ValueError(f"{path}: holds a {type(content).__name__}; expected an optimizer state")

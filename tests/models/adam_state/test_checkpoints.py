@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icons.models.adam_state import load_adam_state
+from icons.models.adam_state.checkpoints import load
 
 DEEPSPEED = Path(__file__).parents[2] / "data" / "deepspeed"
 
@@ -351,3 +352,11 @@ def test_refuses_a_frozen_model(tmp_path: Path) -> None:
     torch.save(saved_state(model), tmp_path / "optimizer.pt")
     with pytest.raises(ValueError, match="no trainable parameter"):
         load_adam_state(tmp_path, model.requires_grad_(False))
+
+
+def test_moments_that_were_read_do_not_change_with_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "optimizer.pt"
+    torch.save({"state": {0: {"exp_avg": torch.ones(1000)}}, "param_groups": []}, file)
+    moments = load(file)["state"][0]["exp_avg"]
+    file.write_bytes(bytes(file.stat().st_size))
+    assert torch.equal(moments, torch.ones(1000))
