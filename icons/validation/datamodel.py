@@ -43,16 +43,16 @@ def predicted_gain(
 
 
 def spearman(
-    left: Float[np.ndarray, "count tasks"], right: Float[np.ndarray, "count tasks"]
-) -> Float[np.ndarray, " tasks"]:
-    """Rank correlation of the columns; 0 where a column is constant.
+    left: Float[np.ndarray, "*draws count tasks"], right: Float[np.ndarray, "*draws count tasks"]
+) -> Float[np.ndarray, "*draws tasks"]:
+    """Rank correlation of the columns, of several draws at once if there are; 0 where a column is constant.
 
     >>> spearman(np.array([[1.0], [2.0], [3.0]]), np.array([[10.0], [30.0], [20.0]])).tolist()
     [0.5]
     """
-    a, b = (stats.rankdata(values, axis=0) - (len(values) + 1) / 2 for values in (left, right))
-    norm = np.sqrt((a**2).sum(axis=0) * (b**2).sum(axis=0))
-    return np.divide((a * b).sum(axis=0), norm, out=np.zeros(a.shape[1]), where=norm > 0)
+    a, b = (stats.rankdata(values, axis=-2) - (values.shape[-2] + 1) / 2 for values in (left, right))
+    norm = np.sqrt((a**2).sum(axis=-2) * (b**2).sum(axis=-2))
+    return np.divide((a * b).sum(axis=-2), norm, out=np.zeros(norm.shape), where=norm > 0)
 
 
 def datamodelling_score(
@@ -80,7 +80,8 @@ def datamodelling_score(
     generator = np.random.default_rng(seed)
     estimate = spearman(predicted, -losses).mean()
     drawn = generator.integers(0, len(losses), (resamples, len(losses)))
-    means = [spearman(predicted[again], -losses[again]).mean() for again in drawn]
+    parts = np.array_split(drawn, max(1, drawn.size * losses.shape[1] >> 20))  # a few MB at a time
+    means = np.concatenate([spearman(predicted[part], -losses[part]).mean(axis=-1) for part in parts])
     low, high = np.percentile(means, [2.5, 97.5])
     return float(estimate), float(low), float(high)
 

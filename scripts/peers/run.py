@@ -31,7 +31,7 @@ from icons.validation.datamodel import (
 TOOLS = ("ours", "bergson_peer", "kronfluence_peer", "trak_peer", "dattri_peer")
 REFERENCE = ("ours", "cosine, Adam, exact")
 """The paper's form, without its projection."""
-RESAMPLES = 1000
+RESAMPLES = 500
 
 
 def losses(task: Task, way: str) -> tuple[list[int], np.ndarray, np.ndarray]:
@@ -53,14 +53,15 @@ def judged(task: Task, way: str, scores: np.ndarray) -> dict[str, Any]:
     places, measured, _ = losses(task, way)
     drawn = draw_subsets(len(scores), max(places) + 1, task.settings["share"], 0)
     gain = predicted_gain(scores, [drawn[place] for place in places])
-    lds = datamodelling_score(gain, measured)
+    lds = datamodelling_score(gain, measured, resamples=RESAMPLES)
     wrong = np.array([record["wrong"] for record in json.loads((task.folder / "pool.json").read_text())])
     kinds = np.array([record["kind"] for record in json.loads((task.folder / "pool.json").read_text())])
-    own = np.array([scores[row, task.names.index(kind)] for row, kind in enumerate(kinds)])
-    areas = [separation(own[kinds == name], wrong[kinds == name]) for name in task.names]
+    names = task.names
+    own = scores[np.arange(len(kinds)), [names.index(kind) for kind in kinds]]
+    areas = [separation(own[kinds == name], wrong[kinds == name]) for name in names]
     area = float(np.mean(areas))
     ends = separation_interval(area, int(wrong.sum()), int((~wrong).sum()))
-    each = dict(zip(task.names, spearman(gain, -measured), strict=True))
+    each = dict(zip(names, spearman(gain, -measured), strict=True))
     return {
         "LDS": interval(lds), **{f"LDS {name}": f"{value:.2f}" for name, value in each.items()},
         "AUC": interval((area, *ends)), "subsets": len(places),
@@ -73,13 +74,13 @@ def difference(task: Task, way: str, scores: np.ndarray, reference: np.ndarray) 
     drawn = draw_subsets(len(scores), max(places) + 1, task.settings["share"], 0)
     gains = [predicted_gain(each, [drawn[place] for place in places]) for each in (scores, reference)]
 
-    def between(rows: np.ndarray) -> float:
-        one, other = (spearman(gain[rows], -measured[rows]).mean() for gain in gains)
-        return float(one - other)
+    def between(rows: np.ndarray) -> np.ndarray:
+        one, other = (spearman(gain[rows], -measured[rows]).mean(axis=-1) for gain in gains)
+        return one - other
 
     again = np.random.default_rng(0).integers(0, len(places), (RESAMPLES, len(places)))
-    low, high = np.percentile([between(rows) for rows in again], [2.5, 97.5])
-    return interval((between(np.arange(len(places))), low, high))
+    low, high = np.percentile(between(again), [2.5, 97.5])
+    return interval((float(between(np.arange(len(places)))), low, high))
 
 
 def interval(values: tuple[float, float, float]) -> str:
