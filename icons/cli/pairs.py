@@ -13,7 +13,7 @@ def places(words: Sequence[str]) -> list[str]:
     return [place for word in words for place in word.split("=", 1)[-1].split(",")]
 
 
-def parse(pairs: Sequence[str], option: str) -> dict[str, str]:
+def parse(pairs: Sequence[str], option: str, example: str = "gqa=gqa.zarr") -> dict[str, str]:
     """NAME=VALUE options, in order.
 
     Raises:
@@ -26,7 +26,7 @@ def parse(pairs: Sequence[str], option: str) -> dict[str, str]:
     for pair in pairs:
         name, _, value = pair.partition("=")
         if not name or not value:
-            raise ValueError(f"{option} {pair}: expected NAME=VALUE, for example {option} gqa=gqa.zarr")
+            raise ValueError(f"{option} {pair}: expected NAME=VALUE, for example {option} {example}")
         if name in found:
             raise ValueError(f"{option} {pair}: {name} is given twice; expected different names")
         found[name] = value

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
@@ -97,7 +97,7 @@ def own(config: Namespace) -> dict[str, Any]:
 def parser_of(name: str, options: type) -> jsonargparse.ArgumentParser:
     """The parser of a command's own options, under their headings."""
     positional: Sequence[str] = getattr(options, "positional", ())
-    parser = jsonargparse.ArgumentParser(
+    parser = Parser(
         prog=f"icons {name}",
         usage=" ".join([f"icons {name}", *(word.upper() for word in positional), "[options]"]),
         description=inspect.getdoc(options),
@@ -284,6 +284,32 @@ def size_of(node: yaml.Node | None, known: dict[int, float] | None = None) -> fl
         parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else [entry])]
         known[id(node)] = 1.0 + sum(size_of(part, known) for part in parts)
     return known[id(node)]
+
+
+KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "NAME: VALUE pairs"}
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Says in one line what is wrong, with options as they are written."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(one_line(message), ex)
+
+
+def one_line(message: str) -> str:
+    """What jsonargparse says of a value or of a YAML file, in one line.
+
+    >>> one_line('Parser key "num_rows":\\n  Expected a <class \\'int\\'>. Got value: x')
+    '--num-rows x: expected a whole number'
+    """
+    key = re.match(r'Parser key "([\w.-]+)":', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message)
+    choices = re.findall(r"typing\.Literal\[(.*?)\]", message)
+    kinds = [KINDS[kind] for kind in dict.fromkeys(re.findall(r"<class '(\w+)'>", message)) if kind in KINDS]
+    if key is None or value is None or not (choices or kinds):
+        return " ".join(message.split())
+    expected = f"one of {choices[0]}".replace("'", "") if choices else " or ".join(kinds)
+    return f"--{dashed(key[1])} {value[1]}: expected {expected}"
 
 
 class Help(jsonargparse.DefaultHelpFormatter):

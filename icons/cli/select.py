@@ -201,7 +201,7 @@ def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
     {'gqa': 2.0}
     """
     found = {}
-    for name, value in parse(pairs or [], option).items():
+    for name, value in parse(pairs or [], option, "gqa=2").items():
         try:
             found[name] = float(value)
         except ValueError:

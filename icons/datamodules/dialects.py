@@ -20,6 +20,7 @@ from icons.datamodules.conversation import Conversation, Part
 from icons.datamodules.failed_row import bad_record
 from icons.datamodules.image_refs import Record, given, image_ref, images_of
 from icons.datamodules.placement import Message, placed, system_of
+from icons.terminal import counted
 
 _OTHER_MEDIA = ("video", "videos", "audio", "audios")
 _TOOLS = ("tool", "function", "function_call", "observation")
@@ -225,7 +226,9 @@ def detect(records: Sequence[Any]) -> Dialect:
     if objects:
         fields = ", ".join(map(str, list(objects[0])[:12])) or "no field"
         forms = "; ".join(f"{dialect.name}: {dialect.expects}" for dialect in DIALECTS.values())
-        raise ValueError(f"no conversation in the first {len(objects)} records, which have {fields}; expected {forms}")
+        raise ValueError(
+            f"no conversation in the first {counted(len(objects), 'record')}, with {fields}; expected {forms}"
+        )
     return DIALECTS["llava"]
 
 

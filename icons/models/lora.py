@@ -121,9 +121,8 @@ def adapter_file(folder: Path) -> Path:
     for name in _ADAPTER_FILES:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(
-        f"{folder}: has adapter_config.json and no weights; expected one of {', '.join(_ADAPTER_FILES)}"
-    )
+    has = "has adapter_config.json and no weights" if (folder / "adapter_config.json").is_file() else "is no adapter"
+    raise FileNotFoundError(f"{folder}: {has}; expected one of {', '.join(_ADAPTER_FILES)}")
 
 
 def non_lora_tensors(adapter: Path) -> dict[str, Tensor]:

@@ -127,6 +127,8 @@ def open_warmup(folder: Path | str) -> WarmupFolder:
         ValueError: the base model is not the one that the warm-up started from; or a later version wrote the folder.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected what `icons warmup --out` wrote")
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"{folder}: no finished warm-up here ({MANIFEST} is missing); expected what `icons warmup --out` wrote: "

@@ -62,6 +62,23 @@ def test_an_unknown_option_is_named_as_it_was_written(capsys: pytest.CaptureFixt
     assert "--no-such-thing" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--chunk-rows", "x"], "error: --chunk-rows x: expected a whole number"),
+        (["--kind", "x"], "error: --kind x: expected one of count_sketch, "),
+        (["--config", "{}/bad.yaml"], "error: Problems parsing config: "),
+    ],
+)
+def test_a_wrong_value_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    (tmp_path / "bad.yaml").write_text("{not yaml")
+    with pytest.raises(SystemExit):
+        lean(*(word.format(tmp_path) for word in words))
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
+
+
 def test_yaml_takes_dashes(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("chunk-rows: 9\n")
     assert lean("--config", str(tmp_path / "a.yaml")).chunk_rows == 9

@@ -49,6 +49,7 @@ def test_a_finished_store_has_no_missing_indices(tmp_path: Path, capsys: pytest.
 def test_quiet_leaves_what_was_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", make(tmp_path / "s", [1]), "--quiet"]) == 0
     assert "1 of 10 done" in capsys.readouterr().out
+    assert main(["status", str(tmp_path / "s"), "--shards", "0"]) == 2
     assert main(["tasks", "list", "--quiet"]) == 0
     assert "gqa" in capsys.readouterr().out
 

@@ -233,6 +233,6 @@ def test_the_dialect_is_that_of_most_records() -> None:
     assert detect([llava("a", "b"), chat("a", "b"), chat("a", "b"), 3]) is DIALECTS["messages"]
     assert detect([]) is detect(["text"]) is DIALECTS["llava"]
     with pytest.raises(
-        ValueError, match="no conversation in the first 2 records, which have id, text; expected llava: "
+        ValueError, match="no conversation in the first 2 records, with id, text; expected llava: "
     ):
         detect([{"id": 1, "text": "a"}, {"id": 2}])

@@ -1,6 +1,6 @@
 """Options of `icons status`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 
@@ -18,7 +18,7 @@ class StatusOptions:
     missing: bool = False
     """print only the indices I for which `--shard I/N` still has work, as SLURM's --array takes them (0-3,7);
     nothing if all is done"""
-    shards: int | None = None
+    shards: int | None = field(default=None, metadata={"least": 1})
     """N of these array jobs; default: as in the run that made the store, or else one job per unit"""
     as_json: bool = False
     """print all of it as JSON"""
