@@ -232,7 +232,5 @@ def test_what_has_no_meaning_says_why(name: str) -> None:
 def test_the_dialect_is_that_of_most_records() -> None:
     assert detect([llava("a", "b"), chat("a", "b"), chat("a", "b"), 3]) is DIALECTS["messages"]
     assert detect([]) is detect(["text"]) is DIALECTS["llava"]
-    with pytest.raises(
-        ValueError, match="no conversation in the first 2 records, with id, text; expected llava: "
-    ):
+    with pytest.raises(ValueError, match="no conversation in the first 2 records, with id, text; expected llava: "):
         detect([{"id": 1, "text": "a"}, {"id": 2}])
