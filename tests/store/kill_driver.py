@@ -9,10 +9,13 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from icons.partition import assign
+from icons.partition import UnitPlan, assign
 from icons.store import GradientStore
 from icons.store.unit_writer import UnitWriter
 
@@ -34,29 +37,36 @@ def compute(row: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def fill(path: str, rank: int, world: int) -> None:
-    """What one rank does: claims its missing units, computes them in batches, stores them."""
+def fill(path: str, rank: int, world: int, machine: str = "", timeout_s: float = 90.0) -> None:
+    """What one rank does: claims its missing units, computes them in batches, stores them.
+
+    Args:
+        path: the store.
+        rank, world: of how many this one is.
+        machine: what its leases say that it runs on; default: this one.
+        timeout_s: of leases.
+    """
     store = GradientStore.open_or_create(path, num_rows=NUM_ROWS, dim=DIM, chunk_rows=CHUNK_ROWS, manifest={"seed": 1})
-    writer = UnitWriter(store)
+    writer = UnitWriter(store, lease_timeout_s=timeout_s)
+    writer.leases.me = replace(writer.leases.me, machine=machine or writer.leases.me.machine)
     try:
         writer.sweep()
-        for unit in assign(store.missing(), world, rank):
-            if writer.claim(unit):
-                rows = np.array(store.partition.unit_rows(unit))
-                for start in range(0, len(rows), BATCH_ROWS):
-                    batch = rows[::-1][start : start + BATCH_ROWS]
-                    writer.collect(batch, compute(batch))
+        for unit in UnitPlan(store.partition, assign(store.missing(), world, rank), writer.claim).claimed():
+            rows = np.array(store.partition.unit_rows(unit))
+            for start in range(0, len(rows), BATCH_ROWS):
+                batch = rows[::-1][start : start + BATCH_ROWS]
+                writer.collect(batch, compute(batch))
     finally:
         writer.close()
     writer.finish()
 
 
-def fork(path: str, rank: int, world: int) -> int:
+def fork(path: str, rank: int, world: int, **leases: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:
-        fill(path, rank, world)
+        fill(path, rank, world, **leases)
         os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
@@ -69,6 +79,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--together", type=int, default=0, help="runs on the same units at once")
+    parser.add_argument("--freezes", type=int, default=0, help="stores PATH-0 and so on, each by a run that is stopped")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     moments = random.Random(given.seed)
@@ -89,6 +100,17 @@ def main() -> None:
     if given.together:
         ends = [os.waitpid(pid, 0)[1] for pid in [fork(given.path, 0, 1) for _ in range(given.together)]]
         print("ended with", *map(os.waitstatus_to_exitcode, ends))
+    for number in range(given.freezes):  # one on another machine stands still, is given up, and comes back
+        path = f"{given.path}-{number}"
+        frozen = fork(path, 0, 1, machine="elsewhere", timeout_s=0.6)
+        while not list(Path(path).glob("status/lease/*.0")):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0.0, 0.1))
+        os.kill(frozen, signal.SIGSTOP)
+        taker = fork(path, 0, 1, timeout_s=0.6)
+        taken = os.waitstatus_to_exitcode(os.waitpid(taker, 0)[1])
+        os.kill(frozen, signal.SIGCONT)
+        print("ended with", taken, os.waitstatus_to_exitcode(os.waitpid(frozen, 0)[1]), flush=True)
     # resumed on one rank, whatever their number was
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(fork(given.path, 0, 1), 0)[1]))
 

@@ -277,6 +277,16 @@ def test_two_runs_started_on_the_same_units_at_once_leave_an_intact_store(tmp_pa
 
 
 @pytest.mark.slow
+def test_a_run_that_stands_still_past_its_lease_and_comes_back_changes_nothing(
+    tmp_path: Path, undisturbed: Path
+) -> None:
+    ended = drive(tmp_path / "done", "--freezes", "2", "--seed", "3")
+    assert ended.returncode == 0 and ended.stdout.count("ended with 0 0") == 2, ended.stdout + ended.stderr
+    for number in range(2):
+        assert_same_files(tmp_path / f"done-{number}", undisturbed)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount the small file system that is filled")
 def test_a_full_disk_is_a_clear_error_and_the_store_stays_intact(tmp_path: Path, undisturbed: Path) -> None:
     disk = tmp_path / "disk"
