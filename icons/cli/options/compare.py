@@ -27,4 +27,4 @@ class CompareOptions:
     out: Path | None = None
     """also write the numbers as JSON"""
     overwrite: bool = False
-    """write --out even where something lies that is no former comparison"""
+    """write --out even if it holds something other than an earlier comparison"""

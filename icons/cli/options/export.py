@@ -21,6 +21,6 @@ class ExportOptions(CheckpointOptions):
     format: Layout = "huggingface"
     """huggingface, for transformers, vLLM and lmms-eval; llava, for LLaVA's own evaluation scripts"""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """of the written weights; stored: as in the base model"""
+    """number format of the written weights; stored: as in the base model"""
     overwrite: bool = False
-    """write --out even if something lies there that is no former export; its weights are replaced"""
+    """write --out even if it holds something other than an earlier export; its weights are replaced"""

@@ -62,14 +62,14 @@ class GradientsOptions(
     """numbers per row (K); the paper's is 5120. Given several times: that many stores from one pass, OUT-dim1024,
     OUT-dim5120. In the original, --gradient_projection_dimension"""
     dtype: StoreDtype = field(default="float16", metadata=STORE)
-    """of the stored rows"""
+    """number format of the stored rows"""
     codec: str | None = field(default=None, metadata=STORE)
     """compression of the rows (for example zstd); default: none, since gradients hardly compress"""
     model_dtype: ModelDtype = field(default="auto", metadata=SPEED)
-    """of the model's weights; auto: as stored on a CPU, bfloat16 on a GPU"""
+    """number format of the model's weights; auto: as stored on a CPU, bfloat16 on a GPU"""
     compile: bool = field(default=False, metadata=SPEED)
     """fuse the elementwise part of --preconditioner adam with torch.compile (half a minute at the start)"""
     dry_run: bool = field(default=False, metadata=RUN)
     """print what would be done (rows per rank, bytes, memory) and stop"""
     overwrite: bool = field(default=False, metadata=RUN)
-    """write --out even if something else lies there; a store of other settings is replaced"""
+    """write --out even if it holds something else; a store made with other settings is replaced"""

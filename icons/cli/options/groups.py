@@ -138,12 +138,12 @@ class StoreOptions:
     shard: str | None = None
     """I/N: only this share of the units, without any communication (array jobs); I counts from 0"""
     retry_failed: bool = False
-    """also compute the rows that failed before"""
+    """try the rows that failed before again"""
     mixed_batches: bool = False
-    """go on with a store that was begun with another --batch-size or --max-tokens, say because memory ran out; its
+    """continue a store that was begun with another --batch-size or --max-tokens, say because memory ran out; its
     rows are then equal to rounding, not bit for bit, to those of an undisturbed run"""
     strict: bool = False
-    """exit with 1 if a row failed"""
+    """exit with status 1 if any row failed"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,11 +23,11 @@ class InfluenceOptions(GroupOptions):
     out: str
     """the score store: a folder, or a URL (s3://bucket/name)"""
     normalize: Normalize = "projected"
-    """divide each training row by its projected norm (the original, and LESS), by its exact norm, or not"""
+    """divide each training row by its projected norm (the original, and LESS), by its exact norm, or by nothing"""
     task_normalize: Normalize | None = None
     """the same for validation rows; default: as for training rows"""
     weights: list[float] | None = None
-    """one for each --train (LESS: the checkpoints' learning rates); default: the mean"""
+    """a weight for each --train (LESS: the checkpoints' learning rates); default: the mean"""
     reduce: Reduce = field(default="max", metadata={"group": "tasks"})
     """a group's influence is its tasks' highest (as the original does for MME), or their mean"""
     pairwise: bool = False
@@ -35,7 +35,7 @@ class InfluenceOptions(GroupOptions):
     top_pairs: int = 0
     """keep this many strongest validation rows for each training row and task, to see why"""
     preconditioned_tasks: bool = False
-    """take tasks' rows that went through a preconditioner, as training rows do; they are refused otherwise"""
+    """accept task rows that went through a preconditioner, as training rows do; otherwise they are refused"""
     drop_axes: int = 0
     """leave out this many leading axes along which the tasks' validation rows differ: they tell which answer is asked
     for, and a selection by them can have too much of one answer"""
@@ -53,4 +53,4 @@ class InfluenceOptions(GroupOptions):
     strategy: str = field(default="auto", metadata=RUN)
     """Lightning Fabric's strategy"""
     overwrite: bool = field(default=False, metadata=RUN)
-    """write --out even if something else lies there; a score store of other settings is replaced"""
+    """write --out even if it holds something else; a score store made with other settings is replaced"""

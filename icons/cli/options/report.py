@@ -41,4 +41,4 @@ class ReportOptions(ImageOptions):
     png: bool = False
     """also write every figure as a PNG, to the folder OUT_figures"""
     overwrite: bool = False
-    """write --out, and OUT_figures, even where something lies that is no former report"""
+    """write --out, and OUT_figures, even if they hold something other than an earlier report"""

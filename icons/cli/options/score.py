@@ -44,7 +44,7 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     """a finished score store of the same data and model: its columns are copied, and only tasks that it lacks are
     scored (give all --task and --group that the new store shall have)"""
     weights: list[float] | None = field(default=None, metadata=MODEL)
-    """one for each checkpoint (LESS: their learning rates); default: the mean"""
+    """a weight for each checkpoint (LESS: their learning rates); default: the mean"""
     optimizer_state: list[Path] | None = field(default=None, metadata=MODEL)
     """Adam's moments, one for each checkpoint; default: the warm-up folder's own"""
     reduce: Reduce = field(default="max", metadata=TASKS)
@@ -58,13 +58,13 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     normalize: Literal["exact", "none"] = "exact"
     """exact: divide every gradient by its norm (cosine similarity); none: do not (inner product)"""
     preconditioner: Preconditioning = "adam"
-    """of the training rows; tasks are always plain"""
+    """preconditioner of the training rows; tasks are always plain"""
     chunk_rows: int | None = None
     """rows per unit of writing and resuming; default: 1,024"""
     model_dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata=SPEED)
-    """of the model's weights"""
+    """number format of the model's weights"""
     vector_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata=SPEED)
-    """of the task vectors, S x P numbers on the device"""
+    """number format of the task vectors: S x P numbers on the device"""
     offload: bool = field(default=False, metadata=SPEED)
     """keep the task vectors in the CPU's memory and copy each parameter's part when it is needed"""
     keep_gradients: Path | None = field(default=None, metadata=KEPT)
@@ -72,7 +72,7 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     dim: int = field(default=5120, metadata=KEPT)
     """numbers per row (K)"""
     dtype: StoreDtype = field(default="float16", metadata=KEPT)
-    """of the stored rows"""
+    """number format of the stored rows"""
     projector: str = field(default="count_sketch", metadata=KEPT | {"choices": "projectors"})
     """kind of random projection"""
     seed: int = field(default=0, metadata=KEPT)

@@ -31,7 +31,7 @@ class SelectOptions:
     option: list[str] | None = None
     """NAME=NUMBER, an option of the rule; repeat it for each. {rule options}"""
     seed: int = 0
-    """of rules that draw"""
+    """seed of the rules that draw at random"""
     table: Path | None = None
     """also write a table of all rows (.csv or .parquet), the selected first and the best first among them: rank, row,
     id, selected, status, votes, score, each task's influence"""
@@ -74,4 +74,4 @@ class SelectOptions:
     """say what the scores themselves tell of the selection: validation rows it hurts, redundancy, composition, each
     against random rows; one pass over the gradients"""
     overwrite: bool = False
-    """write --out and --table even where something lies that is no former selection, unchanged"""
+    """write --out and --table even if they hold something other than an earlier selection, unedited"""

@@ -29,6 +29,6 @@ class TasksOptions:
     split: str | None = None
     """part of the benchmark; default: one that the evaluation does not score, where there is one"""
     seed: int = 0
-    """of the sample"""
+    """seed of the sample"""
     overwrite: bool = False
-    """write to --out even where something lies that was not built before, or was edited since"""
+    """write to --out even if it holds something that was not built by this command, or was edited since"""

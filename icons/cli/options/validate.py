@@ -70,7 +70,7 @@ class ValidateOptions(PartsOptions, ReadingOptions, TrainerOptions):
     batch_size: int = field(default=16, metadata={**TRAINING, "least": 1})
     """rows per device and step"""
     learning_rate: float = field(default=2e-4, metadata=TRAINING)
-    """of the adapter"""
+    """learning rate of the adapter"""
     lora_rank: int = field(default=128, metadata=TRAINING)
     """rank r of the adapter's matrices"""
     lora_alpha: float = field(default=256.0, metadata=TRAINING)
@@ -83,4 +83,4 @@ class ValidateOptions(PartsOptions, ReadingOptions, TrainerOptions):
     shard: str | None = field(default=None, metadata={"group": "run"})
     """I/N: only train this share of the models (array jobs); without it all, and then the table"""
     overwrite: bool = field(default=False, metadata={"group": "run"})
-    """write --out even if something lies there that is no former validation"""
+    """write --out even if it holds something other than an earlier validation"""

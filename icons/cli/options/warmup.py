@@ -29,7 +29,7 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     min_rows: int = field(default=256, metadata=DATA)
     """a share of fewer rows is raised to this many; two steps of 128 are the least to learn from"""
     held_out: float = field(default=0.02, metadata=DATA)
-    """without tasks: share of the data to measure the loss on and not to train on, at most 256 rows"""
+    """without --task: share of the data held out to measure the loss on, at most 256 rows"""
     task: list[str] | None = field(default=None, metadata=DATA)
     """NAME=FILE or NAME=FILE:IMAGES, a file to measure loss and exact matches on before and after; repeat it for
     each"""
@@ -51,15 +51,15 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     accumulate: int = field(default=1, metadata={**LEARNING, "least": 1})
     """batches per optimizer step"""
     learning_rate: float = field(default=2e-4, metadata=LEARNING)
-    """of the adapter"""
+    """learning rate of the adapter"""
     projector_learning_rate: float = field(default=2e-5, metadata=LEARNING)
-    """of the projector between vision tower and language model"""
+    """learning rate of the projector between vision tower and language model"""
     warmup_ratio: float = field(default=0.03, metadata=LEARNING)
     """share of the steps in which the learning rate rises; after them it falls as a cosine"""
     weight_decay: float = field(default=0.0, metadata=LEARNING)
-    """on the adapter's and the projector's matrices"""
+    """weight decay of the adapter's and the projector's matrices"""
     seed: int = field(default=0, metadata=LEARNING)
-    """of the choice of rows, their order, the adapter's first values and dropout"""
+    """seed of the choice of rows, their order, the adapter's first values and dropout"""
     lora_rank: int = field(default=128, metadata={**LORA, "least": 1})
     """rank r of the adapter's matrices"""
     lora_alpha: float = field(default=256.0, metadata=LORA)
@@ -71,12 +71,12 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     train_projector: bool = field(default=True, metadata=LORA)
     """train the projector too, as LLaVA does"""
     dtype: ModelDtype = field(default="auto", metadata=SPEED)
-    """of the frozen weights and the computation; auto: bfloat16 on a GPU, float32 on a CPU"""
+    """number format of the frozen weights and the computation; auto: bfloat16 on a GPU, float32 on a CPU"""
     checkpoint_minutes: float = field(default=15.0, metadata=RUN)
     """minutes between two checkpoints of the fit"""
     resume: bool = field(default=True, metadata=RUN)
-    """go on with an interrupted fit in --out; false starts again"""
+    """continue an interrupted fit in --out; false starts over"""
     dry_run: bool = field(default=False, metadata=RUN)
     """print what would be done (settings, rows per rank, bytes, memory, time) and stop"""
     overwrite: bool = field(default=False, metadata=RUN)
-    """write --out even if something lies there that is no former warm-up"""
+    """write --out even if it holds something other than an earlier warm-up"""
