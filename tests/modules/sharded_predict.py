@@ -1,6 +1,7 @@
 """Rows of tiny LLaVAs through `Trainer.predict`, the model shared by the ranks; one has rows that are not finite.
 
-Run as `python sharded_predict.py FOLDER`: two ranks of which one dies, three that go on, two that train.
+Run as `python sharded_predict.py FOLDER`: two ranks of which one dies, two of which one fails, three that go on, two
+that train.
 """
 
 import json
@@ -136,14 +137,14 @@ def vectors(model: nn.Module, devices: int = 1) -> TaskVectorizer:
 
 
 def predict(
-    folder: Path, kind: str, devices: int = 1, dies: int | None = None, model: nn.Module | None = None
+    folder: Path, kind: str, devices: int = 1, ends: Callback | None = None, model: nn.Module | None = None
 ) -> GradientExtractor:
     trainer = Trainer(
         accelerator="cpu",
         devices=devices,
         strategy="auto" if devices == 1 else ModelParallelStrategy(),
         callbacks=[
-            *([] if dies is None else [Dies(dies)]),
+            *([] if ends is None else [ends]),
             GradientWriter(folder / f"{kind}.zarr", dtype="float32", chunk_rows=CHUNK_ROWS),
         ],
         **FLAGS,
@@ -151,6 +152,14 @@ def predict(
     extractor = GradientExtractor(model or model_of(kind), Identity())
     trainer.predict(extractor, datamodule=Data(), return_predictions=False)
     return extractor
+
+
+class Fails(Dies):
+    """Ends the second rank's work at a batch with an error."""
+
+    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, _: int = 0) -> None:
+        if trainer.global_rank == 1 and batch_idx == self.batch:
+            raise ValueError("the second rank has had enough")
 
 
 class Saves(Callback):
@@ -199,13 +208,13 @@ def fit_rank(folder: Path, devices: int) -> None:
     assert (folder / f"fit{devices}.ckpt").stat().st_size < 200_000, "nothing of the base model"
 
 
-def rank(folder: Path, devices: int, dies: int | None) -> None:
+def rank(folder: Path, devices: int, ends: Callback | None) -> None:
     for kind in KINDS:
         model = model_of(kind)
         if kind == "language":
             for task, total in vectors(model, devices).totals.items():
                 torch.save(total, folder / f"{task}.pt")
-        extractor = predict(folder, kind, devices, dies, model)
+        extractor = predict(folder, kind, devices, ends, model)
         held = sum(value.to_local().numel() for value in extractor.parameters() if not value.requires_grad)
         whole = sum(value.numel() for value in model_of(kind).parameters() if not value.requires_grad)
         assert held < whole / devices * 1.2, "each rank holds its part of the frozen weights"
@@ -240,8 +249,8 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
-    for devices, dies in ((2, 3), (3, None)):
-        print(json.dumps(forked(devices, partial(rank, folder, devices, dies))), flush=True)
+    for devices, ends in ((2, Dies(3)), (2, Fails(1)), (3, None)):
+        print(json.dumps(forked(devices, partial(rank, folder, devices, ends))), flush=True)
     print(json.dumps(forked(2, partial(fit_rank, folder, 2))), flush=True)
 
 

@@ -27,11 +27,12 @@ SCRIPT = Path(sharded_predict.__file__)
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ranks leave that share a model: one of two is killed, three go on, two train."""
+    """What ranks leave that share a model: one of two is killed, one of two fails, three go on, two train."""
     folder = tmp_path_factory.mktemp("shared")
     ended = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=300)
-    assert ended.stdout.splitlines() == ["[1, -9]", "[0, 0, 0]", "[0, 0]"], ended.stderr[-3000:]
+    assert ended.stdout.splitlines() == ["[1, -9]", "[1, 1]", "[0, 0, 0]", "[0, 0]"], ended.stderr[-3000:]
     assert "another rank of this run has died, and with it its part of the model" in ended.stderr
+    assert "another rank of this run has ended with an error: the second rank has had enough" in ended.stderr
     return folder
 
 
