@@ -235,3 +235,32 @@ def test_towers_and_text_equal_one_backward_pass_per_sample(make: Callable[[], n
             found = per_sample_gradients(model, batch_of([samples[row] for row in order]))
         error = (found - expected[list(order)]).norm(dim=1) / expected[list(order)].norm(dim=1)
         assert error.max() < 1e-5, order
+
+
+def test_pali_gemma_without_token_types_is_right_and_told_or_refused() -> None:
+    """Without them nothing hides an answer's later tokens, padding among them."""
+    torch.manual_seed(0)
+    model = with_lora(pali_gemma(), r".*(q|v)_proj")
+    samples = samples_of(pali_gemma)
+    for sample in samples:
+        del sample["token_type_ids"]
+    expected = one_by_one(model, samples)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            found = per_sample_gradients(model, batch_of(samples))
+        except ValueError as error:
+            assert "in PeftModel a sample's loss depends on its padding" in str(error)
+        else:
+            assert any("depends on the very token that it is to predict" in str(each.message) for each in caught)
+            assert ((found - expected).norm(dim=1) < 1e-5 * expected.norm(dim=1)).all()
+
+
+def test_rows_with_images_that_see_one_another_are_refused() -> None:
+    """The same number of images beside each other, so that padding and the last token show nothing."""
+    torch.manual_seed(0)
+    model = with_lora(llava(), r".*(q|v)_proj")
+    tower: Any = model.base_model.model.model.vision_tower  # type: ignore[union-attr]
+    tower.register_forward_pre_hook(lambda _tower, args: (args[0] - args[0].mean(0), *args[1:]))
+    with pytest.raises(ValueError, match="a sample's loss depends on its padding or the samples beside it"):
+        per_sample_gradients(model, batch_of(samples_of(llava)[::2]))

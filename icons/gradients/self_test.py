@@ -4,6 +4,7 @@ Not on padding, not on the samples beside it; and where it depends on the very t
 """
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -245,19 +246,22 @@ def longest(model: nn.Module) -> int:
 
 
 def on_its_own(batch: Batch, by_row: bool = False) -> tuple[Batch | None, int]:
-    """The most padded row without its padding, and its number; None where the batch holds more than tokens.
+    """The most padded row without its padding, and its number; None where the batch does not tell whose its images are.
 
     With `by_row`, a field whose first dimension is the batch's is taken to hold something for each row.
     """
     shape, mask = batch["labels"].shape, batch.get("attention_mask")
+    counts: Mapping[str, Tensor] = batch.get("entries_per_row", {})
     fields = {name: value for name, value in batch.items() if name == "labels" or name not in OWN_FIELDS}
     tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    others = [value for value in tensors.values() if value.shape != shape]
+    others = [value for name, value in tensors.items() if value.shape != shape and name not in counts]
     if mask is None or shape[0] < 2 or any(not by_row or value.shape[:1] != shape[:1] for value in others):
         return None, 0
     row = int(mask.sum(dim=1).argmin())
     kept = mask[row] != 0
-    alone = {name: value[row : row + 1] for name, value in tensors.items()}
-    return fields | {
-        name: value[:, kept] if tensors[name].shape == shape else value for name, value in alone.items()
-    }, row
+    for name, value in tensors.items():
+        if name in counts:
+            fields[name] = value[int(counts[name][:row].sum()) :][: int(counts[name][row])]
+        else:
+            fields[name] = value[row : row + 1][:, kept] if value.shape == shape else value[row : row + 1]
+    return {name: value for name, value in fields.items() if name not in counts or len(value)}, row
