@@ -293,6 +293,10 @@ class Parser(jsonargparse.ArgumentParser):
     """Says in one line what is wrong, with options as they are written."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if missing := re.match(r"the following arguments are required: (.*)", message):
+            bare = {action.dest for action in self._actions if not action.option_strings}
+            names = [name if name in bare else f"--{dashed(name)}" for name in missing[1].split(", ")]
+            message = f"expected {', '.join(names)}; got none"
         super().error(one_line(message), ex)
 
 

@@ -35,7 +35,7 @@ def test_traceback_on_demand(installed: None, monkeypatch: pytest.MonkeyPatch) -
 
 def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status"]) == 2
-    assert "arguments are required: store" in capsys.readouterr().err
+    assert "expected store; got none" in capsys.readouterr().err
     assert cli.main(["selct"]) == 2
     assert "no command 'selct'; expected one of demo, warmup" in capsys.readouterr().err
     assert cli.main([]) == 2

@@ -17,6 +17,5 @@ class VerifyOptions:
     store: str
     """gradient or score store: a folder, or a URL"""
     repair: bool = False
-    """restore metadata as the store was made, mark units in which something is wrong as not written; the line that made
-    the store, run again, then
+    """restore the metadata, and mark damaged units as not written: the line that made the store, run again, then
     computes just those"""
