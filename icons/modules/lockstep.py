@@ -50,11 +50,12 @@ class Lockstep:
     Args:
         layers: those that were sharded, in the order in which they are called, as far as that is known: ranks that
             have come apart meet sooner then.
+        group: through which layers are gathered.
     """
 
-    def __init__(self, layers: Sequence[FSDPModule]) -> None:
+    def __init__(self, layers: Sequence[FSDPModule], group: dist.ProcessGroup) -> None:
         self.group = dist.new_group(backend="gloo", timeout=FOREVER)  # on the CPU, whatever computes
-        self.gathers = [LayerGather(self, place, layer) for place, layer in enumerate(layers)]
+        self.gathers = [LayerGather(self, place, layer, group) for place, layer in enumerate(layers)]
         for layer, gather in zip(layers, self.gathers, strict=True):
             layer.set_custom_all_gather(gather)  # type: ignore[arg-type]  # its base class is not public
         self.done = False
@@ -103,10 +104,9 @@ class Lockstep:
 class LayerGather:
     """Gathers one layer's weights for FSDP2, when all ranks do (`FSDPModule.set_custom_all_gather`)."""
 
-    def __init__(self, lockstep: Lockstep, place: int, layer: FSDPModule) -> None:
-        self.lockstep, self.place = lockstep, place
+    def __init__(self, lockstep: Lockstep, place: int, layer: FSDPModule, group: dist.ProcessGroup) -> None:
+        self.lockstep, self.place, self.group = lockstep, place, group
         self.parts = own_parts(layer)
-        self.group: dist.ProcessGroup = dist.group.WORLD  # type: ignore[assignment]
         self.checked = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -105,7 +105,8 @@ def shard(model: nn.Module, device: torch.device) -> Lockstep:
     chosen = [*units(model), model]
     for module in chosen:
         fully_shard(module, mesh=mesh, ignored_params=trained)
-    lockstep = vars(model)[KEPT] = Lockstep([module for module in model.modules() if isinstance(module, FSDPModule)])
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    lockstep = vars(model)[KEPT] = Lockstep(layers, mesh.get_group())
     return lockstep
 
 
