@@ -25,10 +25,11 @@ SCORES = (
     "drop_axes", "subspace",
 )  # fmt: skip
 # two vectors of one task
-TASK_VECTOR = ("data", "model", "adapter", "preprocessing", "normalize", "directions")
+TASK_VECTOR = ("data", "model", "adapter", "preprocessing", "reader", "normalize", "directions")
 # exact scores of which some columns are taken over
 REUSED_SCORES = (
-    "data", "model", "adapter", "preprocessing", "normalize", "preconditioner", "target", "drop_axes", "subspace",
+    "data", "model", "adapter", "preprocessing", "reader", "normalize", "preconditioner", "target", "drop_axes",
+    "subspace",
 )  # fmt: skip
 # exact scores and the run of `icons score` that goes on with them
 EXACT_SCORES = (*REUSED_SCORES, "tasks", "groups", "reduce")

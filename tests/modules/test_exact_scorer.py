@@ -105,6 +105,16 @@ def test_a_resumed_store_is_the_same_bit_for_bit(warmup: Path, tmp_path: Path) -
     assert all(np.array_equal(a.arrays[name][:], b.arrays[name][:]) for name in a.arrays)
 
 
+def test_scores_of_records_read_by_another_processor_are_not_gone_on_with(
+    warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--shard", "1/2") == 0
+    store = ScoreStore.open(tmp_path / "a.zarr", "r+")
+    store.amend(reader={**store.manifest["reader"], "tokenizer": "another"})
+    assert score(warmup, tmp_path / "a.zarr", *both_tasks()) == 1
+    assert "reader.tokenizer: the score store" in capsys.readouterr().err
+
+
 def test_other_batches_go_on_when_mixed_batches_asks_for_it(
     warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
