@@ -145,7 +145,8 @@ def bakeoff(
     }
     if left := sum(values is None for values in found.values()):
         console.print(
-            f"{counted(left, 'model')} still in training by other processes; the same line then makes the table"
+            f"{counted(left, 'model')} {'is' if left == 1 else 'are'} being trained by other processes; the same line "
+            "then makes the table"
         )
         return RESUME
     measured = {

@@ -53,6 +53,7 @@ def validate(options: ValidateOptions) -> int:
         "vision_tower": options.vision_tower,
         "mm_projector": options.mm_projector,
     }
+    reading = {name: getattr(options, name) for name in ("dialect", "allow_paths", "web_images")}
     if options.seeds < 1 or options.counterfactual_seeds < 1:
         raise ValueError(
             f"--seeds {options.seeds}, --counterfactual-seeds {options.counterfactual_seeds}: expected at least 1 "
@@ -78,7 +79,7 @@ def validate(options: ValidateOptions) -> int:
             options.out,
             start=start,
             settings=settings,
-            reading=options.reading,
+            reading=reading,
             task=options.task,
             fractions=options.fraction or [0.2],
             seeds=range(options.seed, options.seed + options.seeds),
@@ -117,7 +118,7 @@ def validate(options: ValidateOptions) -> int:
         "trainings",
     )
     fixed = {
-        **options.reading,
+        **reading,
         "images": options.images,
         "min_rows": 1,
         "max_failed": 1.0,
@@ -134,7 +135,8 @@ def validate(options: ValidateOptions) -> int:
     left = [name for name, loss in found.items() if loss is None]
     if left:
         console.print(
-            f"{counted(len(left), 'model')} still in training by other processes; the same line then makes the table"
+            f"{counted(len(left), 'model')} {'is' if len(left) == 1 else 'are'} being trained by other processes; "
+            "the same line then makes the table"
         )
         return RESUME
     losses = {name: np.array([loss[task] for task in tasks]) for name, loss in found.items() if loss is not None}
