@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,9 @@ def pretending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("icons.cli.bakeoff.retrain", pretended)
     monkeypatch.setattr(
         "icons.validation.retraining.open_warmup",
-        lambda folder: type("Folder", (), {"manifest": json.loads((folder / "icons.json").read_text())}),
+        lambda folder: SimpleNamespace(
+            facts=SimpleNamespace(losses=SimpleNamespace(**json.loads((folder / "icons.json").read_text())["losses"]))
+        ),
     )
 
 
