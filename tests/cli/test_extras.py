@@ -97,5 +97,5 @@ def test_every_command_runs_without_extras_or_names_them(tmp_path: Path) -> None
     errors = [line for line in ran.stderr.splitlines() if "error:" in line]
     assert errors == [
         "icons report: error: needs matplotlib, which is not installed: pip install 'icons-lightning[report]'",
-        "icons demo: error: needs matplotlib, which is not installed: pip install 'icons-lightning[demo]'",
+        "icons demo: error: needs easy_vqa, which is not installed: pip install 'icons-lightning[demo]'",
     ]
