@@ -8,6 +8,7 @@ from typing import Any
 LLAMA_3 = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 _OTHER_CHATS = {"<|im_start|>", "<start_of_turn>"}
 _VICUNA_ROLE = "ASSISTANT"  # in Vicuna's chat template as llava-hf and `icons export` write it
+_VICUNA_SYSTEM = "A chat between a curious"  # how v1's system prompt begins
 _UNKNOWN = ""
 
 
@@ -15,9 +16,10 @@ def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
     """The conversation template that a LLaVA was trained with, as far as its files tell.
 
     In order: MPT is trained with `mpt`; a name with `llama-2` means `llama_2`, which is LLaVA's own rule; the special
-    tokens of Llama 3 mean `llama_3`, as xtuner trains; Llama's SentencePiece tokenizer, or a chat template with
-    Vicuna's role names, means `v1`; any other chat template is the model's own (`chat`). In LLaVA's original layout the
-    chat template is only the base model's, and comes after the tokenizer.
+    tokens of Llama 3 mean `llama_3`, as xtuner trains; Llama's SentencePiece tokenizer, or Vicuna's chat template,
+    means `v1`; any other chat template is the model's own (`chat`), also one that has Vicuna's role names and ends
+    answers itself but writes no system prompt. In LLaVA's original layout the chat template is only the base model's,
+    and comes after the tokenizer.
 
     Args:
         text: the language model's config.
@@ -39,8 +41,14 @@ def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
     sentencepiece = (model / "tokenizer.model").is_file() or str(settings.get("tokenizer_class")).startswith("Llama")
     vicuna = sentencepiece and not known & _OTHER_CHATS
     if written and not (original and vicuna):
-        return "v1" if _VICUNA_ROLE in written else "chat"
+        return "v1" if _is_vicuna(written) else "chat"
     return "v1" if vicuna else _UNKNOWN
+
+
+def _is_vicuna(written: str) -> bool:
+    """llava-hf's chat template leaves out both v1's system prompt and its end of answers: it is no model's own."""
+    ends_answers = "eos_token" in written or "</s>" in written
+    return _VICUNA_ROLE in written and (_VICUNA_SYSTEM in written or not ends_answers)
 
 
 def _special_tokens(model: Path, settings: dict[str, Any]) -> set[str]:

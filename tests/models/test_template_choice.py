@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 
+import icons
+from icons.models.export.processor import CHAT_TEMPLATE
 from icons.models.template_choice import template_of
 
 LLAMA_3 = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 CHATML = "<|im_start|>{{ role }}"
+OWN = "USER: {{ q }} ASSISTANT: {{ a }}{{ eos_token }}"
 VICUNA = "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 
 
@@ -49,6 +52,8 @@ def folder(tmp_path: Path, **files: Any) -> Path:
         ({"sentencepiece": True, "template": VICUNA}, False, "v1"),
         ({"template": VICUNA, "file": "chat_template.jinja"}, False, "v1"),
         ({"template": VICUNA, "file": "chat_template.json"}, False, "v1"),
+        ({"template": OWN, "file": "chat_template.jinja"}, False, "chat"),
+        ({"template": "A chat between a curious user and ... " + OWN, "file": "chat_template.jinja"}, False, "v1"),
         ({"template": CHATML, "tokens": ["<|im_start|>"]}, False, "chat"),
         ({"template": CHATML, "tokens": ["<|im_start|>"], "sentencepiece": True}, True, "chat"),
         ({"template": [{"name": "default", "template": CHATML}]}, False, "chat"),
@@ -74,6 +79,14 @@ def test_the_template_is_what_the_tokenizers_files_tell(
 
 def test_mpt_has_its_own(tmp_path: Path) -> None:
     assert template_of({"model_type": "mpt"}, folder(tmp_path, template=CHATML), True) == "mpt"
+
+
+def test_the_demos_start_model_keeps_its_own_template_and_what_export_writes_is_v1(tmp_path: Path) -> None:
+    start = Path(icons.__file__).parent / "configs" / "demo_start"
+    config = json.loads((start / "config.json").read_text())
+    assert template_of(config["text_config"], start, False) == "chat"
+    (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    assert template_of({}, tmp_path, False) == "v1"
 
 
 def test_broken_files_tell_nothing(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 # LLaVA's v1 conversation; content as text, or as transformers' list of images and texts. MARK: what follows an image
-_CHAT_TEMPLATE = (
+CHAT_TEMPLATE = (
     "{% if not messages or messages[0]['role'] != 'system' %}" + SYSTEM + "{% endif %}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ ' USER: ' if loop.first or messages[loop.index0 - 1]['role'] == 'system' "
@@ -61,7 +61,7 @@ def write_processor(folder: ModelFolder, config: Any, out: Path, trust_remote_co
         own: Any = AutoTokenizer.from_pretrained(folder.model, trust_remote_code=trust_remote_code)
     template = own.chat_template
     if folder.template == "v1":
-        template = _CHAT_TEMPLATE.replace("MARK", "" if legacy or not sentencepiece else " ")
+        template = CHAT_TEMPLATE.replace("MARK", "" if legacy or not sentencepiece else " ")
     special = {"bos_token": own.bos_token, "eos_token": own.eos_token, "unk_token": own.unk_token, "pad_token": _PAD}
     special = {name: token for name, token in special.items() if token is not None}
     values = special | {
