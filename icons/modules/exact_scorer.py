@@ -12,7 +12,7 @@ from icons.batch import Batch
 from icons.choices import Reduce
 from icons.gradients import TaskMatrix, scored_gradients
 from icons.modules.sample_module import SampleModule
-from icons.modules.task_directions import TaskSpan
+from icons.modules.task_directions import TaskSpan, each
 from icons.modules.task_vectorizer import TaskVector
 from icons.preconditioner import Preconditioner, described
 from icons.projection import Projector
@@ -50,7 +50,7 @@ class ScoredTasks:
     def matrix(self, model: nn.Module) -> TaskMatrix:
         """What gradients are multiplied with: the tasks' vectors, or all directions of their spans."""
         vectors = [task.vector for task in self.vectors.values()]
-        directions = [direction for span in self.spans.values() for direction in span.each()]
+        directions = [direction for span in self.spans.values() for direction in each(span.directions)]
         return TaskMatrix(model, directions if self.spans else vectors, self.dtype, self.offload)
 
     def scores(self, products: Tensor, norm: Tensor, unit: bool) -> Tensor:

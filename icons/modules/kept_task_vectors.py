@@ -4,9 +4,9 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from torch import nn
 
 from icons.agreement import TASK_VECTOR, check_compatible
@@ -16,7 +16,6 @@ from icons.models.fingerprint import adapter_fingerprint, base_description
 from icons.modules.task_directions import (
     TaskCombiner,
     TaskLocator,
-    TaskPass,
     TaskSketcher,
     TaskSpan,
     of_axes,
@@ -25,11 +24,10 @@ from icons.modules.task_directions import (
     sketch_of,
     without_axes,
 )
-from icons.modules.task_vectorizer import TaskVector, TaskVectorizer
+from icons.modules.task_vectorizer import TaskPass, TaskVector, TaskVectorizer
 from icons.partition import Partition, UnitPlan, assign
 from icons.scores.span import mean_within
 
-Module = TypeVar("Module", bound=LightningModule)
 log = logging.getLogger(__name__)
 
 
@@ -43,20 +41,6 @@ def describe_vectors(
         "normalize": "exact" if unit else "none",
     }
     return {name: {**module.describe(), **model_part} for name, module in modules.items()}
-
-
-def find_vectors(
-    trainer: Trainer,
-    model: nn.Module,
-    modules: Mapping[str, ConversationDataModule],
-    manifests: Mapping[str, Mapping[str, Any]],
-    folder: Path,
-    unit: bool,
-) -> dict[str, TaskVector]:
-    """The tasks' vectors: those in `folder` that were made from the same files and model, the others computed."""
-    return Kept(trainer, modules, folder).found(
-        "", manifests, lambda tasks: TaskVectorizer(model, list(tasks), unit), TaskVectorizer.vector
-    )
 
 
 @dataclass(frozen=True)
@@ -90,13 +74,12 @@ def find_directed(
     Raises:
         ValueError: the rows do not vary along so many axes, or no row of a task has a gradient.
     """
-    kept, vectors = Kept(trainer, modules, folder), find_vectors(trainer, model, modules, manifests, folder, unit)
+    kept = Kept(trainer, modules, folder)
+    vectors = kept.found("", manifests, lambda tasks: TaskVectorizer(model, tasks, unit))
     if not drop_axes and subspace is None:
         return Directed(vectors, {})
     about: dict[str, Any] = {"projector": sketch_of(model).describe()}
-    made = kept.found(
-        "sketch.", with_directions(manifests, about), lambda sizes: TaskSketcher(model, sizes, unit), TaskPass.kept
-    )
+    made = kept.found("sketch.", with_directions(manifests, about), lambda tasks: TaskSketcher(model, tasks, unit))
     sketches = {task: sketch.vector for task, sketch in made.items()}
     if drop_axes:
         others = {task: vector.manifest["data"]["fingerprint"] for task, vector in vectors.items()}
@@ -106,19 +89,13 @@ def find_directed(
         assert subspace is not None
         coefficients = {task: of_span(sketch, subspace) for task, sketch in sketches.items()}
         about |= {"subspace": subspace}
-    parts = kept.found(
-        "sums.",
-        with_directions(manifests, about),
-        lambda sizes: TaskCombiner(model, sizes, coefficients),
-        TaskPass.kept,
-    )
+    about_tasks = with_directions(manifests, about)
+    parts = kept.found("sums.", about_tasks, lambda tasks: TaskCombiner(model, tasks, coefficients))
     if drop_axes:
         axes = orthonormal([parts[task].vector for task in modules])
         return Directed({task: without_axes(vector, axes) for task, vector in vectors.items()}, {})
     directions = {task: orthonormal([part.vector]) for task, part in parts.items()}
-    places = kept.found(
-        "places.", with_directions(manifests, about), lambda sizes: TaskLocator(model, sizes, directions), TaskPass.kept
-    )
+    places = kept.found("places.", about_tasks, lambda tasks: TaskLocator(model, tasks, directions))
     spans = {task: TaskSpan(directions[task], mean_within(part.vector["rows"])) for task, part in places.items()}
     return Directed(vectors, spans)
 
@@ -142,16 +119,14 @@ class Kept:
         self,
         kind: str,
         manifests: Mapping[str, Mapping[str, Any]],
-        make: Callable[[dict[str, int]], Module],
-        result: Callable[[Module, str, dict[str, Any]], TaskVector],
+        make: Callable[[dict[str, int]], TaskPass],
     ) -> dict[str, TaskVector]:
         """Every task's part: what lies there and was made from the same, the others computed.
 
         Args:
             kind: part of the files' names.
             manifests: task -> what its part is made from.
-            make: the module that goes over the rows of some tasks, task -> number of rows.
-            result: what it has found of a task.
+            make: the pass over the rows of some tasks, task -> number of rows.
         """
         # a name with a slash, as a benchmark's part has, is no folder
         files = {name: self.folder / f"{name.replace('/', '%2F')}.{kind}safetensors" for name in self.modules}
@@ -162,7 +137,7 @@ class Kept:
             loaders = [self.loader(name, place in mine) for place, name in enumerate(todo)]
             self.trainer.predict(module, loaders, return_predictions=False)
             for place in mine:
-                result(module, todo[place], dict(manifests[todo[place]])).save(files[todo[place]])
+                module.vector(todo[place], dict(manifests[todo[place]])).save(files[todo[place]])
             self.trainer.strategy.barrier()
         return {name: TaskVector.load(file) for name, file in files.items()}
 

@@ -5,7 +5,7 @@ from one pass); a second pass adds up the whole gradients with these coefficient
 no pass holds more than one batch's gradients and the directions themselves.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, combined_gradients, scored_gradients
-from icons.modules.sharding import ShardedModule
-from icons.modules.task_vectorizer import TaskVector
+from icons.modules.task_vectorizer import TaskPass, TaskVector, add_to
 from icons.projection import CountSketch, Identity, Projector
 from icons.scores.axes import axis_coefficients
 from icons.scores.span import span_coefficients
@@ -43,46 +42,21 @@ class TaskSpan:
     directions: Directions
     mean: Float[Tensor, " directions"]
 
-    def each(self) -> list[dict[str, Tensor]]:
-        """The directions one by one."""
-        return [{name: value[number] for name, value in self.directions.items()} for number in range(len(self.mean))]
-
-
-class TaskPass(ShardedModule):
-    """One pass over the validation rows of some tasks, task by task.
-
-    Args:
-        model: any Hugging Face causal or image-text model.
-        tasks: name -> number of rows, in the order of the dataloaders.
-    """
-
-    def __init__(self, model: nn.Module, tasks: Mapping[str, int]) -> None:
-        super().__init__()
-        self.model, self.num_rows = model.eval(), dict(tasks)
-
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if len(batch["labels"]):
-            self.visit(list(self.num_rows)[dataloader_idx], batch)
-
-    def visit(self, task: str, batch: Batch) -> None:
-        raise NotImplementedError
-
-    def result(self, task: str) -> dict[str, Tensor]:
-        """What the pass has found of a task, to be kept."""
-        raise NotImplementedError
-
-    def kept(self, task: str, manifest: dict[str, Any]) -> TaskVector:
-        return TaskVector(self.result(task), self.num_rows[task], manifest)
-
 
 class TaskSketcher(TaskPass):
-    """`rows [M, K]` projected gradients, divided by their exact norm if `unit`, and `norm [M]`; NaN for failed rows."""
+    """`rows [M, K]` projected gradients, divided by their exact norm if `unit`, and `norm [M]`; NaN for failed rows.
+
+    Args:
+        model: see `TaskPass`.
+        tasks: name -> number of rows.
+        unit: see above.
+    """
 
     def __init__(self, model: nn.Module, tasks: Mapping[str, int], unit: bool = True) -> None:
         super().__init__(model, tasks)
         self.unit, self.projector = unit, sketch_of(model)
         self.rows: dict[str, Tensor] = {}
-        self.norm = {task: torch.full((count,), torch.nan) for task, count in self.num_rows.items()}
+        self.norm = {task: torch.full((count,), torch.nan) for task, count in tasks.items()}
 
     def visit(self, task: str, batch: Batch) -> None:
         _, norm, found = scored_gradients(self.model, batch, TaskMatrix(self.model, []), projector=self.projector)
@@ -90,53 +64,59 @@ class TaskSketcher(TaskPass):
         good = norm.isfinite() & (norm > 0)
         rows = (found.gradient / norm[:, None] if self.unit else found.gradient)[good].cpu()
         if task not in self.rows:
-            self.rows[task] = torch.full((self.num_rows[task], rows.shape[1]), torch.nan)
+            self.rows[task] = torch.full((len(self.norm[task]), rows.shape[1]), torch.nan)
         place = batch["row"][good].cpu()
         self.rows[task][place], self.norm[task][place] = rows, norm[good].cpu()
 
-    def result(self, task: str) -> dict[str, Tensor]:
-        return {"rows": self.rows.get(task, torch.zeros(self.num_rows[task], 0)), "norm": self.norm[task]}
+    def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
+        norm = self.norm[task]
+        return TaskVector({"rows": self.rows.get(task, torch.zeros(len(norm), 0)), "norm": norm}, len(norm), manifest)
 
 
 class TaskCombiner(TaskPass):
-    """Sums of each task's whole gradients, by coefficients `[M, r]`: parameter name -> `[r, *shape]`."""
+    """Sums of each task's whole gradients: parameter name -> `[r, *shape]`.
 
-    def __init__(self, model: nn.Module, tasks: Mapping[str, int], coefficients: Mapping[str, Tensor]) -> None:
+    Args:
+        model, tasks: see `TaskPass`.
+        coefficients: task -> `[M, r]`.
+    """
+
+    def __init__(self, model: nn.Module, tasks: Iterable[str], coefficients: Mapping[str, Tensor]) -> None:
         super().__init__(model, tasks)
         self.coefficients = dict(coefficients)
-        self.sums: dict[str, dict[str, Tensor]] = {}
+        self.sums: dict[str, dict[str, Tensor]] = {task: {} for task in self.tasks}
 
     def visit(self, task: str, batch: Batch) -> None:
         found = combined_gradients(self.model, batch, self.coefficients[task][batch["row"].cpu()])
-        total = self.sums.setdefault(task, {})
-        for name, value in found.items():
-            total[name] = total[name] + value.cpu() if name in total else value.cpu()
+        add_to(self.sums[task], {name: value.cpu() for name, value in found.items()})
 
-    def result(self, task: str) -> dict[str, Tensor]:
-        return self.sums[task]
+    def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
+        return TaskVector(self.sums[task], len(self.coefficients[task]), manifest)
 
 
 class TaskLocator(TaskPass):
-    """`rows [M, r]`: each task's unit gradients in coordinates of its own directions; NaN for failed rows."""
+    """`rows [M, r]`: each task's unit gradients in coordinates of its own directions; NaN for failed rows.
+
+    Args:
+        model: see `TaskPass`.
+        tasks: name -> number of rows.
+        directions: of each task.
+    """
 
     def __init__(self, model: nn.Module, tasks: Mapping[str, int], directions: Mapping[str, Directions]) -> None:
         super().__init__(model, tasks)
-        self.directions = dict(directions)
+        self.directions = {task: each(directions[task]) for task in tasks}
         self.matrix: tuple[str, TaskMatrix] | None = None
-        self.rows = {
-            task: torch.full((count, num_directions(self.directions[task])), torch.nan)
-            for task, count in self.num_rows.items()
-        }
+        self.rows = {task: torch.full((count, len(self.directions[task])), torch.nan) for task, count in tasks.items()}
 
     def visit(self, task: str, batch: Batch) -> None:
         if self.matrix is None or self.matrix[0] != task:
-            span = TaskSpan(self.directions[task], torch.zeros(num_directions(self.directions[task])))
-            self.matrix = task, TaskMatrix(self.model, span.each())
+            self.matrix = task, TaskMatrix(self.model, self.directions[task])
         product, norm, _ = scored_gradients(self.model, batch, self.matrix[1])
         self.rows[task][batch["row"].cpu()] = (product / norm[:, None]).cpu()
 
-    def result(self, task: str) -> dict[str, Tensor]:
-        return {"rows": self.rows[task]}
+    def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
+        return TaskVector({"rows": self.rows[task]}, len(self.rows[task]), manifest)
 
 
 def sketch_of(model: nn.Module) -> Projector:
@@ -145,8 +125,10 @@ def sketch_of(model: nn.Module) -> Projector:
     return Identity() if trained <= DIM else CountSketch(DIM, seed=0)
 
 
-def num_directions(directions: Directions) -> int:
-    return len(next(iter(directions.values())))
+def each(directions: Directions) -> list[dict[str, Tensor]]:
+    """The directions one by one, as views."""
+    count = len(next(iter(directions.values())))
+    return [{name: value[number] for name, value in directions.items()} for number in range(count)]
 
 
 def of_axes(sketches: Mapping[str, Mapping[str, Tensor]], count: int, unit: bool) -> dict[str, Tensor]:

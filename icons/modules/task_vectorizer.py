@@ -1,7 +1,8 @@
 """Task vectors of exact influence: the mean of a task's unit gradients, one tensor per trainable parameter."""
 
 import json
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,33 +46,53 @@ class TaskVector:
         return cls(vector, int(about["num_rows"]), json.loads(about["manifest"]))
 
 
-class TaskVectorizer(ShardedModule):
+class TaskPass(ShardedModule):
+    """One pass over the validation rows of some tasks, task by task.
+
+    Args:
+        model: any Hugging Face causal or image-text model.
+        tasks: names, in the order of the dataloaders.
+    """
+
+    def __init__(self, model: nn.Module, tasks: Iterable[str]) -> None:
+        super().__init__()
+        self.model, self.tasks = model.eval(), list(tasks)
+
+    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        if len(batch["labels"]):
+            self.visit(self.tasks[dataloader_idx], batch)
+
+    @abstractmethod
+    def visit(self, task: str, batch: Batch) -> None:
+        """Takes a batch of at least one of the task's rows."""
+
+    @abstractmethod
+    def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
+        """What was found of one task, in the form in which it is kept."""
+
+
+class TaskVectorizer(TaskPass):
     """Adds up the unit gradients of each task's rows; no per-sample gradient is kept.
 
     The mean over validation rows is linear: per batch one streaming pass gives the norms, and one ordinary batched
     backward pass of sum_i loss_i / |g_i| the sum of the unit gradients.
 
     Args:
-        model: any Hugging Face causal or image-text model.
-        tasks: names, in the order of the dataloaders.
+        model, tasks: see `TaskPass`.
         unit: divide each row's gradient by its norm; False: the mean of plain gradients.
     """
 
-    def __init__(self, model: nn.Module, tasks: Sequence[str], unit: bool = True) -> None:
-        super().__init__()
-        self.model, self.tasks, self.unit = model.eval(), list(tasks), unit
-        self.totals: dict[str, dict[str, Tensor]] = {}
+    def __init__(self, model: nn.Module, tasks: Iterable[str], unit: bool = True) -> None:
+        super().__init__(model, tasks)
+        self.unit = unit
+        self.totals: dict[str, dict[str, Tensor]] = {task: {} for task in self.tasks}
         self.counts = dict.fromkeys(self.tasks, 0)
 
-    def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        task = self.tasks[dataloader_idx]
+    def visit(self, task: str, batch: Batch) -> None:
         _, norm, _ = scored_gradients(self.model, batch, TaskMatrix(self.model, []))
         good = norm.isfinite() & (norm > 0)
         weights = torch.where(good, 1 / norm if self.unit else torch.ones_like(norm), 0)
-        found = weighted_gradient(self.model, batch, weights)
-        total = self.totals.setdefault(task, {})
-        for name, value in found.items():
-            total[name] = total[name] + value if name in total else value
+        add_to(self.totals[task], weighted_gradient(self.model, batch, weights))
         self.counts[task] += int(good.sum())
 
     def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
@@ -84,3 +105,9 @@ class TaskVectorizer(ShardedModule):
         if count == 0:
             raise ValueError(f"task {task}: no validation row has a finite gradient; expected at least one usable row")
         return TaskVector({name: value.cpu() / count for name, value in self.totals[task].items()}, count, manifest)
+
+
+def add_to(total: dict[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Adds tensors to a sum by name."""
+    for name, value in values.items():
+        total[name] = total[name] + value if name in total else value
