@@ -15,7 +15,7 @@ FLOAT16_TOP = 14  # exponent that the largest number of any other row gets
 TORCH_SERIAL = 32767  # numbers: from 32,768 on torch cuts an operation into parts for its threads
 
 
-def encode(gradient: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
+def encode(gradient: np.ndarray, dtype: str, largest: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """float32 rows as they are stored, and the scale per row for float16 and int8.
 
     float16 rounds to the nearest (ties to even). Its scale is 1 where the row's largest number is from 2^-10 to 65,504,
@@ -23,27 +23,41 @@ def encode(gradient: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | N
     / 127`, values rounded to the nearest (ties to even); a zero row has scale 0. The rounding error is uniform in one
     step: its variance is `scale^2 / 12` per number.
 
+    Args:
+        gradient: `[n, K]`.
+        dtype: one of `DTYPES`.
+        largest: `largest_of(gradient)`, if it is known: it reads every number twice.
+
     >>> encode(np.array([[1.0, -2.0]], dtype=np.float32), "int8")[0].tolist()
     [[64, -127]]
     """
     if dtype == "float32":
         return gradient, None
+    largest = largest_of(gradient) if largest is None else largest
     if dtype == "float16":
-        scale = float16_scale(gradient)
+        scale = float16_scale(largest)
         scaled = gradient if (scale == 1).all() else gradient / scale[:, None]  # exact: powers of two
         return to_float16(scaled), scale
-    scale = (np.abs(gradient).max(axis=1, initial=0) / np.float32(127)).astype(np.float32)
+    scale = (largest / np.float32(127)).astype(np.float32)
     steps = gradient / np.where(scale > 0, scale, 1)[:, None]
     return np.rint(steps).clip(-127, 127).astype(np.int8), scale
 
 
-def float16_scale(gradient: np.ndarray) -> np.ndarray:
-    """What to divide each row by, `[n]` float32.
+def largest_of(gradient: np.ndarray) -> np.ndarray:
+    """Each row's largest magnitude, `[n]`; NaN if there is one.
 
-    >>> float16_scale(np.array([[1.0, -2.0], [3e-5, 0.0], [0.0, 0.0], [1e6, 0.0]], dtype=np.float32)).tolist()
+    >>> largest_of(np.array([[1.0, -2.0], [0.0, 0.0]])).tolist()
+    [2.0, 0.0]
+    """
+    return np.maximum(gradient.max(axis=1, initial=0), np.abs(gradient.min(axis=1, initial=0)))
+
+
+def float16_scale(largest: np.ndarray) -> np.ndarray:
+    """What to divide each row by, `[n]` float32, by its largest magnitude.
+
+    >>> float16_scale(np.array([2.0, 3e-5, 0.0, 1e6], dtype=np.float32)).tolist()
     [1.0, 9.313225746154785e-10, 1.0, 32.0]
     """
-    largest = np.maximum(gradient.max(axis=1, initial=0), -gradient.min(axis=1, initial=0))
     exponent = np.frexp(largest)[1] - 1 - FLOAT16_TOP
     keep = (largest == 0) | ((largest >= FLOAT16_SAFE) & (largest < FLOAT16_LIMIT)) | ~np.isfinite(largest)
     # -126: beyond it float32 itself has no whole powers of two
@@ -82,12 +96,15 @@ def encode_rows(results: Mapping[str, np.ndarray], dtype: str, scaled: bool = Tr
         raise ValueError("status: got 0 (not written); expected 1 (done) or a code of failure for every row")
     norm, loss = (np.array(results[name], dtype=np.float32) for name in ("norm", "loss"))
     tokens = np.array(results["tokens"], dtype=np.int32)
-    largest = np.maximum(gradient.max(axis=1, initial=0), -gradient.min(axis=1, initial=0))
+    largest = largest_of(gradient)
     limit = FLOAT16_LIMIT if dtype == "float16" and not scaled else np.inf
     beyond = (status == Status.DONE) & ~(largest < limit)
     if beyond.any():
         gradient = np.where(beyond[:, None], np.float32(0), gradient)
+        largest[beyond] = 0
         status[beyond], norm[beyond], loss[beyond], tokens[beyond] = Status.NON_FINITE, np.nan, np.nan, 0
-    stored, scale = (to_float16(gradient), None) if dtype == "float16" and not scaled else encode(gradient, dtype)
+    stored, scale = (
+        (to_float16(gradient), None) if dtype == "float16" and not scaled else encode(gradient, dtype, largest)
+    )
     scales = {} if scale is None else {"scale": scale}
     return {"gradients": stored, **scales, "norm": norm, "loss": loss, "tokens": tokens, "status": status}
