@@ -7,7 +7,6 @@ whole round is done several times, and the smallest CPU time of each counts: a b
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from table import write
 from task import Task
 
 PLAIN = ("plain", "forward and backward")
@@ -97,11 +97,7 @@ def main() -> None:
             "peak MB": f"{min(costs[1]['peak_mb'] for costs in several):.0f}",
         })  # fmt: skip
         print(table[-1], flush=True)
-    given.table.parent.mkdir(parents=True, exist_ok=True)
-    with given.table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+    write(given.table, table)
 
 
 if __name__ == "__main__":

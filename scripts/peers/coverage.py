@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from table import write
 from task import Task, batches
 from torch import Tensor, nn
 
@@ -133,10 +134,7 @@ def main() -> None:
                 row = settings | found
                 print(row, flush=True)
                 table.append(row)
-                with given.out.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, table[0])
-                    writer.writeheader()
-                    writer.writerows(table)
+                write(given.out, table)
 
 
 def read(file: Path) -> list[dict[str, str]]:

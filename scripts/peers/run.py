@@ -8,7 +8,6 @@ A tool without a `--python` is left out, and said to be. What is done is not don
 """
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from table import write
 from task import Task
 
 from icons.validation.datamodel import (
@@ -138,11 +138,7 @@ def main() -> None:
             row["LDS minus reference"] = difference(task, way, scores, found[REFERENCE])
             print(row, flush=True)
             table.append(row)
-    given.table.parent.mkdir(parents=True, exist_ok=True)
-    with given.table.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0])
-        writer.writeheader()
-        writer.writerows(table)
+    write(given.table, table)
 
 
 if __name__ == "__main__":
