@@ -85,14 +85,14 @@ class TaskVectorizer(TaskPass):
     def __init__(self, model: nn.Module, tasks: Iterable[str], unit: bool = True) -> None:
         super().__init__(model, tasks)
         self.unit = unit
-        self.totals: dict[str, dict[str, Tensor]] = {task: {} for task in self.tasks}
+        self.totals: dict[str, dict[str, Tensor]] = {}  # of tasks of which a row was seen
         self.counts = dict.fromkeys(self.tasks, 0)
 
     def visit(self, task: str, batch: Batch) -> None:
         _, norm, _ = scored_gradients(self.model, batch, TaskMatrix(self.model, []))
         good = norm.isfinite() & (norm > 0)
         weights = torch.where(good, 1 / norm if self.unit else torch.ones_like(norm), 0)
-        add_to(self.totals[task], weighted_gradient(self.model, batch, weights))
+        add_to(self.totals.setdefault(task, {}), weighted_gradient(self.model, batch, weights))
         self.counts[task] += int(good.sum())
 
     def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
