@@ -38,6 +38,8 @@ SUMMED_SCORES = ("data", "tasks", "weights", "checkpoints", "drop_axes", "subspa
 
 PLACES = {"path", "images", "name"}
 """Where a file lies may change between a run and its resume; what is in it may not."""
+HINTS = {"model.fingerprint": " (frozen weights that are others, or the same in another number format: --model-dtype)"}
+"""Said where a value shows nothing by itself."""
 LATER = {"preprocessing.template", "preprocessing.preset", "reader"}
 """Fields that stores of former versions lack: nothing is known of them, and they agree with all."""
 
@@ -58,7 +60,7 @@ def check_compatible(
     >>> check_compatible({"dtype": "int8"}, {"dtype": "int8"}, ["dtype"])
     """
     for name, left, right in differences(a, b, fields):
-        raise ValueError(f"{name}: {what_a} has {left!r}, {what_b} has {right!r}; {remedy}")
+        raise ValueError(f"{name}: {what_a} has {left!r}, {what_b} has {right!r}{HINTS.get(name, '')}; {remedy}")
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], fields: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:

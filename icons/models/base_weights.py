@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,18 +35,34 @@ _LANGUAGE_KINDS = ("llama", "llava", "llava_llama")
 _SHOWN = 3
 
 
-def load_huggingface(folder: ModelFolder, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
+def load_huggingface(
+    folder: ModelFolder, dtype: torch.dtype | str, options: dict[str, Any], *, widened: bool = False
+) -> Any:
+    """The model; with `widened`, float16 weights as float32."""
     with quiet(), own_code(folder.model):
-        return pretrained(AUTO[folder.kind], folder.model, dtype=dtype, **options)
+        model = pretrained(AUTO[folder.kind], folder.model, dtype=dtype, **options)
+    if widened:
+        widen(model)
+    return model
 
 
-def load_original(folder: ModelFolder, adapter: Path | None, dtype: torch.dtype | str, options: dict[str, Any]) -> Any:
-    """LLaVA's own layout: language model, vision tower and projector, each from its place."""
+def load_original(
+    folder: ModelFolder,
+    adapter: Path | None,
+    dtype: torch.dtype | str,
+    options: dict[str, Any],
+    *,
+    widened: bool = False,
+) -> Any:
+    """LLaVA's own layout: language model, vision tower and projector, each from its place, in the language model's
+    number format; with `widened`, float32 in place of float16."""
     tower_folder = folder.vision_tower
     assert tower_folder is not None
     with quiet():
         config = language_config(folder)
         language = pretrained(LlamaForCausalLM, folder.model, config=config, dtype=dtype, **options)
+        if widened:
+            widen(language)
         tower = _load_tower(folder, tower_folder, language.dtype, options["attn_implementation"])
     model = assemble(language, tower, folder.select_layer, folder.select_feature)
     projector = _projector_tensors(folder, adapter)
@@ -65,6 +81,15 @@ def load_original(folder: ModelFolder, adapter: Path | None, dtype: torch.dtype 
             )
     module.load_state_dict({name: value.to(language.dtype) for name, value in projector.items()}, assign=True)
     return model
+
+
+def widen(model: nn.Module) -> None:
+    """Makes float16 weights and buffers float32, where they are; a model that is stored quantized stays as it is."""
+    if getattr(model, "is_quantized", False):
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.float16:
+            tensor.data = tensor.data.float()
 
 
 def language_config(folder: ModelFolder) -> LlamaConfig:

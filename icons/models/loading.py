@@ -57,8 +57,8 @@ def load_model(
         folder: see `ModelFolder.open`.
         adapter: LoRA folder: PEFT's, LLaVA's, a warm-up's, or a `checkpoint-N` of the Hugging Face Trainer.
         lora: wrap the model in a fresh adapter instead.
-        dtype: of the frozen weights; `auto`: bfloat16 on a GPU machine, else as stored; `stored`: as stored. What is
-            trained is float32 always.
+        dtype: of the frozen weights; `auto`: bfloat16 on a GPU machine, else as stored, with float16 widened to float32
+            (a CPU computes it no faster, and less exactly); `stored`: as stored. What is trained is float32 always.
         attention: kernel, of tower and language model.
         quantize: the language model's linear layers in 4 or 8 bits.
         gradient_checkpointing: recompute activations in the backward pass, in eval mode too (dropout stays off).
@@ -76,11 +76,13 @@ def load_model(
     options: dict[str, Any] = {"attn_implementation": attention, "quantization_config": _quantization(quantize, dtype)}
     if adapter is not None:
         _refuse_merged(folder.model, adapter)
+    widened = dtype == "auto" and quantize is None and not torch.cuda.is_available()
     if folder.layout == "original":
-        model = load_original(folder, adapter, torch_dtype(dtype), options)
+        model = load_original(folder, adapter, torch_dtype(dtype), options, widened=widened)
     else:
         # said in so many words: by default transformers asks, and waits, where there is a terminal
-        model = load_huggingface(folder, torch_dtype(dtype), options | {"trust_remote_code": trust_remote_code})
+        options["trust_remote_code"] = trust_remote_code
+        model = load_huggingface(folder, torch_dtype(dtype), options, widened=widened)
     keep_unpacked(model)
     return _prepare(model, folder, adapter, lora, target, gradient_checkpointing)
 

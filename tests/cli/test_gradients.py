@@ -127,6 +127,7 @@ def test_shards_fill_one_store(tmp_path: Path) -> None:
         (["--dtype", "float16"], "dtype"),
         (["--preconditioner", "sign"], "preconditioner.form"),
         (["--target", "trainable"], "model.fingerprint"),
+        (["--model-dtype", "bfloat16"], "the same in another number format: --model-dtype"),
         (["--max-length", 60], "preprocessing.max_length"),
     ],
 )

@@ -195,18 +195,44 @@ def test_weights_have_the_dtype_asked_for_and_trained_ones_float32(
     assert all(parameter.grad is not None for parameter in trainable(model).values())
 
 
-def test_dtype_auto_is_the_stored_one_on_a_cpu(huggingface_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("stored", "auto"), [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)], ids=["bfloat16", "float16"]
+)
+def test_dtype_auto_on_a_cpu_is_the_stored_one_but_for_float16_which_is_widened(
+    huggingface_llava: Path, monkeypatch: pytest.MonkeyPatch, stored: torch.dtype, auto: torch.dtype
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     weights = load_file(huggingface_llava / "model.safetensors")
-    save_file(
-        {name: value.bfloat16() for name, value in weights.items()},
-        huggingface_llava / "model.safetensors",
-        {"format": "pt"},
-    )
+    narrow = {name: value.to(stored) for name, value in weights.items()}
+    save_file(narrow, huggingface_llava / "model.safetensors", {"format": "pt"})
     config = json.loads((huggingface_llava / "config.json").read_text())
-    (huggingface_llava / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
-    model = load_model(ModelFolder.open(huggingface_llava), dtype="auto")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    (huggingface_llava / "config.json").write_text(json.dumps(config | {"dtype": str(stored)[len("torch.") :]}))
+    found = {}
+    for dtype in ("auto", "stored"):
+        model = load_model(ModelFolder.open(huggingface_llava), dtype=dtype)
+        found[dtype] = {parameter.dtype for parameter in model.parameters()}
+    assert found == {"auto": {auto}, "stored": {stored}}
+
+
+def test_parts_that_are_stored_wider_than_a_float16_language_model_keep_their_bits(
+    llava: ModelFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    language = tmp_path / "vicuna"
+    shutil.copytree(llava.model, language)
+    half = {name: value.half() for name, value in load_file(language / "model.safetensors").items()}
+    save_file(half, language / "model.safetensors", {"format": "pt"})
+    config = json.loads((language / "config.json").read_text())
+    (language / "config.json").write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    model = load_model(ModelFolder.open(language, llava.vision_tower, llava.mm_projector), dtype="auto")
+    expected = load_model(llava, dtype="float32").state_dict()
+    kept = [name for name in expected if "vision_tower" in name or "projector" in name]
+    assert kept and all(torch.equal(model.state_dict()[name], expected[name]) for name in kept)
+    assert all(
+        torch.equal(value, expected[name].half().float())
+        for name, value in model.state_dict().items()
+        if name not in kept
+    )
 
 
 def test_missing_packages_are_named_with_their_extra(llava: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:

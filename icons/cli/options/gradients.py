@@ -66,7 +66,8 @@ class GradientsOptions(
     codec: str | None = field(default=None, metadata=STORE)
     """compression of the rows (for example zstd); default: none, since gradients hardly compress"""
     model_dtype: ModelDtype = field(default="auto", metadata=SPEED)
-    """number format of the model's weights; auto: as stored on a CPU, bfloat16 on a GPU"""
+    """number format of the model's weights; auto: bfloat16 on a GPU; on a CPU as stored, float16 as
+    float32"""
     compile: bool = field(default=False, metadata=SPEED)
     """fuse the elementwise part of --preconditioner adam with torch.compile (half a minute at the start)"""
     dry_run: bool = field(default=False, metadata=RUN)
