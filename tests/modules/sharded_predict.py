@@ -1,7 +1,7 @@
 """Rows of tiny LLaVAs through `Trainer.predict`, the model shared by the ranks; one has rows that are not finite.
 
 Run as `python sharded_predict.py FOLDER`: two ranks of which one dies, two of which one fails, three that go on, two
-that train.
+that train, and two that run whole commands (`sharded_commands.py`), sharing the model and, for comparison, not.
 """
 
 import json
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gradients"))
+import sharded_commands
 from small_models import IMAGE, llava, with_lora
 
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
@@ -252,6 +253,8 @@ def main() -> None:
     for devices, ends in ((2, Dies(3)), (2, Fails(1)), (3, None)):
         print(json.dumps(forked(devices, partial(rank, folder, devices, ends))), flush=True)
     print(json.dumps(forked(2, partial(fit_rank, folder, 2))), flush=True)
+    for strategy in ("model_parallel", "ddp"):
+        print(json.dumps(forked(2, partial(sharded_commands.rank, folder, 2, strategy))), flush=True)
 
 
 if __name__ == "__main__":

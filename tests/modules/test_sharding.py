@@ -1,5 +1,6 @@
 """A model shared by several ranks gives the rows of one process, whatever each rank has to do."""
 
+import json
 import subprocess
 import sys
 from dataclasses import asdict
@@ -12,15 +13,17 @@ import sharded_predict
 import torch
 from lightning import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from sharded_commands import score, warm_up, write_data
 from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, fit, model_of, predict, sample, vectors
 from small_models import llama, one_by_one, with_lora
 from torch import nn
 
 from icons.batch import Status
+from icons.models.tensor_files import read_tensors
 from icons.modules.named_strategy import named_strategy, predicting_strategy
 from icons.modules.sharded_fit import SharedModelStrategy
 from icons.modules.sharding import check_strategy, shard, units
-from icons.store import GradientStore
+from icons.store import GradientStore, ScoreStore
 
 SCRIPT = Path(sharded_predict.__file__)
 
@@ -29,8 +32,10 @@ SCRIPT = Path(sharded_predict.__file__)
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ranks leave that share a model: one of two is killed, one of two fails, three go on, two train."""
     folder = tmp_path_factory.mktemp("shared")
+    write_data(folder)
+    assert warm_up(folder, folder / "alone", ranks=1) == 0
     ended = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=300)
-    assert ended.stdout.splitlines() == ["[1, -9]", "[1, 1]", "[0, 0, 0]", "[0, 0]"], ended.stderr[-3000:]
+    assert ended.stdout.splitlines() == ["[1, -9]", "[1, 1]", "[0, 0, 0]", *["[0, 0]"] * 3], ended.stderr[-3000:]
     assert "another rank of this run has died, and with it its part of the model" in ended.stderr
     assert "another rank of this run has ended with an error: the second rank has had enough" in ended.stderr
     return folder
@@ -76,6 +81,39 @@ def test_ranks_that_share_a_model_train_what_one_process_trains(shared: Path, tm
         for part in ("weights", "exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(found[part], expected[part], rtol=1e-5, atol=1e-7, msg=part)
         assert found["after"]["task"] == pytest.approx(alone.after["task"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_warm_up_by_command_on_ranks_that_share_a_model_is_that_of_ranks_that_do_not(shared: Path) -> None:
+    """To the last bit; and one process's to rounding, which Adam makes large where a gradient is next to nothing."""
+    for name in ("adapter_model.safetensors", "non_lora.safetensors", "adam.safetensors"):
+        found, ddp, alone = (read_tensors(shared / folder / name) for folder in ("model_parallel", "ddp", "alone"))
+        assert found and set(found) == set(ddp) == set(alone)
+        for key, value in found.items():
+            assert torch.equal(value, ddp[key]), key
+            assert (value - alone[key]).norm() < (0.01 if name.startswith("adam") else 1e-3) * value.norm(), key
+    manifests = [json.loads((shared / folder / "icons.json").read_text()) for folder in ("model_parallel", "alone")]
+    assert manifests[0]["used"] == manifests[1]["used"] and manifests[0]["used"]["steps"] == 6
+    for side in ("before", "after"):
+        losses = [manifest["losses"][side]["held"] for manifest in manifests]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_exact_scores_by_command_on_ranks_that_share_a_model_are_one_processs(shared: Path, tmp_path: Path) -> None:
+    """Row by row, bit by bit; a row that cannot be read fails alone."""
+    assert score(shared, shared / "alone", tmp_path / "alone.zarr", ranks=1) == 0
+    found, expected = (
+        ScoreStore.open(folder / name) for folder, name in ((shared, "ranks.zarr"), (tmp_path, "alone.zarr"))
+    )
+    assert expected.status[:].tolist() == [1, 1, 1, 1, int(Status.BAD_RECORD), *[1] * 5]
+    for name in ("status", "influence", "norm", "loss", "tokens"):
+        np.testing.assert_array_equal(
+            found.stored(name, slice(0, ROWS + 1)), expected.stored(name, slice(0, ROWS + 1)), err_msg=name
+        )
+    kept = (GradientStore.open(folder / f"{name}.kept") for folder, name in ((shared, "ranks"), (tmp_path, "alone")))
+    np.testing.assert_array_equal(*(store.gradients[:] for store in kept))
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])

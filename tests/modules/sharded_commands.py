@@ -1,0 +1,62 @@
+"""`icons warmup` and `icons score` on a tiny LLaVA, by one process or by ranks that share the model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from icons.cli import command_line as cli
+
+DATA = Path(__file__).parents[1] / "data" / "original_llava"
+ROWS = 9
+
+
+def write_data(folder: Path) -> Path:
+    """Rows with an image, without, and one that cannot be read; answers of one length, so that the mean over a batch's
+    tokens is the mean of its rows' means."""
+    records: list[Any] = []
+    for row in range(ROWS):
+        question = f"What is number {'7' * (row + 1)}?"
+        image = {"image": f"img{row % 2}.png"} if row % 3 else {}
+        turns = [{"from": "human", "value": f"<image>\n{question}" if image else question}]
+        records.append({"id": row, **image, "conversations": [*turns, {"from": "gpt", "value": "hi"}]})
+    file = folder / "data.json"
+    file.write_text(json.dumps(records))
+    (folder / "broken.json").write_text(json.dumps([*records[:4], {"id": "broken"}, *records[4:]]))
+    return file
+
+
+def warm_up(folder: Path, out: Path, ranks: int, strategy: str = "auto") -> int:
+    """Trains for two epochs, four rows a step whatever the number of ranks."""
+    given: dict[str, Any] = {
+        "model": DATA / "vicuna-tiny", "vision-tower": DATA / "clip", "mm-projector": DATA / "mm_projector.bin",
+        "data": folder / "data.json", "images": DATA, "fraction": 1.0, "held-out": 0.0, "lora-rank": 2,
+        "lora-dropout": 0.0, "learning-rate": 1e-2, "batch-size": 4 // ranks, "epochs": 2, "out": out,
+        "task": f"held={DATA / 'data.json'}:{DATA}",
+    }  # fmt: skip
+    return run("warmup", given, ranks, strategy)
+
+
+def score(folder: Path, checkpoint: Path, out: Path, ranks: int, strategy: str = "auto") -> int:
+    given: dict[str, Any] = {
+        "checkpoint": checkpoint, "data": folder / "broken.json", "images": DATA, "chunk-rows": 2, "batch-size": 2,
+        "task": f"held={DATA / 'data.json'}:{DATA}", "out": out, "keep-gradients": out.with_suffix(".kept"), "dim": 64,
+    }  # fmt: skip
+    return run("score", given, ranks, strategy)
+
+
+def run(command: str, given: dict[str, Any], ranks: int, strategy: str) -> int:
+    given |= {"trainer.accelerator": "cpu", "trainer.devices": ranks, "trainer.enable_progress_bar": False}
+    given |= {"trainer.strategy": strategy}
+    return cli.main([command, *(f"--{name}={value}" for name, value in given.items())])
+
+
+def rank(folder: Path, ranks: int, strategy: str) -> None:
+    """One rank's part: what it prints goes where errors go."""
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    assert warm_up(folder, folder / strategy, ranks, strategy) == 0
+    if strategy == "model_parallel":
+        assert score(folder, folder / "alone", folder / "ranks.zarr", ranks, strategy) == 0
