@@ -4,7 +4,7 @@ The pipeline by name, in the order of the method:
 
     modules/warmup.py       LoRA warm-up on a small part of the data; Adam's moments are kept
     gradients/              per-sample gradients from one batched backward pass, streamed through
-    preconditioner.py         the step Adam would take, and
+    preconditioner.py         the step Adam would take (or kronecker.py, what a curvature divides by), and
     projection.py             a seeded random projection P -> K, into
     store/                  one Zarr array per data set: row i is record i, always
     scores/                 influence: per task, each training row's mean cosine similarity with the validation rows

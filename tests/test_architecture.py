@@ -18,7 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 EDGE = {"lightning", "transformers", "peft", "torchmetrics"}
 LAYERS = [
     {"agreement", "batch", "choices", "interruption", "manifest", "output", "partition", "terminal"},
-    {"gradients", "preconditioner", "projection", "scores"},
+    {"gradients", "kronecker", "preconditioner", "projection", "scores"},
     {"store"},
     {"consensus"},
     {"models"},

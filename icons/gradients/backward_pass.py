@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients.chance import without_chance
-from icons.gradients.layers import Call, Part, widen
+from icons.gradients.layers import TEXT, Call, Part, widen
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
@@ -28,6 +28,9 @@ from icons.gradients.paths import Paths, parts_of
 from icons.gradients.tap import NarrowInputs, Tap
 
 Receiver = Callable[[str, Tensor], None]  # parameter name, its per-sample gradients [B, *shape] in float32
+Watcher = Callable[[str, Tensor, Tensor, Tensor, bool], None]
+"""Of a linear layer's weight, once for each of its uses: name, inputs [entries, in] as they were kept, output gradients
+[entries, out] in float32, whose each entry is [entries], and whether entries are the B x L positions of the text."""
 
 
 class UnprovenError(Exception):
@@ -54,6 +57,7 @@ class BackwardPass:
         scale: of float16 losses.
         slow: these take one backward pass per sample; default: those known to.
         proving: whether to accept what is not proven; parameters on the slow path are then left out.
+        watch: shown what the blocks of linear layers are made of.
     """
 
     def __init__(
@@ -67,10 +71,11 @@ class BackwardPass:
         scale: LossScale | None = None,
         slow: set[str] | None = None,
         proving: bool = False,
+        watch: Watcher | None = None,
     ) -> None:
         self.model, self.batch, self.parameters, self.known, self.receive = model, batch, parameters, known, receive
         self.shape = (batch["labels"].shape[0], batch["labels"].shape[1])
-        self.proving, self.scale = proving, scale if needs_scale(model) else None
+        self.proving, self.scale, self.watch = proving, scale if needs_scale(model) else None, watch
         self.slow = set() if proving else known.slow(parameters) | (slow or set())
         self.ownership = Ownership(model, batch)
         self.parts = parts_of(model, parameters, known)
@@ -218,7 +223,16 @@ class BackwardPass:
                 if self.proving:
                     size = call.lengths(kept[0]).to(gradient.device) * call.lengths(gradient)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
+                elif self.watch is not None and part.linear and part.kind == "weight":
+                    self.show(part.name, call, kept[0], gradient)
                 self.collect(part.name, block)
+
+    def show(self, name: str, call: Call, x: Tensor, gradient: Tensor) -> None:
+        assert self.watch is not None
+        owners, gradient = call.owners(gradient), widen(call.entries(gradient))
+        if self.factors is not None:
+            gradient = gradient / self.factors.to(gradient.device)[owners, None]
+        self.watch(name, call.entries(x), gradient, owners, call.layout.kind in TEXT)
 
     def collect(self, name: str, block: Tensor) -> None:
         """A weight used several times in one forward pass is complete when all its uses have arrived."""

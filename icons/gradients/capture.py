@@ -8,7 +8,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch
-from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, UnprovenError, device_of
+from icons.gradients.backward_pass import (
+    BackwardPass,
+    OverflowedError,
+    Receiver,
+    UnprovenError,
+    Watcher,
+    device_of,
+)
 from icons.gradients.chance import refuse_dropout
 from icons.gradients.loss_scale import LossScale
 from icons.gradients.paths import Paths, paths_of
@@ -35,7 +42,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return found
 
 
-def per_sample_blocks(model: nn.Module, batch: Batch, begin: Callable[[], Receiver]) -> Float[Tensor, " batch"]:
+def per_sample_blocks(
+    model: nn.Module, batch: Batch, begin: Callable[[], Receiver], watch: Watcher | None = None
+) -> Float[Tensor, " batch"]:
     """Runs the pass; the last receiver gets every trainable parameter exactly once, in no particular order.
 
     Args:
@@ -43,6 +52,7 @@ def per_sample_blocks(model: nn.Module, batch: Batch, begin: Callable[[], Receiv
         batch: see `icons.batch`; B = 0 is allowed.
         begin: makes a receiver, which is called inside the backward pass and may overwrite the block it gets. Called
             again when the pass has to start anew: what the receiver before it got is void.
+        watch: shown what the blocks of linear layers are made of; void as well when `begin` is called again.
 
     Returns:
         The samples' losses, float32 (float64 for a float64 model).
@@ -68,7 +78,7 @@ def per_sample_blocks(model: nn.Module, batch: Batch, begin: Callable[[], Receiv
     self_test(model, batch, known)
     slow = known.slow(parameters)
     try:
-        return run(model, batch, parameters, known, begin)
+        return run(model, batch, parameters, known, begin, watch)
     finally:
         announce(known.slow(parameters) - slow)
 
@@ -79,6 +89,7 @@ def run(
     parameters: dict[str, nn.Parameter],
     known: Paths,
     begin: Callable[[], Receiver],
+    watch: Watcher | None = None,
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
     scale, unproven, this_time = LossScale(batch["labels"]), set[str](), set[str]()
@@ -86,7 +97,10 @@ def run(
         this_time = prove(model, batch, parameters, known)
     while True:
         try:
-            return BackwardPass(model, batch, parameters, known, begin(), scale=scale, slow=this_time).run()
+            backward_pass = BackwardPass(
+                model, batch, parameters, known, begin(), scale=scale, slow=this_time, watch=watch
+            )
+            return backward_pass.run()
         except OverflowedError:
             continue
         except UnprovenError as error:

@@ -11,12 +11,15 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
+
+TEXT = ("tokens", "flat")
+"""Layouts whose entries are the positions of the text."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,18 @@ class Call:
             for part, given in zip(self.samples(gradient), self.samples(x), strict=True)
         ]
         return torch.stack([part.sum(dim=0) if kind == "bias" else part.mT @ given for part, given in parts])
+
+    def entries(self, value: Tensor) -> Float[Tensor, "entries width"]:
+        """A tensor's entries, those of each sample together."""
+        if self.layout.axis == 0:
+            return value.reshape(-1, value.shape[-1])
+        return torch.cat([part.flatten(0, -2) for part in self.samples(value)])
+
+    def owners(self, value: Tensor) -> Int[Tensor, " entries"]:
+        """Whose each of `entries` is."""
+        each = value.shape[:-1].numel() // max(1, sum(self.counts))
+        counts = torch.tensor(self.counts, device=value.device) * each
+        return torch.arange(self.size, device=value.device).repeat_interleave(counts)
 
     def samples(self, value: Tensor) -> Sequence[Tensor]:
         """Each sample's piece of a tensor."""

@@ -61,6 +61,14 @@ class SupervisedPositions:
         Raises:
             ValueError: the model gives no logits, or not one position per label.
         """
+        return self.losses(self.logits(model, batch))
+
+    def logits(self, model: nn.Module, batch: Batch) -> Float[Tensor, "rows positions vocab"]:
+        """Narrowed or whole logits, from one forward pass.
+
+        Raises:
+            ValueError: the model gives none.
+        """
         with self.narrowed():
             output = model(**{"use_cache": False} | model_inputs(batch))
         logits = getattr(output, "logits", None)
@@ -69,24 +77,31 @@ class SupervisedPositions:
                 f"per-sample gradients: {self.model_class} gave {type(output).__name__} without logits [batch, length, "
                 "vocabulary]; expected a causal or image-text model with its output layer, and return_dict left True"
             )
-        return self.losses(logits)
+        return logits
 
-    def losses(self, logits: Float[Tensor, "rows positions vocab"]) -> Float[Tensor, " batch"]:
-        """The samples' losses from narrowed or whole logits, as `icons.batch.sample_losses` has them.
+    def supervised(self, logits: Float[Tensor, "rows positions vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """Of narrowed or whole logits, those that supervised tokens are predicted from; sample by sample.
 
         Raises:
             ValueError: the logits have another number of positions.
         """
         if logits.shape[:2] == self.labels.shape:
-            rows = logits[self.sample, self.position]
-        elif logits.shape[:2] == (1, len(self.sample)) and self.head is not None:
-            rows = logits[0]
-        else:
-            raise ValueError(
-                f"per-sample gradients: the logits of {self.model_class} have shape {tuple(logits.shape)} for labels "
-                f"of shape {tuple(self.labels.shape)}; expected one position per label: expand image positions in "
-                "input_ids, and leave out prompt tuning, which puts positions before them"
-            )
+            return logits[self.sample, self.position]
+        if logits.shape[:2] == (1, len(self.sample)) and self.head is not None:
+            return logits[0]
+        raise ValueError(
+            f"per-sample gradients: the logits of {self.model_class} have shape {tuple(logits.shape)} for labels "
+            f"of shape {tuple(self.labels.shape)}; expected one position per label: expand image positions in "
+            "input_ids, and leave out prompt tuning, which puts positions before them"
+        )
+
+    def losses(self, logits: Float[Tensor, "rows positions vocab"]) -> Float[Tensor, " batch"]:
+        """The samples' losses from narrowed or whole logits, as `icons.batch.sample_losses` has them.
+
+        Raises:
+            ValueError: see `supervised`.
+        """
+        rows = self.supervised(logits)
         following = self.labels[:, 1:].to(rows.device)
         loss = token_losses(rows, following[self.sample, self.position])
         # every position is written once, so that the sum is deterministic on CUDA too (index_add is not)
