@@ -40,6 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, default=Path("gpu_proof.json"), help="where the figures are written")
     parser.add_argument("--minutes", type=float, default=10, help="no part begins later than nine tenths of this")
+    parser.add_argument("--part", default="", help="only parts whose name holds this, for example '700 tokens'")
     parser.add_argument("--small", action="store_true", help="on the CPU with a tiny model; shows nothing of a GPU")
     options = parser.parse_args()
     if not options.small and not torch.cuda.is_available():
@@ -48,6 +49,9 @@ def main() -> None:
     begin = time.perf_counter()
     result: dict[str, Any] = {"small": options.small, "machine": machine(options.small), "parts": {}}
     parts = Correctness(options.small).parts() | Cost(options.small).parts()
+    parts = {name: part for name, part in parts.items() if options.part in name}
+    if not parts:
+        parser.error(f"no part's name holds {options.part!r}")
     print(*result["machine"].values(), sep=", ")
     for name, part in parts.items():
         over = time.perf_counter() - begin > 0.9 * 60 * options.minutes

@@ -1,6 +1,7 @@
 """What a part of the proof has found, and its verdict."""
 
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -43,7 +44,7 @@ def require(package: str, extra: str) -> None:
 
 
 def run(part: Callable[[], Part], small: bool, over: bool) -> Part:
-    """The part with its verdict; an error is a verdict too, since the other parts are still to run."""
+    """The part with its verdict; an error is a verdict too (its traceback is printed), since others are still to run."""
     begin = time.perf_counter()
     try:
         if over:
@@ -55,6 +56,7 @@ def run(part: Callable[[], Part], small: bool, over: bool) -> Part:
     except CannotRunError as why:
         found = Part(status="not run", reason=str(why))
     except Exception as failure:
+        traceback.print_exc()
         found = Part(status="failed", reason=f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}")
     found.seconds = time.perf_counter() - begin
     if not small:
