@@ -20,6 +20,7 @@ from icons.gradients.chance import refuse_dropout
 from icons.gradients.loss_scale import LossScale
 from icons.gradients.paths import Paths, paths_of
 from icons.gradients.proof import prove
+from icons.gradients.repeatable import repeatable
 from icons.gradients.self_test import refuse_unknown, self_test
 
 
@@ -75,10 +76,14 @@ def per_sample_blocks(
         return torch.zeros(0, device=device, dtype=torch.float32)
     refuse_unknown(model)
     known = paths_of(model, parameters, batch)
-    self_test(model, batch, known)
     slow = known.slow(parameters)
-    try:
+
+    def compute() -> Float[Tensor, " batch"]:
+        self_test(model, batch, known)
         return run(model, batch, parameters, known, begin, watch)
+
+    try:
+        return repeatable(model, device_of(parameters), compute)
     finally:
         announce(known.slow(parameters) - slow)
 

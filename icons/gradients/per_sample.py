@@ -27,6 +27,7 @@ from icons.gradients.capture import per_sample_blocks, trainable_parameters
 from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import paths_of
+from icons.gradients.repeatable import repeatable
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector
 
@@ -245,14 +246,18 @@ def weighted_gradient(
         return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
     if not bool((weights != 0).all()) or needs_scale(model):
         return {name: total[0] for name, total in combined_gradients(model, batch, weights[:, None]).items()}
-    with torch.enable_grad():
+
+    @torch.enable_grad()
+    def compute() -> tuple[Tensor | None, ...]:
         narrows = paths_of(model, parameters, batch).narrows
         losses = SupervisedPositions(model, batch["labels"], narrows).run(model, batch)
         total = (losses * weights.to(losses.device)).sum()
-        found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        return torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+
+    gradients = repeatable(model, device_of(model), compute)
     return {
         name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
-        for (name, parameter), gradient in zip(parameters.items(), found, strict=True)
+        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
     }
 
 

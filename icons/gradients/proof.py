@@ -39,6 +39,15 @@ class Truth:
     weights: Float[Tensor, " batch"]
     gradients: dict[str, Tensor | None]
 
+    def apart(self, other: "Truth") -> dict[str, float]:
+        """How far two passes over the same batch differ, parameter by parameter: the noise of kernels that add in
+        another order each time, which half precision amplifies from layer to layer."""
+        return {
+            name: float((value.float() - again.float()).norm())
+            for name, value in self.gradients.items()
+            if value is not None and (again := other.gradients[name]) is not None
+        }
+
 
 def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> set[str]:
     """Finds, for each parameter, the quickest path that is right on this batch, and writes it down.
@@ -52,6 +61,7 @@ def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], k
     if known.kind[1]:
         look_for_strangers(model, batch, parameters, known)
     truth, scale = truth_of(model, batch, parameters, known), LossScale(batch["labels"])
+    noise: dict[str, float] | None = None
     while True:
         verdict = Verdict(truth)
         backward_pass = BackwardPass(model, batch, parameters, known, verdict.receive, scale=scale, proving=True)
@@ -59,7 +69,10 @@ def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], k
             backward_pass.run()
         except OverflowedError:
             continue
-        wrong, silent, unknown = verdict.of(backward_pass, parameters)
+        wrong, silent, unknown = verdict.of(backward_pass, parameters, noise or {})
+        if wrong and noise is None and is_half(backward_pass):
+            noise = truth.apart(truth_of(model, batch, parameters, known))
+            wrong, silent, unknown = verdict.of(backward_pass, parameters, noise)
         for name in wrong:
             known.worsen(name, backward_pass.met[name])
         if not wrong:
@@ -86,9 +99,15 @@ class Verdict:
         self.found[name] = torch.stack([(total - true).norm(), true.norm(), spread])
 
     def of(
-        self, backward_pass: BackwardPass, parameters: dict[str, nn.Parameter]
+        self, backward_pass: BackwardPass, parameters: dict[str, nn.Parameter], noise: Mapping[str, float]
     ) -> tuple[set[str], set[str], set[str]]:
-        """Names found wrong; names without any gradient; names whose gradient is not finite."""
+        """Names found wrong; names without any gradient; names whose gradient is not finite.
+
+        Args:
+            backward_pass: which gave the blocks.
+            parameters: the trainable ones.
+            noise: see `Truth.apart`.
+        """
         wrong: set[str] = set()
         silent: set[str] = set()
         unknown: set[str] = set()
@@ -96,10 +115,11 @@ class Verdict:
             error, true, spread = numbers.tolist()
             sizes = backward_pass.size_of.get(name)  # of a broken sample they are nothing to measure by
             kept = () if sizes is None else sizes[self.truth.weights.to(sizes.device) != 0].tolist()
-            rounding = FLOOR * 4 * sum(kept)
+            size = max(true, spread)
+            rounding = FLOOR * 4 * sum(kept) + min(3 * noise.get(name, 0.0), size / 4)
             if not all(map(torch.isfinite, numbers.cpu())):
                 unknown.add(name)
-            elif not error <= tolerance(backward_pass, parameters[name]) * max(true, spread) + rounding:
+            elif not error <= tolerance(backward_pass, parameters[name]) * size + rounding:
                 wrong.add(name)
             elif true == spread == 0:
                 # a call that is not tapped would stay silent when it no longer is
@@ -108,12 +128,18 @@ class Verdict:
 
 
 def tolerance(backward_pass: BackwardPass, parameter: nn.Parameter) -> float:
-    """Relative error below which two ways of summing agree; kernels of GPUs do not repeat bit for bit."""
-    dtypes = {value.dtype for value in backward_pass.model.parameters() if value.is_floating_point()}
-    half = bool(dtypes & {torch.float16, torch.bfloat16}) or torch.is_autocast_enabled(parameter.device.type)
-    if not half:
+    """Relative error below which two ways of summing agree."""
+    if not is_half(backward_pass):
         return 1e-4
     return 2**-8 if parameter.device.type == "cpu" else 2**-6
+
+
+def is_half(backward_pass: BackwardPass) -> bool:
+    """Whether anything in the pass is float16 or bfloat16."""
+    values = [value for value in backward_pass.model.parameters() if value.is_floating_point()]
+    if any(value.dtype in (torch.float16, torch.bfloat16) for value in values):
+        return True
+    return any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in values})
 
 
 def truth_of(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> Truth:

@@ -1,7 +1,8 @@
 """What is right on a GPU."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Correctness:
             f"gradients in {str(each)[6:]}": partial(self.precision, each) for each in (torch.float32, *HALVES)
         }
         return precisions | {
+            "gradients in bfloat16, adapter in TF32": partial(self.precision, torch.bfloat16, tf32=True),
             "count sketch, bit for bit": self.sketch,
             "two runs, bit for bit": self.twice,
             "flash-attention": self.flash,
@@ -43,12 +45,13 @@ class Correctness:
     def batch(self, model: Any, device: torch.device) -> dict[str, Tensor]:
         return make_batch(model, self.rows, self.length, device)
 
-    def precision(self, dtype: torch.dtype) -> Part:
+    def precision(self, dtype: torch.dtype, tf32: bool = False) -> Part:
         """Half precisions may be twice as far from the float32 gradient as the CPU's are."""
         model = tiny(CPU)
         batch = self.batch(model, CPU)
         truth = alone(model, batch)
-        found = self.error(tiny(self.device, dtype), truth)
+        with matmul_precision("high" if tf32 else "highest"):
+            found = self.error(tiny(self.device, dtype), truth)
         if dtype not in HALVES:
             return Part({"error": found}, {"error": 1e-4})
         on_cpu = error(per_sample_gradients(tiny(CPU, dtype), batch), truth)
@@ -117,6 +120,17 @@ class Correctness:
         found = self.error(model, alone(model, self.batch(model, self.device)))
         figures = {"error": found, "layers": len(layers), "none": float(not layers), "outside language model": outside}
         return Part(figures, {"error": 1e-3, "none": 0, "outside language model": 0})
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """How float32 matrices are multiplied: "highest" in float32, "high" in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def error(found: Tensor, truth: Tensor) -> float:

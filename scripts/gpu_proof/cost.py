@@ -17,7 +17,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from gpu_proof.correctness import other_bits
+from gpu_proof.correctness import matmul_precision, other_bits
 from gpu_proof.models import large, make_batch, plain, tiny
 from gpu_proof.part import Part
 from icons.gradients import projected_gradients
@@ -49,6 +49,7 @@ class Cost:
             f"{name}, {short} tokens": partial(self.speed, short),
             f"{name}, {long} tokens": partial(self.speed, long),
             f"{name}, {short} tokens, bf16-mixed": partial(self.speed, short, mixed=True),
+            f"{name}, {short} tokens, TF32": partial(self.speed, short, tf32=True),
             f"{name}, Trainer.predict": partial(self.predict, long),
             f"{name}, {short} tokens, checkpointed": partial(self.speed, short, checkpointed=True),
             f"{name}, {long} tokens, checkpointed": partial(self.speed, long, checkpointed=True),
@@ -124,8 +125,12 @@ class Cost:
         self.finished(way)
         return (torch.cuda.max_memory_allocated() - before) / 1e9
 
-    def speed(self, length: int, checkpointed: bool = False, mixed: bool = False) -> Part:
+    def speed(self, length: int, checkpointed: bool = False, mixed: bool = False, tf32: bool = False) -> Part:
         """Against a plain pass in the same precision."""
+        with matmul_precision("high" if tf32 else "highest"):
+            return self.compare(length, checkpointed, mixed)
+
+    def compare(self, length: int, checkpointed: bool, mixed: bool) -> Part:
         model, sketch = self.model.to(self.device), self.sketching  # `predict` leaves it on the CPU
         if checkpointed:
             checkpoint_layers(model)

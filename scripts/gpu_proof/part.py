@@ -44,7 +44,7 @@ def require(package: str, extra: str) -> None:
 
 
 def run(part: Callable[[], Part], small: bool, over: bool) -> Part:
-    """The part with its verdict; an error is a verdict too (its traceback is printed), since others are still to run."""
+    """The part with its verdict; an error is a verdict too (its traceback is printed): others are still to run."""
     begin = time.perf_counter()
     try:
         if over:
