@@ -11,11 +11,13 @@ import torch
 
 SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
 CORRECTNESS = {
-    "gradients in float32", "gradients in bfloat16", "gradients in bfloat16, adapter in TF32", "gradients in float16", "count sketch, bit for bit",
+    "gradients in float32", "gradients in bfloat16", "gradients in bfloat16, adapter in TF32",
+    "gradients in float16", "count sketch, bit for bit",
     "two runs, bit for bit", "flash-attention", "4-bit base weights",
 }  # fmt: skip
 COST = {
-    "influence", "tiny LLaVA, 80 tokens", "tiny LLaVA, 120 tokens", "tiny LLaVA, 80 tokens, bf16-mixed", "tiny LLaVA, 80 tokens, TF32",
+    "influence", "tiny LLaVA, 80 tokens", "tiny LLaVA, 120 tokens", "tiny LLaVA, 80 tokens, bf16-mixed",
+    "tiny LLaVA, 80 tokens, TF32",
     "tiny LLaVA, Trainer.predict", "tiny LLaVA, 80 tokens, checkpointed", "tiny LLaVA, 120 tokens, checkpointed",
 }  # fmt: skip
 
