@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from icons.cli.console import console
-from icons.cli.pairs import parse
+from icons.cli.pairs import files_of, parse, several
 from icons.cli.shown_tables import show
-from icons.cli.warmup import parse_tasks, retrain
+from icons.cli.warmup import retrain
 from icons.consensus import select
 from icons.datamodules.records import open_records
 from icons.interruption import RESUME
@@ -109,7 +109,7 @@ def bakeoff(
         0; or 75 when trainings are left to other processes or were interrupted.
     """
     names = list(dict.fromkeys([*REFERENCES, *rules]))
-    files = parse_tasks(task)
+    files = files_of(task)
     planned = {pool: pool.trainings(names, fractions, seeds) for pool in pools}  # all refusals before any training
     mark(out, "validate")
     retrainers = {}
@@ -176,7 +176,7 @@ def pools_of(data: Path, scores: Sequence[str], images: Path | None, more: Seque
         raise ValueError(f"--rule: got {1 + len(others)} --scores; expected one, which every rule selects by")
     found = [Pool(name if more else "", data, store, images)]
     for other, value in parse(more, "--pool").items():
-        parts = value.split(",")
+        parts = several(value, f"--pool {other}")
         if len(parts) not in (2, 3):
             raise ValueError(f"--pool {other}={value}: expected NAME=DATA,SCORES or NAME=DATA,SCORES,IMAGES")
         if other == name or not re.fullmatch(r"[\w.-]+", other):

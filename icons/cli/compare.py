@@ -69,6 +69,10 @@ class Listed:
             saved = open_selection(path)
             return cls(path, saved.rows.tolist(), saved.manifest)
         entries = entries_of(path)
+        if not entries:
+            raise ValueError(
+                f"{path}: is empty; expected a selection, row numbers (.txt), or ids or records (.json, .jsonl)"
+            )
         rows = [entry for entry in entries if isinstance(entry, int)]
         return cls(path, rows if len(rows) == len(entries) else None, {})
 

@@ -1,6 +1,7 @@
 """`icons influence`: gradient stores of training rows and tasks -> a score store, with error bars."""
 
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from icons.cli.console import console, warn
 from icons.cli.options.influence import InfluenceOptions
-from icons.cli.pairs import parse, places
+from icons.cli.pairs import parse, stores_of
 from icons.modules.scoring import Scoring, blocks_of
 from icons.output import check_output
 from icons.store import ScoreStore
@@ -23,9 +24,9 @@ def influence(options: InfluenceOptions) -> int:
     """Scores every training row on every task: the mean cosine of their gradients."""
     if options.top_pairs < 0:
         raise ValueError(f"--top-pairs {options.top_pairs}: expected 0 or more")
-    tasks = {name: paths.split(",") for name, paths in parse(options.task, "--task").items()}
+    tasks = stores_of(options.task, "--task")
     groups = {name: members.split(",") for name, members in parse(options.group or [], "--group").items()}
-    inputs = {"--train": options.train, "--task": places(options.task)}
+    inputs = {"--train": options.train, "--task": [*chain(*tasks.values())]}
     check_output(
         options.out,
         kind="folder",

@@ -4,15 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def places(words: Sequence[str]) -> list[str]:
-    """Every place that NAME=PLACE options name; NAME=PLACE,PLACE names several.
-
-    >>> places(["gqa=a.zarr,b.zarr", "s3://bucket/c.zarr"])
-    ['a.zarr', 'b.zarr', 's3://bucket/c.zarr']
-    """
-    return [place for word in words for place in word.split("=", 1)[-1].split(",")]
-
-
 def parse(pairs: Sequence[str], option: str, example: str = "gqa=gqa.zarr") -> dict[str, str]:
     """NAME=VALUE options, in order.
 
@@ -31,6 +22,37 @@ def parse(pairs: Sequence[str], option: str, example: str = "gqa=gqa.zarr") -> d
             raise ValueError(f"{option} {pair}: {name} is given twice; expected different names")
         found[name] = value
     return found
+
+
+def several(value: str, option: str) -> list[str]:
+    """PATH,PATH,... -> the paths. A comma in the name of something that is there belongs to the name.
+
+    Raises:
+        ValueError: nothing stands before, behind or between commas.
+
+    >>> several("a.zarr,s3://bucket/b.zarr", "--task gqa")
+    ['a.zarr', 's3://bucket/b.zarr']
+    """
+    parts, paths = value.split(","), list[str]()
+    while parts:
+        ends = range(len(parts), 0, -1)
+        end = next((end for end in ends if Path(",".join(parts[:end])).exists()), 1)
+        paths.append(",".join(parts[:end]))
+        parts = parts[end:]
+    if "" in paths:
+        raise ValueError(f"{option}={value}: a path is empty; expected one before and behind each comma")
+    return paths
+
+
+def stores_of(pairs: Sequence[str] | None, option: str) -> dict[str, list[str]]:
+    """NAME=STORE,STORE,... options: the stores of each name, one for every checkpoint."""
+    return {name: several(value, f"{option} {name}") for name, value in parse(pairs or [], option).items()}
+
+
+def files_of(pairs: Sequence[str] | None, option: str = "--task") -> dict[str, tuple[Path, Path | None]]:
+    """NAME=FILE or NAME=FILE:IMAGES options: the data and the image folder of each name."""
+    named = parse(pairs or [], option, "gqa=gqa.json:images/")
+    return {name: file_and_images(value, f"{option} {name}") for name, value in named.items()}
 
 
 def file_and_images(place: str, option: str) -> tuple[Path, Path | None]:

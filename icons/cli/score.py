@@ -17,7 +17,7 @@ from icons.cli.gradients import predict_flags, replaces, shared, summary
 from icons.cli.model_source import ModelSource
 from icons.cli.options.groups import CheckpointOptions
 from icons.cli.options.score import ScoreOptions
-from icons.cli.pairs import file_and_images, parse
+from icons.cli.pairs import files_of, parse
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.records import open_records
 from icons.modules.exact_scorer import InfluenceScorer, ScoredTasks, columns_of
@@ -50,7 +50,7 @@ def score(options: ScoreOptions) -> int:
             f"--keep-gradients {options.keep_gradients}: got {len(options.checkpoint)} checkpoints; expected one: run "
             "it for each alone"
         )
-    files = {name: file_and_images(value, "--task") for name, value in parse(options.task, "--task").items()}
+    files = files_of(options.task)
     groups = {name: members.split(",") for name, members in parse(options.group or [], "--group").items()}
     for file in (options.data, *(file for file, _ in files.values())):
         open_records(file)  # what is no data is said before a model is loaded

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from icons.batch import Status
 from icons.cli.console import console, warn
 from icons.cli.health import measure, show
 from icons.cli.options.select import SelectOptions
-from icons.cli.pairs import parse, places
+from icons.cli.pairs import parse, stores_of
 from icons.consensus import Pairs, Selection
 from icons.consensus import select as select_rows
 from icons.consensus.border import Border, border
@@ -44,8 +45,9 @@ def select(options: SelectOptions) -> int:
             f"--num-rows {options.num_rows} and --fraction {options.fraction:g}: each says how many rows to select; "
             "leave one of them out"
         )
+    of_tasks = stores_of(options.task, "--task")
     inputs: dict[str, Any] = {"--scores": options.scores, "--data": options.data, "--train": options.train}
-    inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": places(options.task or [])}
+    inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": [*chain(*of_tasks.values())]}
     index = open_records(options.data)
     check_outputs(options, inputs, index)
     if options.format is not None and options.images is not None and not options.images.is_dir():
@@ -54,9 +56,7 @@ def select(options: SelectOptions) -> int:
         )
     store = ScoreStore.open(options.scores)
     check_data(store, index, options.data)
-    loaded = Loaded(
-        store, options.train, {name: paths.split(",") for name, paths in parse(options.task or [], "--task").items()}
-    )
+    loaded = Loaded(store, options.train, of_tasks)
     by_source = options.source_weight or options.source_quota or options.method == "stratified"
     sources = sources_of(index, options.source_field) if by_source else None
     included = rows_of(options.include, index) if options.include else []

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from icons.cli.bakeoff import bakeoff, pools_of
 from icons.cli.console import console
 from icons.cli.options.validate import ValidateOptions
-from icons.cli.pairs import parse, places
+from icons.cli.pairs import files_of, parse
 from icons.cli.shown_tables import show
-from icons.cli.warmup import parse_tasks, retrain
+from icons.cli.warmup import retrain
 from icons.datamodules.record_lists import readable, value_at
 from icons.datamodules.records import RecordSource, open_records
 from icons.interruption import RESUME
@@ -59,14 +59,16 @@ def validate(options: ValidateOptions) -> int:
             f"--seeds {options.seeds}, --counterfactual-seeds {options.counterfactual_seeds}: expected at least 1 "
             "training of each"
         )
+    named_stores, tasks = parse(options.scores, "--scores"), files_of(options.task)
+    pools = pools_of(options.data, options.scores, options.images, options.pool or []) if options.rule else []
     check_output(
         options.out,
         kind="folder",
         inputs={
             "--model": options.model, "--data": options.data, "--vision-tower": options.vision_tower,
-            "--mm-projector": options.mm_projector, "--scores": places(options.scores),
-            "--task": [place.partition(":")[0] for place in places(options.task)],
-            "--pool": places(options.pool or []),
+            "--mm-projector": options.mm_projector, "--scores": list(named_stores.values()),
+            "--task": [file for file, _ in tasks.values()],
+            "--pool": [path for pool in pools[1:] for path in (pool.data, pool.scores)],
         },
         searched={"--images": options.images},
         ours=partial(is_marked, command="validate"),
@@ -74,7 +76,7 @@ def validate(options: ValidateOptions) -> int:
     )  # fmt: skip
     if options.rule:
         return bakeoff(
-            pools_of(options.data, options.scores, options.images, options.pool or []),
+            pools,
             options.rule,
             options.out,
             start=start,
@@ -91,8 +93,7 @@ def validate(options: ValidateOptions) -> int:
     if options.fraction or options.pool:
         raise ValueError("--fraction and --pool: belong to --rule, which is not given")
     index = open_records(options.data)
-    stores = {name: ScoreStore.open(path) for name, path in parse(options.scores, "--scores").items()}
-    tasks = parse_tasks(options.task)
+    stores = {name: ScoreStore.open(path) for name, path in named_stores.items()}
     methods = {name: checked(name, store, list(tasks), len(index)) for name, store in stores.items()}
     first = next(iter(methods))
     methods |= baselines(stores[first], len(tasks), options.seed)

@@ -1,9 +1,7 @@
 """`icons warmup`: LoRA fine-tuning, on a random share of the data (the warm-up) or on all of it (the fine-tune)."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,7 +10,7 @@ from rich.table import Table
 from icons.cli.console import bars, console, warn
 from icons.cli.estimate import Plan, estimate_warmup, evenly
 from icons.cli.options.warmup import WarmupOptions
-from icons.cli.pairs import file_and_images
+from icons.cli.pairs import files_of
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
 from icons.manifest import versions
@@ -45,7 +43,7 @@ def warmup(options: WarmupOptions) -> int:
     folder = ModelFolder.open(options.model, vision_tower=options.vision_tower, mm_projector=options.mm_projector)
     lora = LoraSettings(options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets, options.seed)
     target: Literal["lora", "trainable"] = "trainable" if options.train_projector else "lora"
-    tasks = parse_tasks(options.task or [])
+    tasks = files_of(options.task)
     check_output(
         options.out,
         kind="folder",
@@ -212,24 +210,6 @@ def draw(num_rows: int, fraction: float, min_rows: int, held_out: float, seed: i
     measured = min(MOST_HELD_OUT, math.ceil(held_out * num_rows), num_rows - 1)
     trained = min(max(math.ceil(fraction * num_rows), min_rows), num_rows - measured)
     return sorted(order[:trained].tolist()), sorted(order[num_rows - measured :].tolist())
-
-
-def parse_tasks(words: Sequence[str]) -> dict[str, tuple[Path, Path | None]]:
-    """`NAME=FILE` or `NAME=FILE:IMAGES` -> name -> (file, image folder).
-
-    Raises:
-        ValueError: a word of another form, or a name given twice.
-        FileNotFoundError: no such file.
-    """
-    tasks: dict[str, tuple[Path, Path | None]] = {}
-    for word in words:
-        name, equals, place = word.partition("=")
-        if not name or not equals or not place:
-            raise ValueError(f"--task {word}: expected NAME=FILE or NAME=FILE:IMAGES")
-        if name in tasks:
-            raise ValueError(f"--task {word}: the name {name} is given twice; give each task a name of its own")
-        tasks[name] = file_and_images(place, f"--task {name}")
-    return tasks
 
 
 def plain(flags: dict[str, Any]) -> dict[str, Any]:

@@ -212,12 +212,16 @@ def test_compare_counts_rows_ids_and_tasks(folder: Path, capsys: pytest.CaptureF
         ("ids.json", "rows.txt", "row", "ids.json: holds ids, no row numbers"),
         ("rows.txt", "ids.json", "id", "rows.txt: holds row numbers, no ids"),
         ("rows.json", "ids.json", "id", "rows.json: holds no ids"),
+        ("rows.json", "nothing.json", "auto", "nothing.json: is empty; expected a selection"),
+        ("nothing.txt", "rows.txt", "auto", "nothing.txt: is empty; expected a selection"),
+        ("list.json", "rows.txt", "row", "list.json: is empty; expected a selection"),
     ],
 )
 def test_lists_without_what_is_compared_are_refused(
     tmp_path: Path, a: str, b: str, by: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, content in {"ids.json": '["a"]', "rows.txt": "1\n2", "rows.json": "[1]"}.items():
+    contents = {"ids.json": '["a"]', "rows.txt": "1\n2", "rows.json": "[1]", "list.json": "[]"}
+    for name, content in (contents | {"nothing.json": "", "nothing.txt": "\n"}).items():
         (tmp_path / name).write_text(content)
     assert main(["compare", f"{tmp_path}/{a}", f"{tmp_path}/{b}", "--by", by]) == 1
     assert message in capsys.readouterr().err

@@ -16,7 +16,7 @@ from lightning import Callback, Trainer
 from safetensors.torch import load_file
 
 from icons.cli import call, main
-from icons.cli.warmup import draw, parse_tasks
+from icons.cli.warmup import draw
 from icons.models.adam_state import load_adam_state
 from icons.models.loading import load_model
 from icons.models.warmup_folder import open_warmup
@@ -215,19 +215,6 @@ def test_rows_are_drawn_from_one_order() -> None:
 def test_shares_out_of_range_are_refused(given: dict[str, float], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         draw(10, **{"fraction": 0.5, "min_rows": 1, "held_out": 0.0, "seed": 0} | given)  # type: ignore[arg-type]
-
-
-def test_tasks_are_named_files(tmp_path: Path) -> None:
-    file = tmp_path / "gqa.json"
-    file.write_text("[]")
-    expected = {"gqa": (file, None), "pope": (file, tmp_path)}
-    assert parse_tasks([f"gqa={file}", f"pope={file}:{tmp_path}"]) == expected
-    with pytest.raises(ValueError, match="expected NAME=FILE or NAME=FILE:IMAGES"):
-        parse_tasks(["gqa"])
-    with pytest.raises(ValueError, match="the name gqa is given twice"):
-        parse_tasks([f"gqa={file}", f"gqa={file}"])
-    with pytest.raises(FileNotFoundError, match=r"no file .*none\.json; expected NAME=FILE"):
-        parse_tasks([f"gqa={tmp_path}/none.json"])
 
 
 def test_trainer_flags_that_contradict_options_are_refused() -> None:
