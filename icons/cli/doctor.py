@@ -21,6 +21,7 @@ from icons.cli.options.doctor import DoctorOptions
 from icons.gradients import per_sample_gradients, projected_gradients
 from icons.projection import CountSketch
 from icons.store import GradientStore
+from icons.terminal import counted
 
 PACKAGES = (
     "torch", "lightning", "transformers", "peft", "torchmetrics", "numpy", "zarr", "numcodecs", "jsonargparse",
@@ -64,7 +65,7 @@ def software() -> dict[str, str]:
 
 def hardware(folder: Path) -> dict[str, str]:
     """Accelerators, processor cores, attention kernels and free disk space."""
-    found = {"cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    found = {"cpu": f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}"}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         found[f"gpu {index}"] = (

@@ -27,6 +27,7 @@ from icons.projection import PROJECTORS, ConcatProjector
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 from icons.store.failures import check_some_done, failures_of, told
 from icons.store.former import holds_store
+from icons.terminal import counted
 
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 FIXED = {"inference_mode": False, "use_distributed_sampler": False}
@@ -41,6 +42,8 @@ def gradients(options: GradientsOptions) -> int:
     differentiates = options.collect in DIFFERENTIATED
     if not differentiates:
         console.print(f"{options.collect}: stored as it is; --projector, --dim and --preconditioner are for gradients")
+    if differentiates:
+        source.check_differentiable(options.target, preconditioner, options.trust_remote_code)
     dims = dimensions(options.dim) if differentiates else [1]
     outs = [options.out] if len(dims) == 1 else [part_path(options.out, size) for size in dims]
     inputs = {
@@ -89,7 +92,7 @@ def gradients(options: GradientsOptions) -> int:
         )
         plan.show(console)
         return 0
-    network = source.load(target=options.target, dtype=options.model_dtype, **options.loading)
+    network = source.load(options.target, differentiates, dtype=options.model_dtype, **options.loading)
     several = [PROJECTORS[options.projector](size, seed=options.seed) for size in dims]
     state = source.preconditioner(preconditioner, network) if differentiates else None
     if isinstance(state, AdamPreconditioner):
@@ -203,8 +206,8 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     if len(zero):
         first = ", ".join(map(str, zero[:5].tolist())) + (", ..." if len(zero) > 5 else "")
         warn(
-            f"{len(zero):,} rows are done with a gradient of zero and a loss that is not (rows {first}): trained "
-            "parameters have no influence on them"
+            f"done with a gradient of zero and a loss that is not: {counted(len(zero), 'row')} ({first}), on which no "
+            "trained parameter has an influence"
         )
     index, count = (0, 1) if shard is None else parse_shard(shard)
     units = assign(range(store.partition.num_units), count, index)

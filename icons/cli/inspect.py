@@ -38,7 +38,9 @@ def inspect(options: InspectOptions) -> int:
     ).dataset
     for row in options.row or []:
         if not 0 <= row < len(dataset):
-            raise ValueError(f"--row {row}: {options.data} has {len(dataset)} rows; expected 0 to {len(dataset) - 1}")
+            raise ValueError(
+                f"--row {row}: {options.data} has {counted(len(dataset), 'row')}; expected 0 to {len(dataset) - 1}"
+            )
     settings = dataset.preprocessing
     console.print(
         f"{options.data}: {counted(len(dataset), 'row')}, dialect {dataset.dialect.name}, "
@@ -77,7 +79,7 @@ def show(dataset: ConversationDataset, row: int) -> None:
     length = len(sample["input_ids"])
     cut = ", cut at the maximal length" if length == dataset.preprocessing.max_length else ""
     console.print(
-        f"\n{head}: {length} tokens, {learned} learned{cut}{pixels(sample)}",
+        f"\n{head}: {counted(length, 'token')}, {learned} learned{cut}{pixels(sample)}",
         markup=False,
         highlight=False,
         soft_wrap=True,
@@ -142,7 +144,7 @@ def summary(samples: Sequence[Mapping[str, Any]]) -> int:
         kinds[status].append((reason, rows))
     for status, reasons in sorted(kinds.items()):
         count = sum(len(rows) for _, rows in reasons)
-        lines.append(f"  {status}: {count} {'row' if count == 1 else 'rows'}")
+        lines.append(f"  {status}: {counted(count, 'row')}")
         for reason, rows in reasons[:EXAMPLES]:
             lines.append(f"    row {rows[0]}: {reason}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
+from icons.choices import Preconditioning, Target
 from icons.cli.options.groups import CheckpointOptions, PreprocessingOptions
 from icons.datamodules.preprocessing import Preprocessing
 from icons.models.adam_state import load_adam_state
@@ -70,13 +71,42 @@ class ModelSource:
         warning = hardly_moved(warmup.facts.losses.before, warmup.facts.losses.after)
         return cls(warmup.model_folder, warmup.adapter, trained, optimizer_state or checkpoint, warning)
 
-    def load(self, **options: Any) -> nn.Module:
-        """The model with its adapter, on the CPU, in eval mode; options as for `load_model`."""
-        return load_model(self.folder, adapter=self.adapter, **options)
+    def check_differentiable(self, target: Target, form: Preconditioning, trust_remote_code: bool) -> None:
+        """What can be known before weights are read: that there is something to differentiate, and Adam's moments.
 
-    def preconditioner(
-        self, form: Literal["adam", "diagonal", "sign", "none"], model: nn.Module
-    ) -> Preconditioner | None:
+        Raises:
+            ValueError: there is no adapter, though `target` means an adapter's parameters (a model whose own code is
+                run may bring some), or `form` needs moments and none are named.
+        """
+        if self.adapter is None and target == "lora" and not trust_remote_code:
+            raise ValueError(
+                f"--model {self.folder.model}: got no --adapter, whose parameters --target lora differentiates; name "
+                "one, or a warm-up folder as --checkpoint, or give --target trainable"
+            )
+        self._check_moments(form)
+
+    def _check_moments(self, form: Preconditioning) -> None:
+        if form in ("adam", "diagonal") and self.optimizer_state is None:
+            raise ValueError(
+                f"--preconditioner {form} needs Adam's moments: got no --optimizer-state; name a warm-up folder, a "
+                "Lightning checkpoint, an optimizer.pt or a DeepSpeed folder, or use --preconditioner none"
+            )
+
+    def load(self, target: Target, differentiated: bool = True, **options: Any) -> nn.Module:
+        """The model with its adapter, on the CPU, in eval mode; options as for `load_model`.
+
+        Raises:
+            ValueError: it is to be differentiated, and has no parameter that `target` means.
+        """
+        model = load_model(self.folder, adapter=self.adapter, target=target, **options)
+        if differentiated and not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                f"--target {target}: {self.folder.model} has no such parameter; expected one at least: name an "
+                "adapter, or a warm-up folder as --checkpoint"
+            )
+        return model
+
+    def preconditioner(self, form: Preconditioning, model: nn.Module) -> Preconditioner | None:
         """Adam's state for the forms that need one.
 
         Raises:
@@ -86,9 +116,6 @@ class ModelSource:
             return None
         if form == "sign":
             return Sign()
-        if self.optimizer_state is None:
-            raise ValueError(
-                f"--preconditioner {form} needs Adam's moments: got no --optimizer-state; name a warm-up folder, a "
-                "Lightning checkpoint, an optimizer.pt or a DeepSpeed folder, or use --preconditioner none"
-            )
+        self._check_moments(form)
+        assert self.optimizer_state is not None
         return load_adam_state(self.optimizer_state, model, form=form)

@@ -18,6 +18,7 @@ from icons.output import check_output, is_marked, mark, put
 from icons.report.build import Chosen, Pool, build
 from icons.report.page import is_page, render, write_pictures
 from icons.store import ScoreStore
+from icons.terminal import counted
 
 
 def report(options: ReportOptions) -> int:
@@ -63,7 +64,7 @@ def report(options: ReportOptions) -> int:
     console.print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB", soft_wrap=True)
     if figures is not None:
         mark(figures, "report")
-        console.print(f"{figures}: {len(write_pictures(page, figures))} figures", soft_wrap=True)
+        console.print(f"{figures}: {counted(len(write_pictures(page, figures)), 'figure')}", soft_wrap=True)
     return 0
 
 

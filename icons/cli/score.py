@@ -80,7 +80,7 @@ def score(options: ScoreOptions) -> int:
         source = ModelSource.resolve(CheckpointOptions(checkpoint=folder), states[place])
         if source.warning:
             warn(source.warning)
-        model = source.load(target=options.target, dtype=options.model_dtype, **options.loading)
+        model = source.load(options.target, dtype=options.model_dtype, **options.loading)
         preparing: dict[str, Any] = {
             "model_folder": source.folder,
             "preprocessing": source.preprocessing,

@@ -12,6 +12,7 @@ from icons.partition import shard_of, slurm_array
 from icons.store import open_store
 from icons.store.failures import failures_of, kinds, told
 from icons.store.row_store import RowStore
+from icons.terminal import counted
 
 
 def status(options: StatusOptions) -> int:
@@ -57,7 +58,7 @@ def summary(store: RowStore, units: list[int]) -> dict[str, Any]:
 def show(store: RowStore, units: list[int], indices: list[int], shards: int) -> None:
     say(repr(store))
     total = store.partition.num_units
-    say(f"  units      {total - len(units):,} of {total:,} done, {store.partition.chunk_rows:,} rows each")
+    say(f"  units      {total - len(units):,} of {total:,} done, {counted(store.partition.chunk_rows, 'row')} each")
     for line in told(failures_of(store)):
         say(f"  {line}")
     if units:

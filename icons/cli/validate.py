@@ -230,9 +230,9 @@ def table(
         rows.append(row)
     columns = ["method", "LDS"] + (["bad below good (AUC)", "of the bad, in the lowest 20 %"] if bad.any() else [])
     text = (
-        f"{len(drawn)} models were trained on random subsets of the pool. LDS is the rank correlation between the "
-        "sum of a subset's scores and how low the model's loss came out: the mean over tasks, with a 95 % bootstrap "
-        "interval over subsets; where it is negative, low values are the good ones."
+        f"Trained on random subsets of the pool: {counted(len(drawn), 'model')}. LDS is the rank correlation between "
+        "the sum of a subset's scores and how low the model's loss came out: the mean over tasks, with a 95 % "
+        "bootstrap interval over subsets; where it is negative, low values are the good ones."
     )
     if bad.any():
         text += (
@@ -255,7 +255,7 @@ def changes(losses: Losses, tasks: Sequence[str], method: str, share: float) -> 
         rows.append([task, *(found if seeds > 1 else [mean for mean, _, _ in found])])
     note = (
         f"Change of each task's loss (above zero: worse) when {100 * share:.3g} % of the rows are left out, by the "
-        f"mean score of {method}; the mean over {seeds} seed{'s' * (seeds > 1)}"
+        f"mean score of {method}; the mean over {counted(seeds, 'seed')}"
         + (", with its 95 % interval (Student's t)." if seeds > 1 else ".")
     )
     columns = ["change of the loss", "without the top", "without the bottom", "without random rows"]

@@ -33,6 +33,7 @@ from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, remove
 from icons.modules.named_strategy import sharing_ranks
 from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark
+from icons.terminal import counted
 
 HELD_OUT, MOST_HELD_OUT = "held-out", 256
 
@@ -132,7 +133,7 @@ def warmup(options: WarmupOptions) -> int:
         tasks=list(tasks) or ([HELD_OUT] if held else []),
         settings=settings,
     )
-    say(f"training on {share}, {options.epochs} epoch{'s' * (options.epochs > 1)}")
+    say(f"training on {share}, {counted(options.epochs, 'epoch')}")
     ended = run_fit(
         module,
         datamodule,
@@ -158,7 +159,7 @@ def warmup(options: WarmupOptions) -> int:
         for line in lines:
             warn(line)
         show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
-        steps = "1 step" if ended.global_step == 1 else f"{ended.global_step:,} steps"
+        steps = counted(ended.global_step, "step")
         say(f"{steps}; the adapter and Adam's moments are in {options.out}")
     return 0
 

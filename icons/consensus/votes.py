@@ -21,6 +21,7 @@ from icons.consensus.rules.own import OwnRule, imported, name_of, ordered_by
 from icons.consensus.rules.table import RULES, Rule
 from icons.scores import Scorer
 from icons.scores.rows import Source as Gradients
+from icons.terminal import counted
 
 
 @runtime_checkable
@@ -64,7 +65,7 @@ class Selection:
         return explain(row, self, scores)
 
     def __repr__(self) -> str:
-        tasks = f"{len(self.tasks)} task{'s' * (len(self.tasks) != 1)}"
+        tasks = counted(len(self.tasks), "task")
         return f"Selection({self.method}: {len(self.rows):,} of {len(self.votes):,} rows, {tasks})"
 
 
@@ -238,7 +239,9 @@ def _weights_of(
         weights = [weights.get(task, 1.0) for task in tasks]
     numbers = np.ones(len(tasks)) if weights is None else np.asarray(weights, np.float64)
     if numbers.shape != (len(tasks),) or not (numbers >= 0).all() or not numbers.any():
-        raise ValueError(f"weights: got {numbers.tolist()}; expected {len(tasks)} numbers >= 0, one for each task")
+        raise ValueError(
+            f"weights: got {numbers.tolist()}; expected {counted(len(tasks), 'number')} >= 0, one for each task"
+        )
     return numbers
 
 

@@ -161,7 +161,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             first = first or sample
         if first is not None:
             raise ValueError(
-                f"{self.records.path}: each of the {len(looked_at)} rows looked at fails; the first, row "
+                f"{self.records.path}: each row looked at ({len(looked_at)}) fails; the first, row "
                 f"{first['row']}: {first['reason']}; expected one at least that can be used"
             )
 

@@ -7,6 +7,7 @@ from typing import Any
 from icons.datamodules.conversation import IMAGE, ImageRef, Part, Turn, marked
 from icons.datamodules.failed_row import bad_record
 from icons.datamodules.image_refs import given
+from icons.terminal import counted
 
 
 @dataclass
@@ -43,7 +44,7 @@ def placed(messages: Sequence[Message], images: list[ImageRef]) -> Iterator[Turn
         if sum(marks):
             raise bad_record("has both <image> marks and parts of type image; expected one or the other")
         if places != len(images):
-            raise bad_record(f"has {places} image parts for {len(images)} images")
+            raise bad_record(f"has {counted(places, 'image part')} for {counted(len(images), 'image')}")
     elif images and not sum(marks):
         first = next((message for message in messages if message.role == "user"), None)
         if first is None:
@@ -53,7 +54,7 @@ def placed(messages: Sequence[Message], images: list[ImageRef]) -> Iterator[Turn
     elif len(images) == 1 and sum(mark > 0 for mark in marks) == 1:
         _once(messages[next(index for index, mark in enumerate(marks) if mark)])
     elif images and sum(marks) != len(images):
-        raise bad_record(f"has {sum(marks)} <image> marks for {len(images)} images")
+        raise bad_record(f"has {counted(sum(marks), '<image> mark')} for {counted(len(images), 'image')}")
     rest = iter(images)
     for message in messages:
         parts: list[Part] = []

@@ -27,6 +27,7 @@ from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.records import RecordSource
 from icons.manifest import versions
 from icons.output import mark, whole_folder
+from icons.terminal import counted
 
 Message = dict[str, Any]
 Example = dict[str, Any]
@@ -211,8 +212,8 @@ def _data_card(num_rows: int, form: str, facts: Mapping[str, str]) -> str:
     table = "".join(f"| {name} | {' '.join(value.split()).replace('|', ' ')} |\n" for name, value in facts.items())
     return (
         "---\ntags:\n- icons\n- data-selection\n---\n\n# A selected part of a training set\n\n"
-        f"{num_rows:,} rows, selected with [icons](https://arxiv.org/abs/2501.00654) and written for `{form}`. "
-        "`rows.npy` holds their positions in the data file, `ids.txt` their ids.\n\n"
+        f"{counted(num_rows, 'row')}, selected with [icons](https://arxiv.org/abs/2501.00654) and written for "
+        f"`{form}`. `rows.npy` holds their positions in the data file, `ids.txt` their ids.\n\n"
         f"| | |\n|---|---|\n{table}"
     )
 

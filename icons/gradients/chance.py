@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from icons.terminal import counted
+
 
 def refuse_dropout(model: nn.Module) -> None:
     """Checks that no module drops out (gradient-checkpointed layers may be in train mode).
@@ -33,7 +35,11 @@ def without_chance(model: nn.Module) -> Iterator[None]:
     yield
     if any(not torch.equal(one, two) for one, two in zip(before, states(), strict=True)):
         training = [name or "the model itself" for name, module in model.named_modules() if module.training]
-        blame = f"{len(training)} modules are in train mode, {training[0]} first" if training else "it is in eval mode"
+        blame = (
+            f"{counted(len(training), 'module')} in train mode, {training[0]} first"
+            if training
+            else "it is in eval mode"
+        )
         raise ValueError(
             f"per-sample gradients: {type(model).__name__} drew random numbers in its forward pass ({blame}), so a row "
             "would depend on chance; expected a pass without: call model.eval()"

@@ -24,6 +24,7 @@ from icons.models.lora import non_lora_tensors
 from icons.models.parameter_names import current_name
 from icons.models.saved_adapter import merge_into
 from icons.models.tensor_files import find_tensors, read_tensors, readable
+from icons.terminal import counted
 
 PROJECTOR = "model.multi_modal_projector."
 AUTO: dict[str, Any] = {
@@ -152,8 +153,8 @@ def pretrained(kind: Any, folder: Path, *, trust_remote_code: bool = False, **op
     made_up = sorted(info["missing_keys"])
     if made_up:
         raise ValueError(
-            f"{folder}: has no weights for {len(made_up)} parameters, such as {', '.join(made_up[:_SHOWN])}; the "
-            "folder is incomplete or of another kind of model: download it again"
+            f"{folder}: has no weights for {counted(len(made_up), 'parameter')}, such as "
+            f"{', '.join(made_up[:_SHOWN])}; the folder is incomplete or of another kind of model: download it again"
         )
     return model
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from icons.terminal import counted
+
 
 class Llava(LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` with its own merge; get one by `Llava.of(model, image_token_id)`."""
@@ -70,7 +72,7 @@ class Llava(LlavaForConditionalGeneration):
             return torch.where(places[..., None], projected.to(embeddings.dtype), embeddings)
         if places.any():
             raise ValueError(
-                f"Llava: {int(places.sum())} image positions and no pixel_values; expected one image per run of them"
+                f"Llava: {counted(int(places.sum()), 'image position')} and no pixel_values; expected one image per run of them"
             )
         if self.training:  # a projector that is trained takes part in every batch: other ranks wait for its gradients
             unused = [part.sum() * 0.0 for part in self.model.multi_modal_projector.parameters() if part.requires_grad]
@@ -118,9 +120,9 @@ def merge_images(
     images = (count + per_image - 1) // per_image
     if int(images.sum()) != len(features):
         raise ValueError(
-            f"Llava: {len(features)} images for {images.tolist()} runs of image positions per row ({per_image} "
-            "positions an image); expected one image per run, rows in order: leave out images that the maximal length "
-            "cuts away"
+            f"Llava: {counted(len(features), 'image')} for {images.tolist()} runs of image positions per row "
+            f"({per_image} positions an image); expected one image per run, rows in order: leave out images that the "
+            "maximal length cuts away"
         )
     row, position = places.nonzero(as_tuple=True)
     nth = (places.cumsum(dim=1) - 1)[row, position]  # among the row's image positions

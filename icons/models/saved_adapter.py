@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from icons.models.lora import LLAVA_TARGETS, SHOWN, adapter_file, read_adapter_config, wrap
 from icons.models.parameter_names import WRAPPERS, known_name
 from icons.models.tensor_files import read_tensors
+from icons.terminal import counted
 
 _PREFIX = "base_model.model."
 _LORA_A = re.compile(r"\.lora_(?:embedding_)?A(?:\.|$)")
@@ -40,12 +41,12 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     modules = {_module_of(names[name]): _module_of(name) for name in saved if _LORA_A.search(name)}
     if strange := sorted(set(modules) - known):
         raise ValueError(
-            f"{folder}: the adapter has weights for {len(strange)} modules that the model lacks, such as "
+            f"{folder}: the adapter has weights for {counted(len(strange), 'module')} that the model lacks, such as "
             f"{', '.join(strange[:SHOWN])}; expected the adapter of this very model: see its base_model_name_or_path"
         )
     if not modules:
         raise ValueError(
-            f"{folder}: the adapter holds no LoRA tensor (got {len(saved)} others); expected lora_A, lora_B"
+            f"{folder}: the adapter holds no LoRA tensor (got {counted(len(saved), 'other')}); expected lora_A, lora_B"
         )
     tensors = {names[name]: value for name, value in saved.items()}
     _resize_vocabulary(model, tensors)
@@ -158,8 +159,8 @@ def _set_tensors(model: nn.Module, tensors: Mapping[str, Tensor], source: Path |
         unset.discard(target)
     if unset:
         raise ValueError(
-            f"{source}: no tensor for {len(unset)} parameters of the adapter, such as {sorted(unset)[0]}; the file is "
-            "incomplete: copy or download it again"
+            f"{source}: no tensor for {counted(len(unset), 'parameter')} of the adapter, such as {sorted(unset)[0]}; "
+            "the file is incomplete: copy or download it again"
         )
 
 

@@ -18,6 +18,7 @@ from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
 from icons.store.lease import Leases
 from icons.store.unit_writer import UnitWriter, statuses_of
+from icons.terminal import counted
 
 UNIT_ROWS = 1 << 14
 UNIT_BYTES = 32 << 20
@@ -205,7 +206,7 @@ class Scoring:
         if written := sorted(set(range(store.partition.num_units)) - set(store.missing())):
             known = any(any(digests(store.manifest["tasks"][name])) for name in changed)
             why = "have changed" if known else "may have changed (an earlier version did not note their statuses)"
-            say(f"{self.out}: the rows of {', '.join(changed)} {why}: {len(written):,} units are computed anew")
+            say(f"{self.out}: the rows of {', '.join(changed)} {why}: {counted(len(written), 'unit')} to compute anew")
             store.unwrite(written)
 
     def create(self, scorer: Scorer, manifest: Mapping[str, Any]) -> ScoreStore:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from icons.terminal import counted
+
 
 @dataclass(frozen=True)
 class MethodResult:
@@ -38,7 +40,7 @@ def method_results(content: Mapping[str, Any], where: object) -> list[MethodResu
         lost = sorted({task for task in tasks for run in runs if task not in run})
         if lost or not runs:
             raise ValueError(
-                f"{where}: method {name!r} has {len(runs)} runs; no accuracy for: {', '.join(lost) or 'any'}"
+                f"{where}: method {name!r} has {counted(len(runs), 'run')}; no accuracy for: {', '.join(lost) or 'any'}"
             )
     if content["reference"] not in runs_of:
         raise ValueError(f"{where}: the reference {content['reference']!r} is none of {', '.join(runs_of)}")

@@ -22,6 +22,7 @@ from icons.report.page import Ends, Fact, Page, Section, ShownRow
 from icons.report.rows import composition, thumbnail, turns
 from icons.store import ScoreStore
 from icons.store.failures import failures_of, kinds
+from icons.terminal import counted
 
 _MOST_KINDS = 6
 
@@ -44,9 +45,9 @@ class Chosen:
         num_rows, tasks = facts.num_rows, list(facts.thresholds)
         if num_rows != scores.num_rows or tasks != list(scores.tasks):
             raise ValueError(
-                f"selection: was made from {num_rows:,} rows and the tasks {', '.join(tasks)}; the scores "
-                f"{scores.path} have {scores.num_rows:,} rows and {', '.join(scores.tasks)}; give the store that it "
-                "was selected from"
+                f"selection: was made from {counted(num_rows, 'row')} and the tasks {', '.join(tasks)}; the scores "
+                f"{scores.path} have {counted(scores.num_rows, 'row')} and {', '.join(scores.tasks)}; give the store "
+                "that it was selected from"
             )
         selected = np.zeros(num_rows, bool)
         selected[saved.rows] = True
@@ -134,7 +135,7 @@ def build(
     if validation_file is not None:
         shown.append(comparison.validation(validation_file))
     shown.append(sections.provenance(chosen.manifest, scores.manifest))
-    tasks = f"{len(numbers.tasks)} task{'s' if len(numbers.tasks) != 1 else ''}"
+    tasks = counted(len(numbers.tasks), "task")
     return Page(
         title=title,
         subtitle=f"{pool.name} · {scores.num_rows:,} rows · {tasks} · {chosen.method} at {100 * chosen.fraction:.4g} %",
@@ -156,7 +157,7 @@ def _head(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen) -> Iterator
     )
     if chosen.border:
         certain, may_leave, may_enter = (chosen.border[name] for name in ("certain", "may_leave", "may_enter"))
-        could = f"{may_leave:,} rows could swap with {may_enter:,}"
+        could = f"{counted(may_leave, 'row')} could swap with {may_enter:,}"
         yield Fact("certain at 95 %", f"{100 * certain / max(num_selected, 1):.1f} %", could)
 
 
@@ -167,7 +168,7 @@ def notices(numbers: ScoreNumbers, *manifests: Mapping[str, Any]) -> list[str]:
     if failed:
         reasons = ", ".join(f"{rows:,} {name}" for name, rows in failed.items())
         number = sum(failed.values())
-        said.append(f"{number:,} row{'s' if number != 1 else ''} failed and cannot be selected: {reasons}.")
+        said.append(f"{counted(number, 'row')} failed and cannot be selected: {reasons}.")
     if "not written" in numbers.status:
         said.append(f"The score store is not finished: {numbers.status['not written']:,} rows are missing.")
     for manifest in manifests:

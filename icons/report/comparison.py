@@ -26,6 +26,7 @@ import numpy as np
 from icons.report import figures
 from icons.report.accuracies import mean_and_spread, method_results
 from icons.report.page import Cell, Fact, Picture, Section, Table
+from icons.terminal import counted
 
 _NUM_FACTS = 2
 """Shares in the page's head: those that the selection lowers most."""
@@ -124,7 +125,7 @@ def _measured_table(path: Path, content: Mapping[str, Any]) -> Table:
     columns, rows = list(content["columns"]), list(content["rows"])
     for row in rows:
         if len(row) != len(columns):
-            raise ValueError(f"{path}: a row of {len(row)} cells; expected {len(columns)}: {row}")
+            raise ValueError(f"{path}: a row of {counted(len(row), 'cell')}; expected {len(columns)}: {row}")
     small = [max((abs(end) for row in rows for end in ends(row[i])), default=1) < 0.1 for i in range(len(columns))]
     cells = [[measured(cell, 3 if small[i] else 2) for i, cell in enumerate(row)] for row in rows]
     return Table(columns, cells, content.get("note", ""))

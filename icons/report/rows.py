@@ -15,6 +15,7 @@ from icons.datamodules.dialects import dialect_of, read_conversation
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.record_lists import source_of
 from icons.report.page import Turn
+from icons.terminal import counted
 
 _THUMBNAIL = 216
 """Pixels of a picture's longer side: twice what the page shows, for sharp screens."""
@@ -44,7 +45,7 @@ def turns(record: Record) -> list[Turn]:
         text = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT].rstrip() + " …"
         shown.append(Turn(text, not turn.human))
     if len(said) > _MAX_TURNS:
-        shown.append(Turn(f"… and {len(said) - _MAX_TURNS} more turns", False))
+        shown.append(Turn(f"… and {counted(len(said) - _MAX_TURNS, 'more turn')}", False))
     return shown
 
 

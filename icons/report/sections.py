@@ -11,6 +11,7 @@ from icons.report import figures
 from icons.report.numbers import ScoreNumbers
 from icons.report.page import Cell, Picture, Section, Table
 from icons.report.rows import flat
+from icons.terminal import counted
 
 _MAX_BINS = 60
 _BORDER_ROWS, _BORDER_REACH = 41, 0.05
@@ -24,7 +25,9 @@ def votes(numbers: ScoreNumbers, fraction: float, method: str) -> Section:
         text.append("The rows with the most votes are selected; at the border, those with the best mean rank.")
     else:
         text.append(f"The selection was made by “{method}”; votes are shown for comparison.")
-    said = "; ".join(f"{count:,} rows with {vote} votes" for vote, count in enumerate(numbers.votes))
+    said = "; ".join(
+        f"{counted(count, 'row')} with {counted(vote, 'vote')}" for vote, count in enumerate(numbers.votes.tolist())
+    )
     return Section("votes", "Votes", text, [Picture(drawn, said)])
 
 

@@ -24,6 +24,7 @@ from icons.scores.task_means import (
     row_factor,
     task_vectors,
 )
+from icons.terminal import counted
 
 Reduce: TypeAlias = Literal["max", "mean"]
 Sources: TypeAlias = Source | Sequence[Source]
@@ -162,12 +163,15 @@ class Scorer:
         for name, sources in on.items():
             if len(sources) != len(trains):
                 raise ValueError(
-                    f"task {name}: got {len(sources)} gradient stores for {len(trains)} checkpoints of the training "
-                    "rows; expected one for each, in the same order"
+                    f"task {name}: got {counted(len(sources), 'gradient store')} for "
+                    f"{counted(len(trains), 'checkpoint')} of the training rows; expected one for each, in "
+                    "the same order"
                 )
         weight = [1 / len(trains)] * len(trains) if weights is None else list(weights)
         if len(weight) != len(trains):
-            raise ValueError(f"weights: got {len(weight)} for {len(trains)} checkpoints; expected one for each")
+            raise ValueError(
+                f"weights: got {len(weight)} for {counted(len(trains), 'checkpoint')}; expected one for each"
+            )
         for index, source in enumerate(trains):
             check_whole(source, "the training rows")
             if index:

@@ -18,6 +18,7 @@ import numpy as np
 from icons.batch import Status
 from icons.store.gradient_store import GradientStore
 from icons.store.row_store import RowStore
+from icons.terminal import counted
 
 FOLDER = "status/failures/"
 MOST_ROWS, LONGEST = 1000, 300
@@ -167,7 +168,7 @@ def check_some_done(store: RowStore, rows: np.ndarray | None = None) -> None:
     if len(statuses) and (statuses > Status.DONE).all():
         first = next(failures_of(store, rows))
         raise ValueError(
-            f"store {store.path}: every one of its {len(statuses):,} rows failed; the first, {first}; expected one at "
+            f"store {store.path}: each of its rows failed ({len(statuses):,}); the first, {first}; expected one at "
             "least that can be used: mend the cause, and give another --out, or the same line with --retry-failed"
         )
 
@@ -194,5 +195,5 @@ def kinds(failures: Iterable[Failure]) -> list[FailureKind]:
 def told(failures: Iterable[Failure]) -> Iterator[str]:
     """Failures by kind as lines of text: how many, and up to three of them."""
     for kind in kinds(failures):
-        yield f"failed {kind.count:,} {'row' if kind.count == 1 else 'rows'}: {kind.status.name.lower()}"
+        yield f"failed {counted(kind.count, 'row')}: {kind.status.name.lower()}"
         yield from (f"  {failure}" for failure in kind.examples)

@@ -18,6 +18,7 @@ from icons.store import GradientStore, ScoreStore
 from icons.store.folder import LostUnit
 from icons.store.lease import Leases
 from icons.store.row_store import RowStore
+from icons.terminal import counted
 
 Columns = dict[str, np.ndarray]
 Item = TypeVar("Item")
@@ -253,14 +254,14 @@ class UnitWriter:
             unit, opened = next(iter(self.open_units.items()))
             row = self.store.partition.unit_rows(unit).start + int(np.flatnonzero(~opened.arrived)[0])
             raise ValueError(
-                f"store {self.store.path}: {len(self.open_units)} units are incomplete, for example unit {unit}: row "
-                f"{row} never came; expected every row of a unit from the one rank that computes it"
+                f"store {self.store.path}: {counted(len(self.open_units), 'incomplete unit')}, for example unit "
+                f"{unit}: row {row} never came; expected every row of a unit from the one rank that computes it"
             )
         if unfinished := {unit: who for unit, who in self.elsewhere.items() if not self.store.is_written(unit)}:
             unit, who = next(iter(unfinished.items()))
             raise ValueError(
-                f"store {self.store.path}: {len(unfinished)} units are being computed by another run, for example unit "
-                f"{unit} by {who}; this run stored all others: run the same line again when that run has ended"
+                f"store {self.store.path}: another run is computing {counted(len(unfinished), 'unit')}, for example "
+                f"unit {unit} by {who}; this run stored all others: run the same line again when that run has ended"
             )
 
 

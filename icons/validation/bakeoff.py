@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
+from icons.terminal import counted
 from icons.validation.paired import Difference, corrected, paired_difference
 
 REFERENCES = ("random", "vote")
@@ -90,8 +91,8 @@ def _explained(measured: Measured, unit: str, num_comparisons: int) -> str:
     pairs, what = (pools, "pools") if pools > 1 else (seeds, "seeds")
     better = "above" if unit.startswith("accuracy") else "below"
     text = (
-        f"{pools * seeds * len(measured):,} models were trained, each on what a rule selects: {pools} "
-        f"pool{'s' * (pools > 1)}, {seeds} seed{'s' * (seeds > 1)} each. Shown is the mean over tasks of the {unit}, "
+        f"{counted(pools * seeds * len(measured), 'training')}, each on what a rule selects: {counted(pools, 'pool')}, "
+        f"{counted(seeds, 'seed')} each. Shown is the mean over tasks of the {unit}, "
         f"minus that of random rows and of the vote with the same pool and seed; {better} zero is better."
     )
     if pairs == 1:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from icons.batch import Status
 from icons.cli import command_line as cli
@@ -91,10 +92,10 @@ def test_a_run_of_which_every_row_fails_ends_with_1_and_the_first_reason(
     data.write_text(json.dumps([{**one, "image": "img1.png"} for one in good()]))
     assert run(data, tmp_path / "a.zarr", "--images", tmp_path / "images") == 1
     said = capsys.readouterr().err
-    assert "every one of its 3 rows failed; the first, row 0" in said and "image img1.png is not in" in said
+    assert "each of its rows failed (3); the first, row 0" in said and "image img1.png is not in" in said
     words = ["--train", tmp_path / "a.zarr", "--task", f"a={tmp_path / 'a.zarr'}", "--out", tmp_path / "scores.zarr"]
     assert cli.main(["influence", *map(str, words)]) == 1
-    assert "every one of its 3 rows failed" in capsys.readouterr().err
+    assert "each of its rows failed (3)" in capsys.readouterr().err
 
 
 def test_failed_rows_are_retried_on_demand(tmp_path: Path) -> None:
@@ -168,6 +169,28 @@ def test_what_the_user_can_mend_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert not (tmp_path / "a.zarr").exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_model_without_an_adapter_is_refused_before_anything_is_read(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icons.cli.model_source.load_model", lambda *_, **__: pytest.fail("the model was loaded"))
+    words = [*PARTS[:6], "--data", DATA / "data.json", "--out", tmp_path / "a.zarr", *more]
+    assert cli.main(["gradients", "--preconditioner", "none", *map(str, words)]) == 1
+    captured = capsys.readouterr()
+    assert "got no --adapter, whose parameters --target lora differentiates; name one" in captured.err
+    assert captured.err.count("\n") == 1 and captured.out == "" and not (tmp_path / "a.zarr").exists()
+
+
+def test_a_target_that_the_model_has_nothing_of_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icons.cli.model_source.load_model", lambda *_, **__: nn.Linear(1, 1).requires_grad_(False))
+    words = [*PARTS[:6], "--data", DATA / "data.json", "--images", DATA, "--out", tmp_path / "a.zarr"]
+    assert cli.main(["gradients", "--preconditioner", "none", "--target", "trainable", *map(str, words)]) == 1
+    assert "--target trainable: " in (error := capsys.readouterr().err)
+    assert "has no such parameter; expected one at least: name an adapter" in error
 
 
 def test_neither_checkpoint_nor_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -353,4 +376,4 @@ def summarised(path: Path, status: list[int], norm: list[float], **options: Any)
 
 def test_zero_gradients_of_rows_with_a_loss_end_the_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summarised(tmp_path / "s", [1, 1, 3, 1], [1, 0, 0, 0]) == 0
-    assert "2 rows are done with a gradient of zero and a loss that is not (rows 1, 3)" in capsys.readouterr().out
+    assert "done with a gradient of zero and a loss that is not: 2 rows (1, 3), on which" in capsys.readouterr().out

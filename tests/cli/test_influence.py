@@ -190,7 +190,7 @@ def test_a_task_whose_failed_rows_were_retried_has_every_score_computed_anew(
     capsys.readouterr()
     write(GradientStore.open(task.path, mode="r+"), 0, ROWS["gqa"], failed=(5,))
     assert main(line) == 0
-    assert "scores.zarr: the rows of gqa have changed: 6 units are computed anew" in capsys.readouterr().out
+    assert "scores.zarr: the rows of gqa have changed: 6 units to compute anew" in capsys.readouterr().out
     scores = ScoreStore.open(tmp_path / "scores.zarr")
     assert np.array_equal(scores.influence[:], expected(tmp_path), equal_nan=True)
     assert scores.manifest["num_validation"] == [6, 12]

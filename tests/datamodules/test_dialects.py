@@ -159,8 +159,8 @@ BAD: dict[str, tuple[Any, str]] = {
     "no turns": ({"id": 1, "conversations": []}, "has id, conversations (empty); expected llava"),
     "a video": (llava("<video>\na", "b", video="a.mp4"), "has video; only texts and images"),
     "audio": (llava("a", "b", audios=["a.wav"]), "has audios; only texts and images"),
-    "too few images": (llava("<image>", "b", "<image>", "d", image="a.png"), "has 2 <image> marks for 1 images"),
-    "too few marks": (llava("<image>", "b", images=["a.png", "b.png"]), "has 1 <image> marks for 2 images"),
+    "too few images": (llava("<image>", "b", "<image>", "d", image="a.png"), "has 2 <image> marks for 1 image"),
+    "too few marks": (llava("<image>", "b", images=["a.png", "b.png"]), "has 1 <image> mark for 2 images"),
     "both fields": (llava("a", "b", image="a.png", images=["b.png"]), "has both `image` and `images`"),
     "no image": (llava("<image>", "b", image=3), "has the image '3'; expected a name, an address, bytes"),
     "no question to put an image at": (
@@ -195,11 +195,11 @@ OTHER: dict[str, tuple[str, Any, str]] = {
         chat([{"type": "image", "image": "a.png"}, text("<image>Red?")], "b"),
         "both <image> marks and parts of type image",
     ),
-    "too many parts": ("messages", chat([{"type": "image"}, text("Red?")], "b"), "1 image parts for 0 images"),
+    "too many parts": ("messages", chat([{"type": "image"}, text("Red?")], "b"), "1 image part for 0 images"),
     "images without a part": (
         "messages",
         chat([{"type": "image", "image": "a.png"}, text("Red?")], "b", images=["b.png"]),
-        "0 image parts for 1 images",
+        "0 image parts for 1 image",
     ),
     "a part of another kind": ("messages", chat([{"type": "video", "video": "a.mp4"}], "b"), "a part of type 'video'"),
     "an image in the system turn": (

@@ -145,7 +145,7 @@ def test_dropout_that_is_no_module_is_refused(kind: str) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    with pytest.raises(ValueError, match=rf"{kind}ForCausalLM drew random numbers.*modules are in train mode"):
+    with pytest.raises(ValueError, match=rf"{kind}ForCausalLM drew random numbers.*modules? in train mode"):
         per_sample_gradients(model, text_batch())
 
 

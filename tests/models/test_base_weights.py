@@ -99,7 +99,7 @@ def test_refuses_missing_weights_by_name(models: Path, part: str) -> None:
     lost = next(name for name in weights if "mlp" in name)
     save_file({name: value for name, value in weights.items() if name != lost}, file, {"format": "pt"})
     with pytest.raises(
-        ValueError, match=rf"has no weights for 1 parameters, such as .*{lost.rpartition('.layers.')[2]}"
+        ValueError, match=rf"has no weights for 1 parameter, such as .*{lost.rpartition('.layers.')[2]}"
     ):
         load_model(opened(models))
 

@@ -77,14 +77,14 @@ def test_rank_stabilised_scaling_is_kept(llava: ModelFolder, copied: Path) -> No
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (lambda tensors: dict(list(tensors.items())[1:]), "no tensor for 1 parameters of the adapter|has no place"),
+        (lambda tensors: dict(list(tensors.items())[1:]), "no tensor for 1 parameter of the adapter|has no place"),
         (
             lambda tensors: tensors | {"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)},
-            r"1 modules that the model lacks, such as model.language_model.layers.9.mlp.up_proj",
+            r"1 module that the model lacks, such as model.language_model.layers.9.mlp.up_proj",
         ),
         (lambda tensors: tensors | {"base_model.model.other.weight": torch.zeros(1)}, "other.weight has no place"),
         (lambda tensors: {name: value[:, :3] for name, value in tensors.items()}, r"has shape \(\d+, 3\), the model's"),
-        (lambda tensors: {"x": torch.zeros(1)}, r"holds no LoRA tensor \(got 1 others\)"),
+        (lambda tensors: {"x": torch.zeros(1)}, r"holds no LoRA tensor \(got 1 other\)"),
     ],
     ids=["missing", "unknown module", "stranger", "shape", "none"],
 )
@@ -100,7 +100,7 @@ def test_refuses_half_a_pair_by_name(llava: ModelFolder, copied: Path) -> None:
         lambda tensors: {name: value for name, value in tensors.items() if "layers.0.mlp.up_proj.lora_B" not in name},
     )
     with pytest.raises(
-        ValueError, match=r"no tensor for 1 parameters of the adapter, such as .*layers.0.mlp.up_proj.lora_B"
+        ValueError, match=r"no tensor for 1 parameter of the adapter, such as .*layers.0.mlp.up_proj.lora_B"
     ):
         load_model(llava, adapter=copied)
 

@@ -160,5 +160,5 @@ def test_a_whole_module_without_its_weights_is_refused(huggingface_llava: Path, 
     trained(huggingface_llava, tmp_path / "adapter", CASES["a projector trained whole"])
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     save_file({name: value for name, value in load_file(file).items() if "linear_2.bias" not in name}, file)
-    with pytest.raises(ValueError, match=r"no tensor for 1 parameters of the adapter, such as .*linear_2.bias"):
+    with pytest.raises(ValueError, match=r"no tensor for 1 parameter of the adapter, such as .*linear_2.bias"):
         loaded(huggingface_llava, tmp_path / "adapter")

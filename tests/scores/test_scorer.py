@@ -204,7 +204,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     partly = store(tmp_path / "part.zarr", TRAIN, written=2)
     refuse("the training rows: 38 of 70 rows of .*part.zarr are not written", partly, TASKS)
     refuse("task gqa: 38 of 70 rows", TRAIN, {"gqa": partly})
-    refuse("task gqa: got 1 gradient stores for 2 checkpoints", [TRAIN, TRAIN], {"gqa": TASKS["gqa"]})
+    refuse("task gqa: got 1 gradient store for 2 checkpoints", [TRAIN, TRAIN], {"gqa": TASKS["gqa"]})
     refuse("weights: got 1 for 2 checkpoints", [TRAIN, TRAIN], {"gqa": [TASKS["gqa"]] * 2}, weights=[1.0])
     refuse("group mme: no task 'count'", TRAIN, TASKS, groups={"mme": ["count"]})
 

@@ -106,7 +106,7 @@ def test_a_store_of_failed_rows_alone_is_refused_with_the_first_reason(tmp_path:
     store = make(tmp_path / "s", dict.fromkeys(range(8), MISSING))
     FailureLog(store).add(np.arange(4), [failure(0)])
     check_some_done(store)
-    with pytest.raises(ValueError, match=r"every one of its 4 rows failed; the first, row 0 \(id id-0\): image a/1"):
+    with pytest.raises(ValueError, match=r"each of its rows failed \(4\); the first, row 0 \(id id-0\): image a/1"):
         check_some_done(store, np.arange(4))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from icons.consensus.rules.evidence import Evidence
+from icons.terminal import counted
 
 OwnRule: TypeAlias = Callable[[Any], Any]
 """Takes what `select` was given (on the command line a `ScoreStore`); gives rows, the best first."""
@@ -75,7 +76,7 @@ def ordered_by(rule: OwnRule, evidence: Evidence) -> Int[np.ndarray, " scored"]:
     wanted = min(evidence.wanted, int(free.sum()))
     if len(order) < wanted:
         raise ValueError(
-            f"{what}: gave {len(order):,} rows that can be selected; expected {wanted:,} or more: let it order all "
-            "rows, or ask for fewer"
+            f"{what}: gave {counted(len(order), 'row')} that can be selected; expected {wanted:,} or more: let it "
+            "order all rows, or ask for fewer"
         )
     return evidence.placed(order)

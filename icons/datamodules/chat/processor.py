@@ -22,6 +22,7 @@ from icons.datamodules.chat.templates import Turn, alternating
 from icons.datamodules.conversation import IMAGE
 from icons.datamodules.failed_row import FailedRowError
 from icons.models.folder import own_code
+from icons.terminal import counted
 
 _SMALLER = ("max_pixels", "max_image_size", "max_patches", "max_dynamic_patch", "size")
 # of a single call, or the class's name
@@ -74,7 +75,9 @@ class ProcessorSamples:
         messages = messages_of(alternating(turns), bool(images), system)
         marks = sum(not isinstance(part, str) for message in messages for part in message.parts)
         if marks > len(images):
-            raise FailedRowError(Status.BAD_RECORD, f"{marks} image marks for {len(images)} images")
+            raise FailedRowError(
+                Status.BAD_RECORD, f"{counted(marks, 'image mark')} for {counted(len(images), 'image')}"
+            )
         images = list(images)[:marks]
         self.check_texts(messages)
         whole = self.template(messages)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from icons.models.tensor_files import load_data
+from icons.terminal import counted
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Shapes = Mapping[str, torch.Size]
@@ -89,7 +90,9 @@ def read_deepspeed(folder: Path) -> DeepSpeedState:
     if stage == 3 and len(groups) == sum(map(len, members)):  # stage 3 names parameters by sub-group
         members = [[part] for group in members for part in group]
     if len(members) != len(groups):
-        raise ValueError(f"{folder}: has {len(members)} optimizer groups and names for {len(groups)}; expected as many")
+        raise ValueError(
+            f"{folder}: has {counted(len(members), 'optimizer group')} and names for {len(groups)}; expected as many"
+        )
     settings = {(tuple(group["betas"]), group["eps"]) for group in inner[0]["param_groups"] if "betas" in group}
     if len(settings) != 1:
         raise ValueError(f"{folder}: betas and eps are {sorted(settings) or 'missing'}; expected Adam with one of each")
@@ -147,8 +150,8 @@ def _check_ranks(folder: Path, ranks: Sequence[Mapping[str, Any]]) -> None:
     expected = max(counts) if isinstance(counts, Sequence) else int(counts)
     if len(ranks) != expected:
         raise ValueError(
-            f"{folder}: has the optimizer states of {len(ranks)} ranks, expected {expected} (one file per rank, one "
-            "model part): copy the missing ones here"
+            f"{folder}: has the optimizer states of {counted(len(ranks), 'rank')}, expected {expected} (one file per "
+            "rank, one model part): copy the missing ones here"
         )
 
 

@@ -250,7 +250,7 @@ def test_refuses_a_folder_without_checkpoint(tmp_path: Path) -> None:
 def test_refuses_a_missing_rank(tmp_path: Path, stage: str) -> None:
     shutil.copytree(DATA / stage, tmp_path / "run")
     next((tmp_path / "run").rglob("*rank_1_*optim_states.pt")).unlink()
-    with pytest.raises(ValueError, match="optimizer states of 1 ranks, expected 2"):
+    with pytest.raises(ValueError, match="optimizer states of 1 rank, expected 2"):
         read_deepspeed(tmp_path / "run")
 
 
