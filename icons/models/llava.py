@@ -72,7 +72,8 @@ class Llava(LlavaForConditionalGeneration):
             return torch.where(places[..., None], projected.to(embeddings.dtype), embeddings)
         if places.any():
             raise ValueError(
-                f"Llava: {counted(int(places.sum()), 'image position')} and no pixel_values; expected one image per run of them"
+                f"Llava: {counted(int(places.sum()), 'image position')} and no pixel_values; expected one image "
+                "per run of them"
             )
         if self.training:  # a projector that is trained takes part in every batch: other ranks wait for its gradients
             unused = [part.sum() * 0.0 for part in self.model.multi_modal_projector.parameters() if part.requires_grad]
