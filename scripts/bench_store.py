@@ -57,7 +57,12 @@ def main() -> None:
         return print_memory(given.folder, given.rows)
     if given.measure == "ranks":
         return predict(given.folder, given.rows, given.devices)
-    folder = Path(tempfile.mkdtemp(prefix="bench_store_", dir=given.folder or Path.cwd()))
+    place = given.folder or Path.cwd()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="bench_store_", dir=place))
+    except OSError as error:
+        sys.exit(f"--folder {place}: {error.strerror}; expected a folder to write to, or a place for one")
     try:
         report(given, folder)
     finally:

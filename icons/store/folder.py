@@ -13,7 +13,7 @@ import os
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -42,34 +42,40 @@ class DurableLocalStore(LocalStore):
     def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
         self.unflushed: list[Path] = []
+        self.named: set[Path] = set()  # folders whose own names are durable
         self.pool = ThreadPoolExecutor(FLUSHES, "icons-flush")
         self.flushing = threading.Lock()  # who comes second waits for the first, who may be flushing the second's files
 
-    def flush(self) -> None:
+    def flush(self, also: Iterable[Path] = ()) -> None:
+        """Makes durable what was written so far, and further files, with the names of the folders in which it lies."""
         with self.flushing:
             paths = list(self.unflushed)
-            if paths:
-                try:
-                    self.flush_paths(paths)
-                except FileNotFoundError as error:
-                    raise_if_vanished(self.root, error)
-                    raise
+            try:
+                self.flush_paths([*paths, *also])
+            except FileNotFoundError as error:
+                raise_if_vanished(self.root, error)
+                raise
             for path in paths:  # not after an error: nobody is told that these files are safe
                 self.forget(path)
 
-    def flush_paths(self, paths: list[Path]) -> None:
-        """`fsync` of files and of the folders that name them, side by side."""
-        depth = len(self.root.parts)
-        folders = {folder for path in paths for folder in path.parents if len(folder.parts) >= depth}
-        list(self.pool.map(self.flush_kept, [*paths, *folders]))
+    def flush_paths(self, paths: Iterable[Path]) -> None:
+        """`fsync` of files and of the folders that name them, all side by side; a folder above those only until its
+        names have been durable once."""
+        found: dict[Path, None] = dict.fromkeys(paths)
+        folders: set[Path] = set()
+        for folder in [path.parent for path in found]:
+            while folder not in folders and len(folder.parts) >= len(self.root.parts):
+                folders.add(folder)
+                if folder in self.named:
+                    break
+                folder = folder.parent
+        self.flush_side_by_side([*found, *(folders - found.keys())])
+        self.named |= folders
 
-    def flush_kept(self, path: Path) -> None:
-        """`fsync`, but for a status that another run has taken away meanwhile, so as to write its unit again."""
-        try:
-            flush_path(path)
-        except FileNotFoundError:
-            if path.parent != self.root / "status" / "c":
-                raise
+    def flush_side_by_side(self, paths: Sequence[Path]) -> None:
+        """`fsync` of all; a part of them for each thread, since handing over costs as much as a small file."""
+        for done in [self.pool.submit(flush_each, paths[start::FLUSHES]) for start in range(min(FLUSHES, len(paths)))]:
+            done.result()
 
     def flush_deleted(self, keys: Sequence[str]) -> None:
         for parent in {(self.root / key).parent for key in keys}:
@@ -137,18 +143,19 @@ class DurableLocalStore(LocalStore):
         self.remember(key, write_file(self.root, key, parts, guard=guard))
 
     def set_whole(self, values: Mapping[str, Sequence[Any]], guards: Mapping[str, Guard]) -> list[str]:
-        """Writes files each of which is durable before it has its name; the keys for which no guard has objected."""
+        """Writes files each of which has its name only once it, and all that was written before, is durable; the keys
+        for which no guard has objected."""
         self._check_writable()
         partials: dict[str, Path] = {}
         written = []
         try:
             for key, parts in values.items():
                 partials[key] = write_partial(self.root, key, parts)
-            list(self.pool.map(flush_path, partials.values()))
+            self.flush(partials.values())  # with the rest, since a disk takes many at once for little more
             for key, partial in partials.items():
                 with suppress(LostUnit):
                     guards.get(key, nothing)()
-                    self.remember(key, partial.replace(self.root / key))
+                    self.unflushed.append(partial.replace(self.root / key).parent)
                     written.append(key)
         finally:
             for partial in partials.values():
@@ -159,6 +166,26 @@ class DurableLocalStore(LocalStore):
         self._check_writable()
         parts = [value.as_buffer_like()]
         self.remember(key, await asyncio.to_thread(write_file, self.root, key, parts, exclusive=exclusive))
+
+    def create_whole(self, values: Mapping[str, bytes]) -> list[str]:
+        """Writes those keys that do not exist, each durable before it has its name; the keys that did."""
+        self._check_writable()
+        partials: dict[str, Path] = {}
+        existed = []
+        try:
+            for key, value in values.items():
+                partials[key] = write_partial(self.root, key, [value])
+            self.flush_side_by_side(list(partials.values()))
+            for key, partial in partials.items():
+                try:
+                    link(partial, self.root / key)
+                    self.remember(key, self.root / key)
+                except FileExistsError:
+                    existed.append(key)
+        finally:
+            for partial in partials.values():
+                partial.unlink(missing_ok=True)
+        return existed
 
     def create_sync(self, key: str, value: bytes) -> bool:
         """Writes `key` unless it exists; whether it was written."""
@@ -193,6 +220,11 @@ class LostUnit(Exception):
 
 def nothing() -> None:
     """The guard of a file that nobody else may want to write."""
+
+
+def flush_each(paths: Iterable[Path]) -> None:
+    for path in paths:
+        flush_path(path)
 
 
 def flush_path(path: Path) -> None:

@@ -120,16 +120,18 @@ class RowStore:
         names = {"icons_status": READABLE_STATUS}
         made = {"format": FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)}
         whole = {"icons": made, **names, **plain(attributes or {})}
-        for key, document in documents(columns, partition, whole).items():
-            # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so
-            # that whoever finds it finds a whole store, after a loss of power as well.
-            if key == "zarr.json":
-                storage.flush()
-            if not storage.put_new(key, document) and key != "zarr.json" and storage.get(key) != document:
+        # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so that
+        # whoever finds it finds a whole store, after a loss of power as well.
+        made_files = documents(columns, partition, whole)
+        group_file = made_files.pop("zarr.json")
+        for key in storage.put_all_new(made_files):
+            if storage.get(key) != made_files[key]:
                 raise ValueError(
                     f"store {path}: {key} is from another run with other settings that did not finish creating the "
                     "store; expected a new or empty place: delete it, or take another"
                 )
+        storage.flush()
+        storage.put_all_new({"zarr.json": group_file})
         storage.flush()
         return cls.open(path, mode="r+")
 
@@ -175,6 +177,8 @@ class RowStore:
 
     def is_written(self, unit: int) -> bool:
         """Whether every row of a unit is done or failed; reads one small chunk."""
+        if not self.storage.exists(chunk_key("status", unit, 1)):
+            return False
         rows = self.partition.unit_rows(unit)
         return bool((self.stored("status", slice(rows.start, rows.stop)) != Status.NOT_WRITTEN).all())
 
@@ -241,7 +245,6 @@ class RowStore:
     def commit(self, statuses: Mapping[int, np.ndarray], guards: Mapping[int, Guard] | None = None) -> list[int]:
         """Makes all that was written durable, and then writes the `status` of these units; several at a time, because
         it takes a disk hardly longer. The units to which no guard has objected."""
-        self.storage.flush()
         keys = {chunk_key("status", unit, 1): unit for unit in statuses}
         parts = {key: self.status_parts(unit, statuses[unit]) for key, unit in keys.items()}
         guarded = {key: (guards or {}).get(unit, nothing) for key, unit in keys.items()}

@@ -67,8 +67,8 @@ class Storage:
             run(self.zarr_store.set(key, as_buffer(b"".join(parts))))
 
     def put_whole(self, values: Mapping[str, Sequence[bytes | memoryview]], guards: Mapping[str, Guard]) -> list[str]:
-        """`put_parts` of several, each of which survives a loss of power from the moment it is seen; the keys that were
-        written, since a guard that objects keeps its own from it."""
+        """`put_parts` of several, each of which survives a loss of power from the moment it is seen, and so does what was
+        written before; the keys that were written, since a guard that objects keeps its own from it."""
         if self.folder:
             return self.folder.set_whole(values, guards)
         return [key for key, parts in values.items() if self.was_put(key, parts, guards.get(key))]
@@ -86,6 +86,13 @@ class Storage:
             return self.folder.create_sync(key, value)
         run(self.zarr_store.set_if_not_exists(key, as_buffer(value)))
         return self.get(key) == value
+
+    def put_all_new(self, values: Mapping[str, bytes]) -> list[str]:
+        """`put_new` of several, each of which survives a loss of power from the moment it is seen; those that existed,
+        with whatever content."""
+        if self.folder:
+            return self.folder.create_whole(values)
+        return [key for key, value in values.items() if not self.put_new(key, value)]
 
     def delete(self, key: str) -> None:
         if self.folder:

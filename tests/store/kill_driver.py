@@ -4,11 +4,13 @@ A child is forked from a process that has imported everything and started nothin
 """
 
 import argparse
+import json
 import os
 import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,21 +39,30 @@ def compute(row: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def fill(path: str, rank: int, world: int, machine: str = "", timeout_s: float = 90.0) -> None:
-    """What one rank does: claims its missing units, computes them in batches, stores them.
+def begun(path: str) -> GradientStore:
+    return GradientStore.open_or_create(path, num_rows=NUM_ROWS, dim=DIM, chunk_rows=CHUNK_ROWS, manifest={"seed": 1})
+
+
+def fill(
+    path: str, rank: int, world: int, todo: list[int] | None = None, machine: str = "", timeout_s: float = 90.0
+) -> None:
+    """What one rank does: claims its units, computes them in batches, stores them.
 
     Args:
         path: the store.
         rank, world: of how many this one is.
+        todo: units of all ranks, the same list for each: ranks that looked for what is missing at different moments
+            would share it out differently, some units to two ranks and some to none. Default: all that are missing.
         machine: what its leases say that it runs on; default: this one.
         timeout_s: of leases.
     """
-    store = GradientStore.open_or_create(path, num_rows=NUM_ROWS, dim=DIM, chunk_rows=CHUNK_ROWS, manifest={"seed": 1})
+    store = begun(path)
+    todo = store.missing() if todo is None else todo
     writer = UnitWriter(store, lease_timeout_s=timeout_s)
     writer.leases.me = replace(writer.leases.me, machine=machine or writer.leases.me.machine)
     try:
         writer.sweep()
-        for unit in UnitPlan(store.partition, assign(store.missing(), world, rank), writer.claim).claimed():
+        for unit in UnitPlan(store.partition, assign(todo, world, rank), writer.claim).claimed():
             rows = np.array(store.partition.unit_rows(unit))
             for start in range(0, len(rows), BATCH_ROWS):
                 batch = rows[::-1][start : start + BATCH_ROWS]
@@ -61,12 +72,28 @@ def fill(path: str, rank: int, world: int, machine: str = "", timeout_s: float =
     writer.finish()
 
 
-def fork(path: str, rank: int, world: int, **leases: Any) -> int:
+def planned(path: str) -> list[int]:
+    """The units that are missing, looked for in a child: what forks must have started nothing."""
+    reads, writes = os.pipe()
+
+    def plan() -> None:
+        with os.fdopen(writes, "w") as pipe:
+            json.dump(begun(path).missing(), pipe)
+
+    pid = fork(plan)
+    os.close(writes)
+    with os.fdopen(reads) as pipe:
+        units: list[int] = json.loads(pipe.read())
+    os.waitpid(pid, 0)
+    return units
+
+
+def fork(work: Callable[..., None], *given: Any, **options: Any) -> int:
     pid = os.fork()
     if pid:
         return pid
     try:
-        fill(path, rank, world, **leases)
+        work(*given, **options)
         os._exit(0)
     except BaseException as error:
         print(repr(error), file=sys.stderr, flush=True)
@@ -85,7 +112,8 @@ def main() -> None:
     moments = random.Random(given.seed)
     kills = 0
     while kills < given.kills:
-        pids = [fork(given.path, rank, given.world) for rank in range(given.world)]
+        todo = planned(given.path) if given.world > 1 else None
+        pids = [fork(fill, given.path, rank, given.world, todo) for rank in range(given.world)]
         time.sleep(moments.uniform(0.0, 0.12))
         victim = pids[-1]
         os.kill(victim, signal.SIGKILL)
@@ -98,21 +126,21 @@ def main() -> None:
             if status:
                 sys.exit(f"the rank that was not killed ended with {status}")
     if given.together:
-        ends = [os.waitpid(pid, 0)[1] for pid in [fork(given.path, 0, 1) for _ in range(given.together)]]
+        ends = [os.waitpid(pid, 0)[1] for pid in [fork(fill, given.path, 0, 1) for _ in range(given.together)]]
         print("ended with", *map(os.waitstatus_to_exitcode, ends))
     for number in range(given.freezes):  # one on another machine stands still, is given up, and comes back
         path = f"{given.path}-{number}"
-        frozen = fork(path, 0, 1, machine="elsewhere", timeout_s=0.6)
+        frozen = fork(fill, path, 0, 1, machine="elsewhere", timeout_s=0.6)
         while not list(Path(path).glob("status/lease/*.0")):
             time.sleep(0.001)
         time.sleep(moments.uniform(0.0, 0.1))
         os.kill(frozen, signal.SIGSTOP)
-        taker = fork(path, 0, 1, timeout_s=0.6)
+        taker = fork(fill, path, 0, 1, timeout_s=0.6)
         taken = os.waitstatus_to_exitcode(os.waitpid(taker, 0)[1])
         os.kill(frozen, signal.SIGCONT)
         print("ended with", taken, os.waitstatus_to_exitcode(os.waitpid(frozen, 0)[1]), flush=True)
     # resumed on one rank, whatever their number was
-    sys.exit(os.waitstatus_to_exitcode(os.waitpid(fork(given.path, 0, 1), 0)[1]))
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(fork(fill, given.path, 0, 1), 0)[1]))
 
 
 if __name__ == "__main__":
