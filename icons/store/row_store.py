@@ -120,8 +120,8 @@ class RowStore:
         names = {"icons_status": READABLE_STATUS}
         made = {"format": FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)}
         whole = {"icons": made, **names, **plain(attributes or {})}
-        # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so that
-        # whoever finds it finds a whole store, after a loss of power as well.
+        # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so
+        # that whoever finds it finds a whole store, after a loss of power as well.
         made_files = documents(columns, partition, whole)
         group_file = made_files.pop("zarr.json")
         for key in storage.put_all_new(made_files):

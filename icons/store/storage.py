@@ -67,8 +67,8 @@ class Storage:
             run(self.zarr_store.set(key, as_buffer(b"".join(parts))))
 
     def put_whole(self, values: Mapping[str, Sequence[bytes | memoryview]], guards: Mapping[str, Guard]) -> list[str]:
-        """`put_parts` of several, each of which survives a loss of power from the moment it is seen, and so does what was
-        written before; the keys that were written, since a guard that objects keeps its own from it."""
+        """`put_parts` of several, each of which survives a loss of power from the moment it is seen, and so does what
+        was written before; the keys that were written, since a guard that objects keeps its own from it."""
         if self.folder:
             return self.folder.set_whole(values, guards)
         return [key for key, parts in values.items() if self.was_put(key, parts, guards.get(key))]
