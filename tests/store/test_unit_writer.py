@@ -42,7 +42,7 @@ def test_rows_in_any_order_become_units(store: GradientStore, make: Any) -> None
 def test_an_incomplete_unit_is_not_stored_and_named(store: GradientStore, make: Any) -> None:
     writer = make(store)
     writer.collect(np.arange(7), results(np.arange(7)))
-    with pytest.raises(ValueError, match="1 units are incomplete, for example unit 1: row 7 never came"):
+    with pytest.raises(ValueError, match="1 incomplete unit, for example unit 1: row 7 never came"):
         writer.finish()
     assert store.missing() == [1, 2, 3, 4, 5]
 
@@ -61,7 +61,7 @@ def test_two_runs_share_the_units_and_each_leaves_the_others_alone(store: Gradie
 def test_a_unit_that_another_run_is_computing_ends_in_an_error_that_names_it(store: GradientStore, make: Any) -> None:
     other, writer = make(store), make(store)
     assert other.claim(2) and not writer.claim(2, patient=True)
-    with pytest.raises(ValueError, match=rf"1 units are being computed by another run, .* by process {os.getpid()}"):
+    with pytest.raises(ValueError, match=rf"another run is computing 1 unit, .* by process {os.getpid()}"):
         writer.finish()
 
 
@@ -85,7 +85,7 @@ def test_an_owner_that_was_given_up_does_not_write(store: GradientStore, make: A
     frozen.collect(np.arange(4), results(np.arange(4)) | {"loss": np.full(4, 9.0)})
     taker.collect(np.arange(4), results(np.arange(4)))
     taker.finish()
-    with pytest.raises(ValueError, match="computed by another run") if not store.is_written(0) else _nothing():
+    with pytest.raises(ValueError, match="another run is computing") if not store.is_written(0) else _nothing():
         frozen.finish()
     assert store.loss[:4].tolist() == [1.0] * 4
 
@@ -274,7 +274,7 @@ def test_killed_at_random_moments_and_resumed_the_store_is_the_same_byte_for_byt
 def test_two_runs_started_on_the_same_units_at_once_leave_an_intact_store(tmp_path: Path, undisturbed: Path) -> None:
     ended = drive(tmp_path / "both", "--together", "2")
     assert ended.returncode == 0
-    assert ended.stdout.count("1") == ended.stderr.count("are being computed by another run")
+    assert ended.stdout.count("1") == ended.stderr.count("another run is computing")
     assert_same_files(tmp_path / "both", undisturbed)
 
 
