@@ -162,6 +162,7 @@ def checkpoint_layers(model: Any) -> None:
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.train = AlwaysTraining(layer)  # type: ignore[assignment]
+            layer.training = True
 
 
 class AlwaysTraining:

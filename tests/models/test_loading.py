@@ -23,7 +23,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from icons.batch import model_inputs, sample_losses
 from icons.models.adam_state import load_adam_state
 from icons.models.folder import ModelFolder
-from icons.models.loading import MERGED, NEVER_QUANTIZED, adapter_fingerprint, empty_model, load_model
+from icons.models.loading import (
+    MERGED,
+    NEVER_QUANTIZED,
+    adapter_fingerprint,
+    checkpoint_layers,
+    empty_model,
+    load_model,
+)
 from icons.models.lora import LoraSettings
 
 Batches = Callable[..., dict[str, Any]]
@@ -272,6 +279,14 @@ def test_gradient_checkpointing_recomputes_in_eval_and_changes_no_gradient(
     for name, gradient in found[False].items():
         assert gradient is not None
         torch.testing.assert_close(found[True][name], gradient, atol=0, rtol=0)
+
+
+def test_layers_of_a_model_in_eval_mode_are_checkpointed_at_once(llava: ModelFolder, adapter: Path) -> None:
+    model = load_model(llava, adapter=adapter).eval()
+    checkpoint_layers(model)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers and all(layer.training for layer in layers)
+    assert not any(module.training for layer in layers for module in layer.children())
 
 
 def test_fresh_lora_is_the_same_for_a_seed(llava: ModelFolder) -> None:
