@@ -13,6 +13,7 @@ from icons.consensus import Pairs, Selection
 from icons.consensus.composition import Kind, composition
 from icons.consensus.health import WHAT_TO_DO, Health
 from icons.consensus.random_sets import Compared
+from icons.datamodules.dialects import Dialect
 from icons.datamodules.records import RecordSource, open_records
 from icons.datamodules.traits import read_traits
 from icons.scores import Scorer
@@ -34,10 +35,12 @@ class Known(Protocol):
     def scorer(self, pairwise: bool) -> Scorer: ...
 
 
-def measure(chosen: Selection, known: Known, records: RecordSource, source_field: str | None, seed: int) -> Health:
+def measure(
+    chosen: Selection, known: Known, records: RecordSource, source_field: str | None, dialect: Dialect | None, seed: int
+) -> Health:
     """The measures of a selection; what cannot be measured is a note."""
     scored, notes = np.isfinite(chosen.percentile_rank), list[str]()
-    kinds = found_kinds(chosen, known, records, source_field, seed, notes)
+    kinds = found_kinds(chosen, known, records, source_field, dialect, seed, notes)
     gradients: Scorer | None = None
     try:
         gradients = known.scorer(True)
@@ -47,7 +50,13 @@ def measure(chosen: Selection, known: Known, records: RecordSource, source_field
 
 
 def found_kinds(
-    chosen: Selection, known: Known, records: RecordSource, source_field: str | None, seed: int, notes: list[str]
+    chosen: Selection,
+    known: Known,
+    records: RecordSource,
+    source_field: str | None,
+    dialect: Dialect | None,
+    seed: int,
+    notes: list[str],
 ) -> list[Kind]:
     """What selection, pool and tasks are made of, by a seeded sample of the pool where it is large."""
     num_rows, generator = len(chosen.votes), np.random.default_rng(seed)
@@ -66,7 +75,7 @@ def found_kinds(
             asked[task] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         else:
             notes.append(f"what {task} asks is not known: the score store does not name its data file")
-    return composition(read_traits(records, rows.tolist(), source_field), selected[rows], asked)
+    return composition(read_traits(records, rows.tolist(), source_field, dialect), selected[rows], asked)
 
 
 def task_files(facts: ScoreManifest, task: str) -> list[Path]:

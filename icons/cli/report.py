@@ -11,6 +11,7 @@ from icons.cli.console import console
 from icons.cli.options.report import ReportOptions
 from icons.consensus.selection_file import manifest_path, open_selection
 from icons.datamodules.conversation import ImageRef
+from icons.datamodules.dialects import dialect_named
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.images import ImageSource
 from icons.datamodules.records import RecordError, RecordSource, open_records
@@ -53,6 +54,7 @@ def report(options: ReportOptions) -> int:
             lambda row: record(index, row),
             lambda image: open_image(source, image),
             options.images is not None,
+            dialect_named(options.dialect),
         ),
         title=options.title,
         source_fields=options.source_field or [],

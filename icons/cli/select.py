@@ -29,6 +29,7 @@ from icons.consensus.selection_file import (
     save_manifest,
     write_table,
 )
+from icons.datamodules.dialects import dialect_named
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
 from icons.datamodules.training_formats import MADE_BY, facts_of, write_training_data
@@ -45,7 +46,7 @@ def select(options: SelectOptions) -> int:
             f"--num-rows {options.num_rows} and --fraction {options.fraction:g}: each says how many rows to select; "
             "leave one of them out"
         )
-    of_tasks = stores_of(options.task, "--task")
+    dialect, of_tasks = dialect_named(options.dialect), stores_of(options.task, "--task")
     inputs: dict[str, Any] = {"--scores": options.scores, "--data": options.data, "--train": options.train}
     inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": [*chain(*of_tasks.values())]}
     index = open_records(options.data)
@@ -87,7 +88,7 @@ def select(options: SelectOptions) -> int:
             before = chosen
             chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
             num_near = len(np.setdiff1d(before.rows, chosen.rows))
-        health = measure(chosen, loaded, index, options.source_field, options.seed) if options.health else None
+        health = measure(chosen, loaded, index, options.source_field, dialect, options.seed) if options.health else None
     if len(chosen.rows) == 0:
         raise ValueError(
             f"selection: has none of {store.num_rows:,} rows; expected one or more: raise --fraction, --num-rows or "
@@ -116,7 +117,8 @@ def select(options: SelectOptions) -> int:
             mark(options.out, MADE_BY)
     else:
         root, card = options.images.absolute() if options.images else None, facts_of(made_from)
-        write_training_data(index, chosen.rows.tolist(), options.out, options.format, image_root=root, card=card)
+        rows = chosen.rows.tolist()
+        write_training_data(index, rows, options.out, options.format, image_root=root, dialect=dialect, card=card)
     save_lists(options.out, chosen.rows, ids_of(index, chosen.rows.tolist()))
     save_manifest(options.out, chosen.rows, made_from, options.table)
     summary(chosen, store, options.out, found, num_near)

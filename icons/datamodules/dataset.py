@@ -27,7 +27,7 @@ from icons.datamodules.chat.templates import (
 )
 from icons.datamodules.chat.tokenizer import load_tokenizer
 from icons.datamodules.conversation import IMAGE, Conversation
-from icons.datamodules.dialects import DIALECTS, Dialect, detect, read_conversation
+from icons.datamodules.dialects import Dialect, detect, dialect_named, read_conversation
 from icons.datamodules.failed_row import FailedRowError, bad_record
 from icons.datamodules.images import ImageSource
 from icons.datamodules.pixels import PixelMaker
@@ -77,8 +77,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     ) -> None:
         self.made_of = (records, images, folder, preprocessing, trust_remote_code)
         self.folders = (tuple(allow_paths), web_images)
-        if dialect not in ("auto", *DIALECTS):
-            raise ValueError(f"dialect {dialect!r}; expected auto or one of {', '.join(DIALECTS)}")
+        asked = dialect_named(dialect)
         if not len(records):
             raise ValueError(f"{records.path}: holds no record; expected LLaVA JSON or JSONL with one at least")
         name = folder.template if preprocessing.template == "auto" else preprocessing.template
@@ -118,7 +117,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         if folder.kind == "llava":
             self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad, trust_remote_code)
         self.text_limit = preprocessing.text_limit(self.tokenizer.model_max_length)
-        self.dialect = self.detected() if dialect == "auto" else DIALECTS[dialect]
+        self.dialect = asked or self.detected()
 
     def image_token(self) -> str | None:
         """How a LLaVA's own chat template writes an image; None for a text model."""

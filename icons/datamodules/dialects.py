@@ -13,11 +13,12 @@ Each may have `system`, and `image` or `images`: a name, an address, bytes, `{by
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from icons.datamodules.conversation import Conversation, Part
-from icons.datamodules.failed_row import bad_record
+from icons.datamodules.conversation import Conversation, ImageRef, Part
+from icons.datamodules.failed_row import FailedRowError, bad_record
 from icons.datamodules.image_refs import Record, given, image_ref, images_of
 from icons.datamodules.placement import Message, placed, system_of
 from icons.terminal import counted
@@ -204,6 +205,34 @@ DIALECTS: dict[str, Dialect] = {
         _prompt_and_completion,
     ),
 }
+
+
+def images_within(record: Record, dialect: Dialect | None = None) -> list[ImageRef]:
+    """A record's images: of a field of its own, or else of parts of its turns, where these can be read.
+
+    Raises:
+        FailedRowError: the field holds something else.
+
+    >>> part = {"type": "image", "image": "coco/1.jpg"}
+    >>> images_within({"messages": [{"role": "user", "content": [part]}]})[0].name
+    'coco/1.jpg'
+    """
+    images, dialect = images_of(record), dialect or dialect_of(record)
+    if not images and dialect is not None:
+        with suppress(FailedRowError):
+            images = read_conversation(record, dialect).images
+    return images
+
+
+def dialect_named(name: str) -> Dialect | None:
+    """The dialect of a name; None for "auto".
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name not in ("auto", *DIALECTS):
+        raise ValueError(f"dialect {name!r}; expected auto or one of {', '.join(DIALECTS)}")
+    return DIALECTS.get(name)
 
 
 def dialect_of(record: Any) -> Dialect | None:

@@ -8,8 +8,8 @@ import msgspec
 import numpy as np
 
 from icons.consensus.budget import Sources
+from icons.datamodules.dialects import images_within
 from icons.datamodules.failed_row import FailedRowError
-from icons.datamodules.image_refs import images_of
 from icons.datamodules.records import RecordError, RecordSource
 from icons.datamodules.records.json_file import Identified
 from icons.datamodules.records.source import id_of
@@ -123,7 +123,7 @@ def source_of(record: Mapping[str, Any], field: str | None) -> str:
     if field is not None:
         return str(value_at(record, field, "(none)"))
     try:
-        images = images_of(record)
+        images = images_within(record)
     except FailedRowError:
         return "(unreadable)"
     if not images:

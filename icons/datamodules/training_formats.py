@@ -22,7 +22,7 @@ import numpy as np
 
 from icons.consensus.selection_file import SelectionManifest
 from icons.datamodules.conversation import Conversation, ImageRef
-from icons.datamodules.dialects import detect, read_conversation
+from icons.datamodules.dialects import Dialect, detect, read_conversation
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.records import RecordSource
 from icons.manifest import versions
@@ -52,6 +52,7 @@ def write_training_data(
     form: str,
     *,
     image_root: Path | None = None,
+    dialect: Dialect | None = None,
     card: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the records of `rows` into the folder `out` for another tool.
@@ -62,6 +63,7 @@ def write_training_data(
         out: the folder, whole or not there; what a former selection left in it is replaced.
         form: a key of `FORMATS`.
         image_root: what relative image names start from; None leaves them relative.
+        dialect: how the records are written; None: as most of the first are.
         card: the data-set card's table, what was selected from what and how.
 
     Raises:
@@ -73,7 +75,7 @@ def write_training_data(
         images = partial / "images"
         images.mkdir()
         own = Images(images, out.absolute() / "images", image_root)
-        FORMATS[form].write(examples(records, rows, own, FORMATS[form]), partial)
+        FORMATS[form].write(examples(records, rows, own, FORMATS[form], dialect), partial)
         if not any(images.iterdir()):
             images.rmdir()
         np.save(partial / "rows.npy", np.asarray(rows, np.int64))
@@ -82,9 +84,11 @@ def write_training_data(
         (partial / _CARD).write_text(_data_card(len(rows), form, card or {}), encoding="utf-8")
 
 
-def examples(records: RecordSource, rows: Sequence[int], images: "Images", form: TrainingFormat) -> Iterator[Example]:
+def examples(
+    records: RecordSource, rows: Sequence[int], images: "Images", form: TrainingFormat, dialect: Dialect | None
+) -> Iterator[Example]:
     """The records as examples, one at a time."""
-    dialect = detect([records.light(row) for row in rows[:_NUM_PROBED]])
+    dialect = dialect or detect([records.light(row) for row in rows[:_NUM_PROBED]])
     for row in rows:
         try:
             conversation = read_conversation(records[row], dialect)

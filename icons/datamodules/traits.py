@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from icons.datamodules.conversation import IMAGE
-from icons.datamodules.dialects import dialect_of, read_conversation
+from icons.datamodules.dialects import Dialect, dialect_of, read_conversation
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.record_lists import source_of
 from icons.datamodules.records import RecordSource
@@ -18,14 +18,15 @@ _LENGTHS = (5, 10, 20, 50)
 UNREADABLE = "(unreadable)"
 
 
-def traits_of(record: Any, source_field: str | None = None) -> dict[str, str]:
+def traits_of(record: Any, source_field: str | None = None, dialect: Dialect | None = None) -> dict[str, str]:
     """A record's traits: its source, its first answer, the length of its first question, and whether it has an image.
+    Without a dialect it is read in the first one that it fits.
 
     >>> turns = [{"from": "human", "value": "<image>\\nIs it red?"}, {"from": "gpt", "value": "Yes."}]
     >>> traits_of({"image": "coco/1.jpg", "conversations": turns})
     {'source': 'coco', 'answer': 'yes', 'question': '1 to 5 words', 'image': 'image'}
     """
-    dialect = dialect_of(record)
+    dialect = dialect or dialect_of(record)
     if dialect is None:
         return dict.fromkeys(_TRAITS, UNREADABLE)
     try:
@@ -66,7 +67,7 @@ def _length_of(text: str) -> str:
 
 
 def read_traits(
-    records: RecordSource, rows: Iterable[int], source_field: str | None = None
+    records: RecordSource, rows: Iterable[int], source_field: str | None = None, dialect: Dialect | None = None
 ) -> Mapping[str, np.ndarray]:
     """The traits of the given rows: trait -> an array of words."""
     traits: dict[str, list[str]] = {name: [] for name in _TRAITS}
@@ -75,6 +76,6 @@ def read_traits(
             record = records[row]
         except ValueError:  # a line that is no JSON
             record = None
-        for name, value in traits_of(record, source_field).items():
+        for name, value in traits_of(record, source_field, dialect).items():
             traits[name].append(value)
     return {name: np.array(values, dtype=object) for name, values in traits.items()}

@@ -13,8 +13,8 @@ from PIL import Image
 
 from icons.consensus.selection_file import SavedSelection, SelectionManifest
 from icons.datamodules.conversation import ImageRef
+from icons.datamodules.dialects import Dialect, images_within
 from icons.datamodules.failed_row import FailedRowError
-from icons.datamodules.image_refs import images_of
 from icons.datamodules.record_lists import source_of
 from icons.report import comparison, health, sections
 from icons.report.numbers import ScoreNumbers, count
@@ -86,6 +86,8 @@ class Pool:
     """Opens an image as the record names it; raises OSError or ValueError where it cannot."""
     has_images: bool = True
     """False: there is no image folder, and texts are shown alone."""
+    dialect: Dialect | None = None
+    """How the records are written; None: each as the first dialect that it fits."""
 
 
 def build(
@@ -230,7 +232,7 @@ def _shown_row(
     """A row with its score on `task`, or with its mean score over the tasks where that is None."""
     record = pool.record(row)
     image, problem = "", "" if record is not None else "this record cannot be read"
-    images = [] if record is None else images_in(record)
+    images = [] if record is None else images_in(record, pool.dialect)
     if images and (pool.has_images or images[0].content is not None):
         try:
             with _opened(pool, images[0]) as picture:
@@ -250,7 +252,7 @@ def _shown_row(
         stderr=f"{stderr:.2g}" if stderr > 0 else "",
         votes=int(numbers.row_votes[row]),
         selected=bool(chosen.selected[row]),
-        turns=turns(record or {}),
+        turns=turns(record or {}, pool.dialect),
         image=image,
         problem=problem,
     )
@@ -265,9 +267,9 @@ def _opened(pool: Pool, image: ImageRef) -> Iterator[Image.Image]:
         picture.close()
 
 
-def images_in(record: Mapping[str, Any]) -> list[ImageRef]:
+def images_in(record: Mapping[str, Any], dialect: Dialect | None = None) -> list[ImageRef]:
     """A record's images; none where they are not written as images are."""
     try:
-        return images_of(record)
+        return images_within(record, dialect)
     except FailedRowError:
         return []

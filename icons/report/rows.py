@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from icons.datamodules.conversation import IMAGE
-from icons.datamodules.dialects import dialect_of, read_conversation
+from icons.datamodules.dialects import Dialect, dialect_of, read_conversation
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.record_lists import source_of
 from icons.report.page import Turn
@@ -26,13 +26,14 @@ _MAX_SOURCES = 12
 Record = Mapping[str, Any]
 
 
-def turns(record: Record) -> list[Turn]:
-    """The first turns of a record's conversation, whatever its dialect, without the image mark, long ones cut.
+def turns(record: Record, dialect: Dialect | None = None) -> list[Turn]:
+    """The first turns of a record's conversation, without the image mark, long ones cut. Without a dialect it is read in
+    the first one that it fits.
 
     >>> turns({"conversations": [{"from": "human", "value": "<image>\\nRed?"}, {"from": "gpt", "value": "Yes"}]})
     [Turn(text='Red?', answer=False), Turn(text='Yes', answer=True)]
     """
-    dialect = dialect_of(record)
+    dialect = dialect or dialect_of(record)
     if dialect is None:
         return []
     try:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
+from icons.datamodules.dialects import dialect_named
 from icons.datamodules.records import open_records
 from icons.datamodules.training_formats import FORMATS, facts_of, write_training_data
 
@@ -63,6 +64,14 @@ def test_every_form_holds_the_same_conversation(data: Path, form: str) -> None:
     assert np.load(out / "rows.npy").tolist() == [1, 0] and (out / "ids.txt").read_text() == "a\nb\n"
     assert "| rule | vote   at 20 % |" in (out / "README.md").read_text()
     assert not (out / "images").exists()
+
+
+def test_a_record_of_two_dialects_is_written_in_the_one_that_is_asked_for(data: Path) -> None:
+    spoken = {"messages": [{"role": "user", "content": "Blue?"}, {"role": "assistant", "content": "No"}]}
+    data.write_text(json.dumps([TEXT | spoken]))
+    for name, asked in (("auto", "1 + 1?"), ("messages", "Blue?")):
+        (example,) = examples(written(data, "trl", [0], dialect=dialect_named(name)), "trl")
+        assert flat(example["messages"][0]["content"]) == asked
 
 
 class InMemory(list[Any]):

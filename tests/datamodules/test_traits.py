@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from icons.datamodules.dialects import dialect_named
 from icons.datamodules.records import open_records
 from icons.datamodules.traits import UNREADABLE, read_traits, traits_of
 
@@ -23,6 +24,11 @@ CASES = [
 def test_records_of_any_dialect_have_traits(record: dict, expected: list[str]) -> None:
     found = traits_of(record)
     assert [found["source"], found["answer"], found["image"]] == expected
+
+
+def test_a_record_of_two_dialects_has_the_traits_of_the_one_that_is_asked_for() -> None:
+    both = llava("Red?", "Yes") | CHAT
+    assert [traits_of(both, None, dialect_named(name))["answer"] for name in ("auto", "messages")] == ["yes", "hello"]
 
 
 def test_what_cannot_be_read_is_a_kind_of_its_own(tmp_path: Path) -> None:

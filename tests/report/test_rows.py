@@ -7,9 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from icons.datamodules.dialects import dialect_named
 from icons.datamodules.record_lists import source_of
 from icons.report.page import Turn
 from icons.report.rows import composition, flat, thumbnail, turns
+
+
+def test_a_record_of_two_dialects_is_shown_in_the_one_that_is_asked_for() -> None:
+    record = {
+        "conversations": [{"from": "human", "value": "Red?"}, {"from": "gpt", "value": "Yes"}],
+        "messages": [{"role": "user", "content": "Blue?"}, {"role": "assistant", "content": "No"}],
+    }
+    assert [turn.text for turn in turns(record)] == ["Red?", "Yes"]
+    assert [turn.text for turn in turns(record, dialect_named("messages"))] == ["Blue?", "No"]
+    assert turns(record, dialect_named("alpaca")) == []
 
 
 def test_long_texts_and_many_turns_are_cut() -> None:
@@ -47,6 +58,8 @@ def test_transparency_is_white() -> None:
         ({"image": "1.jpg"}, None, "images"),
         ({"image": "nan"}, None, "text only"),
         ({"image": []}, None, "text only"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": "coco/1.jpg"}]}]}, None, "coco"),
+        ({"messages": [{"role": "nobody", "content": [{"type": "image", "image": "coco/1.jpg"}]}]}, None, "text only"),
         ({}, None, "text only"),
         ({"kind": 3}, "kind", "3"),
         ({"kind": "x"}, "kind.deeper", "(none)"),

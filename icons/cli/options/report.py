@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from icons.cli.options.groups import ImageOptions
+from icons.cli.options.groups import ReadingOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions(ImageOptions):
+class ReportOptions(ReadingOptions):
     """Writes one self-contained HTML page about a selection: no script, nothing loaded from a network.
 
     $ icons report --scores scores.zarr --selection selected.json --data train.json --images images/

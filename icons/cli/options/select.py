@@ -20,6 +20,8 @@ class SelectOptions:
     """score store made by `icons influence` or `icons score`"""
     data: Path
     """the data that the scores belong to, in any form that --data takes"""
+    dialect: str = field(default="auto", metadata={"choices": "dialects"})
+    """how the records are written, for --format and the composition. {dialects}"""
     out: Path
     """the selected records in the data's own form (of JSON byte for byte), with their rows (OUT.rows.npy) and ids
     (OUT.ids.txt) beside them"""
