@@ -5,12 +5,15 @@ A command is a module `icons.cli.<name>` with one function of that name, and its
 """
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from icons.interruption import CTRL_C, take_signals
+
+log = logging.getLogger(__name__)
 
 COMMANDS = {
     "demo": "the whole method on a small real data set on a laptop CPU, ending in a table and a report page",
@@ -82,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from icons.cli.console import listen
 
         listen(**loudness)
+        log.debug("icons %s: %s", name, options)
         return command_of(name)(options) or 0
     except SystemExit as stop:  # argparse has printed the help, or the usage error
         return int(stop.code or 0)
@@ -108,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def user_error(name: str, error: object) -> int:
+    log.debug("where this comes from:", exc_info=sys.exc_info()[1])
     from icons.terminal import legible  # rich, which `icons --help` does without
 
     print(legible(f"icons {name}: error: {error}"), file=sys.stderr)

@@ -7,6 +7,8 @@ from rich.markup import escape
 from icons.terminal import Console
 
 console = Console()
+details = Console(stderr=True)
+"""For what `--verbose` adds: no output that a script reads has it between its lines."""
 results = Console()
 """For what was asked for itself: `--quiet` leaves it."""
 
@@ -27,13 +29,15 @@ def bars() -> dict[str, bool]:
 
 
 class ConsoleHandler(logging.Handler):
-    """The library's log on the console: warnings as such, the rest as it is."""
+    """The library's log on the console: warnings as such, steps as they are, details on stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.WARNING:
             warn(record.getMessage())
-        else:
+        elif record.levelno >= logging.INFO:
             console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+        else:
+            details.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 
 
 def listen(quiet: bool = False, verbose: bool = False) -> None:

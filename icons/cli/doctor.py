@@ -2,10 +2,12 @@
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from icons.gradients import per_sample_gradients, projected_gradients
 from icons.projection import CountSketch
 from icons.store import GradientStore
 from icons.terminal import counted
+
+log = logging.getLogger(__name__)
 
 PACKAGES = (
     "torch", "lightning", "transformers", "peft", "torchmetrics", "numpy", "zarr", "numcodecs", "jsonargparse",
@@ -44,10 +48,13 @@ def doctor(options: DoctorOptions) -> int:
     results.print(table)
     failed = 0
     for name, check in SELF_TEST.items():
+        begun = time.monotonic()
         try:
             problem = check()
         except Exception as error:  # whatever breaks here is the answer the user asked for
+            log.debug("where this comes from:", exc_info=True)
             problem = f"{type(error).__name__}: {error}"
+        log.debug("%s: %.2f s", name, time.monotonic() - begun)
         failed += problem is not None
         results.print(f"[red]failed[/] {name}: {escape(problem)}" if problem else f"[green]ok[/]     {name}")
     return int(failed > 0)

@@ -26,7 +26,8 @@ LOADER = "icons"
 LARGEST_YAML = 100_000
 LOUDNESS = {
     "--quiet": "print warnings and results alone",
-    "--verbose": "print all that helps to find a fault, Lightning's log too",
+    "--verbose": "add on stderr what helps to find a fault: the options as they were understood, what is opened and "
+    "read, Lightning's log, and where an error comes from",
 }
 """Options of every command, taken off the line before the others are read."""
 

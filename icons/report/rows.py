@@ -27,8 +27,8 @@ Record = Mapping[str, Any]
 
 
 def turns(record: Record, dialect: Dialect | None = None) -> list[Turn]:
-    """The first turns of a record's conversation, without the image mark, long ones cut. Without a dialect it is read in
-    the first one that it fits.
+    """The first turns of a record's conversation, without the image mark, long ones cut. Without a dialect it is
+    read in the first one that it fits.
 
     >>> turns({"conversations": [{"from": "human", "value": "<image>\\nRed?"}, {"from": "gpt", "value": "Yes"}]})
     [Turn(text='Red?', answer=False), Turn(text='Yes', answer=True)]

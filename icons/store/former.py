@@ -1,12 +1,15 @@
 """What lies where a store is to be made or opened: which kind of store, or something else; and how it is taken away."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from icons.store.folder import PARTIAL
 from icons.store.storage import Storage
+
+log = logging.getLogger(__name__)
 
 
 def stored_kind(storage: Storage) -> str | None:
@@ -23,7 +26,9 @@ def stored_kind(storage: Storage) -> str | None:
         manifest = json.loads(text).get("attributes", {}).get("icons")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"store {storage.path}: zarr.json is damaged ({error}); expected JSON: restore it") from error
-    return manifest.get("kind") if isinstance(manifest, Mapping) else None
+    facts = manifest if isinstance(manifest, Mapping) else {}
+    log.debug("%s: kind %s, format %s, arrays %s", storage.path, *map(facts.get, ("kind", "format", "arrays")))
+    return facts.get("kind")
 
 
 def discard(storage: Storage) -> None:

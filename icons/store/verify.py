@@ -1,5 +1,6 @@
 """Looks at every chunk of a store: is it there, whole, and does what it holds agree with its status and manifest?"""
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from icons.store.gradient_store import GradientStore
 from icons.store.layout import changed_arrays
 from icons.store.row_store import RowStore
 from icons.store.storage import Storage
+
+log = logging.getLogger(__name__)
 
 GROUP_BYTES = 1 << 24
 
@@ -57,7 +60,10 @@ def verify(store: RowStore, on_unit: Callable[[], None] | None = None) -> Iterat
     status = set(store.storage.list("status/c/"))
     for units in groups(store):
         written = [unit for unit in units if chunk_key("status", unit, 1) in status]
-        yield from verify_units(store, written)
+        findings = verify_units(store, written)
+        read = (store.storage.path, units.start, units.stop - 1, len(written), len(findings))
+        log.debug("%s: units %d to %d: %d written, read again; %d findings", *read)
+        yield from findings
         if on_unit is not None:
             for _ in units:
                 on_unit()

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 
 from icons.datamodules.benchmarks.pictures import Image, PictureFolder
 from icons.output import check_output, is_marked, mark, put, read_object
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,7 @@ def build(
         raise ValueError(f"{benchmark.name}: {error}") from error
     examples = [one for one in parts if isinstance(one, Example)]
     left_out = Counter(one.reason for one in parts if isinstance(one, LeftOut))
+    log.debug("%s: %d questions in %s, %d left out", benchmark.name, len(examples), source, left_out.total())
     mark(out / benchmark.name, _COMMAND)
     groups = {name: [one for one in examples if one.subtask == name] for name in benchmark.subtasks or ("",)}
     share = None if num_rows is None else -(-num_rows // len(groups))
