@@ -28,6 +28,7 @@ from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import paths_of
 from icons.gradients.repeatable import repeatable
+from icons.gradients.sums import inner_products, squared_norm
 from icons.preconditioner import Preconditioner
 from icons.projection import Identity, Projector
 
@@ -183,7 +184,7 @@ class TaskMatrix:
 
     def product(self, name: str, block: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch tasks"]:
         rows = self.rows[name].to(block.device, block.dtype, non_blocking=True)
-        return block[:, None].flatten(1) @ rows.mT
+        return inner_products(block[:, None].flatten(1), rows)
 
 
 def scored_gradients(
@@ -283,11 +284,6 @@ def combined_gradients(
 
     per_sample_blocks(model, batch, begin)
     return {name: sums[name] for name in layout(model)}
-
-
-def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
-    flat = block[:, None].flatten(1)
-    return torch.bmm(flat[:, None], flat[:, :, None])[:, 0, 0]  # one reading pass, no product is stored
 
 
 def layout(model: nn.Module) -> dict[str, torch.Size]:

@@ -1,0 +1,48 @@
+"""Sums over all entries of a parameter, right to float32's last digits: of parts, then of the parts' sums.
+
+A matrix product with few rows adds up one entry after the other on a CPU, in one float32: after 700,000 squares it is
+3e-4 off, and an adapter of LLaVA's has millions.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PART = 1 << 13  # entries that are added up one by one
+CACHED = 1 << 18  # squares that exist at once on a CPU: 1 MB
+
+
+def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+    """The square of each sample's L2 norm; of a sample it is the same in any batch, to the last bit.
+
+    >>> squared_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    tensor([25.,  4.])
+    """
+    flat = block[:, None].flatten(1)
+    if flat.device.type != "cpu":
+        return torch.linalg.vector_norm(flat, dim=1).square()  # a tree of sums, and no product is stored
+    found = [row_sums(part.square()) for part in flat.split(max(1, CACHED // max(1, flat.shape[1])))]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def row_sums(values: Float[Tensor, "batch entries"]) -> Float[Tensor, " batch"]:
+    """The sum of each row: its parts are summed where several threads cannot share a row out."""
+    whole = values.shape[1] // PART * PART
+    rest = values[:, whole:].sum(dim=1)
+    return values[:, :whole].unflatten(1, (-1, PART)).sum(dim=2).sum(dim=1) + rest if whole else rest
+
+
+def inner_products(
+    one: Float[Tensor, "batch entries"], two: Float[Tensor, "others entries"]
+) -> Float[Tensor, "batch others"]:
+    """`one @ two.mT`.
+
+    >>> inner_products(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    tensor([[11.,  2.]])
+    """
+    whole = one.shape[1] // PART * PART
+    rest = one[:, whole:] @ two[:, whole:].mT
+    if not whole:
+        return rest
+    parts, others = (value[:, :whole].unflatten(1, (-1, PART)) for value in (one, two))
+    return torch.bmm(parts.transpose(0, 1), others.permute(1, 2, 0)).sum(dim=0) + rest
