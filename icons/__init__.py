@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from icons.gradients import exact_influence as exact_influence
     from icons.gradients import per_sample_gradients as per_sample_gradients
     from icons.gradients import projected_gradients as projected_gradients
+    from icons.kronecker import KroneckerPreconditioner as KroneckerPreconditioner
     from icons.models.adam_state import load_adam_state as load_adam_state
+    from icons.models.saved_factors import load_factors as load_factors
     from icons.modules.extractor import GradientExtractor as GradientExtractor
     from icons.modules.gradient_writer import GradientWriter as GradientWriter
     from icons.modules.metrics import ConsensusVotes as ConsensusVotes
@@ -53,6 +55,7 @@ HOME = {
     "GradientStore": "icons.store",
     "GradientWriter": "icons.modules.gradient_writer",
     "Identity": "icons.projection",
+    "KroneckerPreconditioner": "icons.kronecker",
     "Rademacher": "icons.projection",
     "RelativePerformance": "icons.modules.metrics",
     "ScoreStore": "icons.store",
@@ -62,6 +65,7 @@ HOME = {
     "exact_influence": "icons.gradients",
     "influence": "icons.scores",
     "load_adam_state": "icons.models.adam_state",
+    "load_factors": "icons.models.saved_factors",
     "per_sample_gradients": "icons.gradients",
     "projected_gradients": "icons.gradients",
     "select": "icons.consensus",

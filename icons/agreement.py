@@ -17,6 +17,8 @@ RESUMED = (
     "collect", "data", "model", "adapter", "projector", "preconditioner", "target", "preprocessing",
     "reader", "dtype",
 )  # fmt: skip
+# Kronecker factors and the run that makes them
+FACTORS = ("data", "model", "adapter", "target", "preprocessing", "reader", "factors")
 # a gradient store and the scores that were made from it
 SOURCE = ("data.fingerprint", "model.fingerprint", "adapter.fingerprint", "projector", "preconditioner")
 # a score store and the run of `icons influence` that goes on with it

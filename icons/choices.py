@@ -12,7 +12,9 @@ Attention: TypeAlias = Literal["sdpa", "eager", "flash_attention_2"]
 Quantize: TypeAlias = Literal["4bit", "8bit"]
 Preset: TypeAlias = Literal["llava-train", "icons-release"]
 """How conversations are prepared: as LLaVA trains, or as the released ICONS scripts do."""
-Preconditioning: TypeAlias = Literal["adam", "diagonal", "sign", "none"]
+Preconditioning: TypeAlias = Literal["adam", "diagonal", "sign", "kfac", "none"]
+FactorLabels: TypeAlias = Literal["drawn", "own"]
+"""Of the gradients that Kronecker factors are made of."""
 StoreDtype: TypeAlias = Literal["float16", "float32", "int8"]
 Collect: TypeAlias = Literal["gradients", "representations", "loss", "image_ablation"]
 """What a row of a gradient store holds."""

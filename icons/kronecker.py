@@ -82,6 +82,11 @@ class KroneckerFactors:
         return [name for name, square in self.square.items() if not square]
 
     @property
+    def num_bytes(self) -> int:
+        """Of the covariances, and of what a preconditioner keeps on the device."""
+        return sum(value.numel() * value.element_size() for side in (self.left, self.right) for value in side.values())
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 (16 hex digits) over all names and numbers."""
         digest = hashlib.sha256()
@@ -119,7 +124,7 @@ class KroneckerFactors:
         if found.fingerprint != about["fingerprint"]:
             raise ValueError(
                 f"{file}: its numbers have the fingerprint {found.fingerprint}, and were written with "
-                f"{about['fingerprint']}; expected the same: the file is damaged, make it again with `icons factors`"
+                f"{about['fingerprint']}; expected the same: the file is damaged, make it again with --overwrite"
             )
         return found
 
@@ -136,6 +141,15 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{file}: cannot be read ({error}); expected a file that `icons factors` wrote") from error
     raise ValueError(f"{file}: holds no Kronecker factors; expected a file that `icons factors` wrote")
+
+
+def is_factors(file: Path) -> bool:
+    """Whether a file holds Kronecker factors, whole or damaged."""
+    try:
+        read(file)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass

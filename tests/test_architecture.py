@@ -111,9 +111,9 @@ def test_what_begins_with_an_underscore_is_used_in_its_own_file_alone(file: Path
 def test_public_names() -> None:
     assert set(icons.__all__) == {
         "AdamPreconditioner", "ConsensusVotes", "ConversationDataModule", "CountSketch", "Gaussian",
-        "GradientExtractor", "GradientStore", "GradientWriter", "Identity", "Rademacher", "RelativePerformance",
-        "ScoreStore", "Selection", "TaskOverlap", "WarmupModule", "exact_influence", "influence", "load_adam_state",
-        "per_sample_gradients", "projected_gradients", "select",
+        "GradientExtractor", "GradientStore", "GradientWriter", "Identity", "KroneckerPreconditioner", "Rademacher",
+        "RelativePerformance", "ScoreStore", "Selection", "TaskOverlap", "WarmupModule", "exact_influence", "influence",
+        "load_adam_state", "load_factors", "per_sample_gradients", "projected_gradients", "select",
     }  # fmt: skip
     assert all(hasattr(icons, name) for name in icons.__all__)
 

@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 COMMANDS = {
     "demo": "the whole method on a small real data set on a laptop CPU, ending in a table and a report page",
     "warmup": "LoRA warm-up (and, with a selection as data, the final fine-tune)",
+    "factors": "Kronecker factors of the loss's curvature, for `--preconditioner kfac`",
     "gradients": "per-sample gradients of a data file -> a gradient store; resumes by itself",
     "influence": "gradient stores -> a score store [rows, tasks]",
     "score": "model and data -> a score store directly: exact, no projection, no gradient store",
@@ -32,7 +33,7 @@ COMMANDS = {
     "inspect": "a few samples as the model sees them: learned tokens, images, length, failures by kind",
     "doctor": "versions, accelerator, attention kernel, disk, and a seconds-long self-test",
 }
-RESUMED = ("warmup", "gradients", "influence", "score")
+RESUMED = ("warmup", "factors", "gradients", "influence", "score")
 """Commands that a signal stops so that the same line goes on."""
 USER_ERROR, USAGE_ERROR = 1, 2
 SHORTAGES = ("can't start new thread", "Cannot allocate memory", "not enough memory", "unable to mmap")

@@ -35,7 +35,8 @@ FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 
 def gradients(options: GradientsOptions) -> int:
     """Computes a store of projected per-sample gradients; the same line, run again, resumes."""
-    preconditioner = chosen(options.preconditioner, options.task)
+    preconditioner = chosen(options.preconditioner, options.task, options.factors is not None)
+    check_curvature(preconditioner, options.factors, options.damping)
     source = ModelSource.resolve(options, options.optimizer_state, options)
     if source.warning:
         warn(source.warning)
@@ -50,7 +51,7 @@ def gradients(options: GradientsOptions) -> int:
         "--data": options.data, "--checkpoint": options.checkpoint, "--model": options.model,
         "--vision-tower": options.vision_tower,
         "--mm-projector": options.mm_projector, "--adapter": options.adapter,
-        "--optimizer-state": options.optimizer_state,
+        "--optimizer-state": options.optimizer_state, "--factors": options.factors,
     }  # fmt: skip
     for place in outs:
         check_output(
@@ -94,7 +95,8 @@ def gradients(options: GradientsOptions) -> int:
         return 0
     network = source.load(options.target, differentiates, dtype=options.model_dtype, **options.loading)
     several = [PROJECTORS[options.projector](size, seed=options.seed) for size in dims]
-    state = source.preconditioner(preconditioner, network) if differentiates else None
+    curvature = options.factors, options.damping
+    state = source.preconditioner(preconditioner, network, *curvature) if differentiates else None
     if isinstance(state, AdamPreconditioner):
         state.compiled = options.compile
     extractor = collector(
@@ -145,20 +147,38 @@ def replaces(overwrite: bool, shard: str | None) -> bool:
     return overwrite
 
 
-def chosen(preconditioner: Preconditioning | None, task: bool) -> Preconditioning:
-    """The preconditioner: Adam's for training rows, none for a task's.
+def chosen(preconditioner: Preconditioning | None, task: bool, factors: bool = False) -> Preconditioning:
+    """The preconditioner: Adam's for training rows, the factors' if there are some, none for a task's.
 
     Raises:
         ValueError: a task's rows, and a preconditioner asked for.
 
-    >>> chosen(None, task=True), chosen(None, task=False)
-    ('none', 'adam')
+    >>> chosen(None, task=True), chosen(None, task=False), chosen(None, task=False, factors=True)
+    ('none', 'adam', 'kfac')
     """
     if task and preconditioner not in (None, "none"):
         raise ValueError(
             f"--task: a task's rows are plain gradients; got --preconditioner {preconditioner}: leave one of them out"
         )
-    return preconditioner or ("none" if task else "adam")
+    return preconditioner or ("none" if task else "kfac" if factors else "adam")
+
+
+def check_curvature(preconditioner: Preconditioning, factors: object, damping: float | None) -> None:
+    """
+    Raises:
+        ValueError: `--preconditioner kfac` without factors; what belongs to it given to another one; or the damping is
+            not above 0.
+    """
+    if preconditioner == "kfac" and not factors:
+        raise ValueError(
+            "--preconditioner kfac needs Kronecker factors: got no --factors; make them with `icons factors` and the "
+            "same checkpoint"
+        )
+    given = {"--factors": factors, "--damping": damping}
+    for option in [name for name, value in given.items() if value is not None and preconditioner != "kfac"]:
+        raise ValueError(f"{option}: belongs to --preconditioner kfac; got {preconditioner}: leave one of them out")
+    if damping is not None and not damping > 0:
+        raise ValueError(f"--damping {damping:g}: expected a number above 0")
 
 
 def dimensions(dim: int | Sequence[int]) -> list[int]:

@@ -9,9 +9,11 @@ from torch import nn
 from icons.choices import Preconditioning, Target
 from icons.cli.options.groups import CheckpointOptions, PreprocessingOptions
 from icons.datamodules.preprocessing import Preprocessing
+from icons.kronecker import KroneckerPreconditioner
 from icons.models.adam_state import load_adam_state
 from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
+from icons.models.saved_factors import load_factors
 from icons.models.warmup_folder import open_warmup
 from icons.modules.warmup import hardly_moved
 from icons.preconditioner import Preconditioner, Sign
@@ -106,12 +108,25 @@ class ModelSource:
             )
         return model
 
-    def preconditioner(self, form: Preconditioning, model: nn.Module) -> Preconditioner | None:
-        """Adam's state for the forms that need one.
+    def preconditioner(
+        self, form: Preconditioning, model: nn.Module, factors: Path | None = None, damping: float | None = None
+    ) -> Preconditioner | None:
+        """Adam's state, or Kronecker factors, for the forms that need them.
+
+        Args:
+            form: of the preconditioner.
+            model: that is differentiated.
+            factors: the file of `kfac`, which must be given for it.
+            damping: of `kfac`; None: its default.
 
         Raises:
-            ValueError: `adam` or `diagonal` is asked for and there is no optimizer state.
+            ValueError: `adam` or `diagonal` is asked for and there is no optimizer state, or the factors are none of
+                this model's.
         """
+        if form == "kfac":
+            assert factors is not None
+            found = load_factors(factors, model)
+            return KroneckerPreconditioner(found) if damping is None else KroneckerPreconditioner(found, damping)
         if form == "none":
             return None
         if form == "sign":

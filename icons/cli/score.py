@@ -13,7 +13,7 @@ from icons.agreement import SUMMED_SCORES, check_compatible
 from icons.batch import Status
 from icons.cli.console import console, warn
 from icons.cli.gradients import TRAINER as TRAINER
-from icons.cli.gradients import predict_flags, replaces, shared, summary
+from icons.cli.gradients import check_curvature, predict_flags, replaces, shared, summary
 from icons.cli.model_source import ModelSource
 from icons.cli.options.groups import CheckpointOptions
 from icons.cli.options.score import ScoreOptions
@@ -40,6 +40,12 @@ def score(options: ScoreOptions) -> int:
     states: list[Path | None] = (
         [*options.optimizer_state] if options.optimizer_state else [None] * len(options.checkpoint)
     )
+    check_curvature(options.preconditioner, options.factors, options.damping)
+    factors: list[Path | None] = [*options.factors] if options.factors else [None] * len(options.checkpoint)
+    if len(factors) != len(options.checkpoint):
+        raise ValueError(
+            f"--factors: got {len(factors)} files for {len(options.checkpoint)} checkpoints; expected one for each"
+        )
     if len(parts) != len(options.checkpoint) or len(states) != len(options.checkpoint):
         raise ValueError(
             f"--checkpoint: got {len(options.checkpoint)}, with {len(parts)} --weights and {len(states)} "
@@ -57,7 +63,7 @@ def score(options: ScoreOptions) -> int:
     single = len(options.checkpoint) == 1
     inputs: dict[str, Any] = {
         "--data": options.data, "--checkpoint": options.checkpoint, "--optimizer-state": options.optimizer_state,
-        "--reuse": options.reuse,
+        "--reuse": options.reuse, "--factors": options.factors,
         "--task": [file for file, _ in files.values()],
     }  # fmt: skip
     common: dict[str, Any] = {"kind": "folder", "overwrite": replaces(options.overwrite, options.shard)}
@@ -118,7 +124,7 @@ def score(options: ScoreOptions) -> int:
         scorer = InfluenceScorer(
             model,
             tasks,
-            source.preconditioner(options.preconditioner, model),
+            source.preconditioner(options.preconditioner, model, factors[place], options.damping),
             unit=options.normalize == "exact",
             projector=None
             if options.keep_gradients is None

@@ -48,6 +48,7 @@ MODEL = "--model vicuna-tiny --vision-tower clip --mm-projector mm_projector.bin
 LINES = {
     "warmup": f"warmup {MODEL} --data data.json --images .",
     "gradients": f"gradients {MODEL} --adapter llava-tiny-lora --data data.json --images . --preconditioner none",
+    "factors": f"factors {MODEL} --adapter llava-tiny-lora --data data.json --images .",
     "influence": "influence --train train.zarr --task gqa=gqa.zarr",
     "score": "score --checkpoint llava-tiny-lora --data data.json --images . --task gqa=data.json",
     "validate": f"validate {MODEL} --data train.jsonl --scores v=scores.zarr --task a=data.json",
@@ -57,7 +58,7 @@ LINES = {
     "export": f"export {MODEL} --adapter llava-tiny-lora",
     "demo": "demo",
 }
-FILES = ("select", "compare", "report")
+FILES = ("factors", "select", "compare", "report")
 # what each would do to the user: an input of its own, and something else
 PLACES = [
     *((name, "notes") for name in LINES if name not in FILES),
@@ -67,6 +68,8 @@ PLACES = [
     *((name, "vicuna-tiny/inside") for name in ("warmup", "gradients", "validate", "export")),
     *((name, ".") for name in LINES if name not in FILES),
     *((name, "train.jsonl") for name in FILES),
+    ("factors", "data.json"),
+    ("factors", "llava-tiny-lora/factors.safetensors"),
     ("select", "notes.csv"),
     ("compare", "chosen.jsonl"),
     ("compare", "chosen.jsonl.manifest.json"),

@@ -55,7 +55,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data.json"
 
 
-@pytest.mark.parametrize("command", ["warmup", "gradients", "influence", "score"])
+@pytest.mark.parametrize("command", ["warmup", "factors", "gradients", "influence", "score"])
 def test_a_signal_before_there_is_anything_to_save_is_status_75(command: str) -> None:
     process = start(command, "--model", "nowhere", "--out", "unused")
     said = terminate_when(process, lambda: takes_signals(process))

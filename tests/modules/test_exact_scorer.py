@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from icons.batch import Status
+from icons.choices import Preconditioning
 from icons.cli import command_line as cli
 from icons.cli.model_source import ModelSource
 from icons.cli.options.groups import CheckpointOptions
@@ -21,6 +22,7 @@ from icons.modules.task_vectorizer import TaskVector, TaskVectorizer
 from icons.store import GradientStore, ScoreStore
 
 DATA = Path(__file__).parents[1] / "data" / "original_llava"
+CPU = ["--trainer.accelerator", "cpu"]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -43,27 +45,29 @@ def warmup(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def score(warmup: Path, out: Path, *more: object) -> int:
     words = ["--checkpoint", warmup, "--data", DATA / "data.json", "--images", DATA, "--chunk-rows", 2, "--out", out]
-    return cli.main(["score", *map(str, [*words, "--trainer.accelerator", "cpu", *more])])
+    return cli.main(["score", *map(str, [*words, *CPU, *more])])
 
 
 def both_tasks() -> list[str]:
     return ["--task", f"a={DATA / 'data.json'}:{DATA}", "--task", f"b={DATA / 'data.json'}:{DATA}"]
 
 
-def gradients(warmup: Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Plain and Adam-preconditioned gradients of the three rows, whole, and the parameters' names in order."""
+def gradients(
+    warmup: Path, form: Preconditioning = "adam", factors: Path | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Plain and preconditioned gradients of the three rows, whole, and the parameters' names in order."""
     source = ModelSource.resolve(CheckpointOptions(checkpoint=warmup))
     model = source.load(target="lora", dtype="float32", attention="sdpa", quantize=None)
     dataset = ConversationDataModule(
         DATA / "data.json", DATA, model_folder=source.folder, preprocessing=source.preprocessing
     ).dataset
     plain = per_sample_gradients(model, dataset.collate([dataset[row] for row in range(3)]))
-    adam = source.preconditioner("adam", model)
-    assert adam is not None
+    preconditioner = source.preconditioner(form, model, factors)
+    assert preconditioner is not None
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     blocks = plain.split([value.numel() for value in named.values()], dim=1)
     shaped = zip(named.items(), blocks, strict=True)
-    steps = [adam.apply(n, b.reshape(-1, *v.shape).clone()).flatten(1) for (n, v), b in shaped]
+    steps = [preconditioner.apply(n, b.reshape(-1, *v.shape).clone()).flatten(1) for (n, v), b in shaped]
     return plain, torch.cat(steps, dim=1), list(named)
 
 
@@ -78,6 +82,16 @@ def test_scores_are_mean_cosines_of_whole_gradients(warmup: Path, tmp_path: Path
     assert np.all(store.stderr[:] == 0)
     assert np.all(store.status[:] == 1)
     np.testing.assert_allclose(store.arrays["norm"][:], step.norm(dim=1), rtol=1e-4)
+
+
+def test_scores_are_products_with_gradients_divided_by_a_curvature(warmup: Path, tmp_path: Path) -> None:
+    file, words = tmp_path / "factors.safetensors", ["--data", DATA / "data.json", "--images", DATA]
+    assert cli.main(["factors", "--checkpoint", *map(str, [warmup, *words, "--out", file]), *CPU]) == 0
+    kfac = ["--preconditioner", "kfac", "--factors", file, "--normalize", "none"]
+    assert score(warmup, tmp_path / "scores.zarr", *both_tasks(), *kfac) == 0
+    plain, step, _ = gradients(warmup, "kfac", file)
+    expected = step.double() @ plain.double().mean(dim=0)
+    np.testing.assert_allclose(ScoreStore.open(tmp_path / "scores.zarr").influence[:][:, 0], expected, rtol=1e-3)
 
 
 def test_task_vectors_are_kept_and_a_second_store_uses_them(warmup: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from icons.cli.estimate.run_estimate import RunEstimate
 from icons.cli.estimate.speed import device_speed
 from icons.cli.estimate.workload import BYTES, ModelSize, Workload, weights
 from icons.cli.options.gradients import GradientsOptions
+from icons.kronecker import KroneckerFactors
 from icons.models.folder import ModelFolder
 from icons.models.loading import empty_model
 from icons.models.lora import LoraSettings
@@ -98,19 +99,22 @@ def estimate_gradients(
     store_dtype: str,
     moments: bool,
     signs: int = 0,
+    factors: int = 0,
     differentiates: bool = True,
     settings: dict[str, Any],
 ) -> RunEstimate:
     """What `icons gradients` would do with a file of `num_rows` rows.
 
-    Ranks own whole units of `chunk_rows` rows. In place of an optimizer there are Adam's moments (`moments`) and the
-    signs of `signs` count sketches. What is not differentiated (representations, losses) takes a forward pass alone.
+    Ranks own whole units of `chunk_rows` rows. In place of an optimizer there are Adam's moments (`moments`), the signs
+    of `signs` count sketches, and `factors` bytes of Kronecker factors. What is not differentiated (representations,
+    losses) takes a forward pass alone.
     """
     units, size = math.ceil(num_rows / chunk_rows), ModelSize.of(plan.model)
     per_rank = [min(chunk_rows * count, num_rows) for count in split(math.ceil(units / shards), ranks)]
     kind: Kind = "per-sample" if differentiates else "forward"
     memory = weights(size, plan.load)
     memory |= {"moments": 8 * size.trainable} if moments else {}
+    memory |= {"Kronecker factors": factors} if factors else {}
     memory |= {"signs of the projection": 4 * signs * size.trainable} if signs else {}
     speed, said = device_speed(plan.load.dtype)
     scale = 0 if store_dtype == "float32" else 4
@@ -175,6 +179,7 @@ def estimate_gradients_run(
         dim=sum(dims),
         store_dtype=options.dtype,
         moments=differentiates and preconditioner in ("adam", "diagonal"),
+        factors=KroneckerFactors.load(options.factors).num_bytes if options.factors and differentiates else 0,
         signs=len(dims) if differentiates and options.projector == "count_sketch" else 0,
         differentiates=differentiates,
         settings=settings,

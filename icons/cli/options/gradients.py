@@ -53,8 +53,13 @@ class GradientsOptions(
     task: bool = False
     """the rows are a task's validation rows: plain gradients, --preconditioner none"""
     preconditioner: Preconditioning | None = field(default=None, metadata=PROJECTION)
-    """adam (training data) or none (tasks); diagonal is Adam's without its first moment; default: adam, and none with
-    --task. In the original, --gradient_type: adam / sgd / sign are adam / none / sign here"""
+    """adam (training data) or none (tasks); diagonal is Adam's without its first moment; kfac divides by a curvature
+    (--factors); default: adam, kfac with --factors, and none with --task. In the original, --gradient_type: adam / sgd
+    / sign are adam / none / sign here"""
+    factors: Path | None = field(default=None, metadata=PROJECTION)
+    """the Kronecker factors of --preconditioner kfac, from `icons factors`"""
+    damping: float | None = field(default=None, metadata=PROJECTION)
+    """of --preconditioner kfac: added to each factor, as a share of its mean eigenvalue; default: 0.01"""
     max_tokens: int | None = field(default=MAX_TOKENS, metadata=SPEED)
     """most tokens per batch, padding included; null: no limit. With the default a 7B model in bfloat16 fits an 80
     GB GPU, and with --gradient-checkpointing one of 48 GB"""

@@ -1,0 +1,86 @@
+"""`icons factors`: the Kronecker factors that `--preconditioner kfac` divides by, in one pass over some rows."""
+
+from pathlib import Path
+
+from lightning import Trainer
+
+from icons.cli.console import console, warn
+from icons.cli.gradients import TRAINER as TRAINER
+from icons.cli.gradients import predict_flags, shared
+from icons.cli.model_source import ModelSource
+from icons.cli.options.factors import FactorsOptions
+from icons.datamodules.datamodule import ConversationDataModule
+from icons.kronecker import KroneckerFactors, is_factors
+from icons.modules.factor_pass import FactorPass, FactorSettings, FactorWriter, is_done
+from icons.modules.fit import quiet
+from icons.output import check_output
+
+
+def factors(options: FactorsOptions) -> int:
+    """Makes a file of Kronecker factors; the same line, run again, goes on."""
+    source = ModelSource.resolve(options, preparing=options)
+    source.check_differentiable(options.target, "none", options.trust_remote_code)
+    if source.warning:
+        warn(source.warning)
+    check_output(
+        options.out,
+        kind="file",
+        inputs={
+            "--data": options.data, "--checkpoint": options.checkpoint, "--model": options.model,
+            "--vision-tower": options.vision_tower, "--mm-projector": options.mm_projector,
+            "--adapter": options.adapter,
+        },
+        searched={"--images": options.images},
+        ours=is_factors,
+        overwrite=options.overwrite,
+    )  # fmt: skip
+    flags = predict_flags(options.trainer)
+    datamodule = ConversationDataModule(
+        options.data,
+        options.images,
+        model_folder=source.folder,
+        preprocessing=source.preprocessing,
+        batch_size=options.batch_size,
+        max_tokens=options.max_tokens,
+        num_workers=options.num_workers,
+        trust_remote_code=options.trust_remote_code,
+        **options.reading,
+    )
+    console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
+    network = source.load(target=options.target, dtype=options.model_dtype, **options.loading)
+    module = FactorPass(network, FactorSettings(options.rows, options.labels, options.width, options.seed))
+    given = {"target": options.target}
+    if not is_done(options.out, {**datamodule.describe(), **module.describe(), **given}, options.overwrite):
+        with quiet():
+            runner = Trainer(**flags)
+            runner.callbacks.append(FactorWriter(options.out, given))  # type: ignore[attr-defined]
+            runner.predict(module, datamodule=datamodule, return_predictions=False)
+        if not runner.is_global_zero:
+            return shared(runner, 0)
+        return shared(runner, told(options.out))
+    return told(options.out)
+
+
+def told(file: Path) -> int:
+    """Prints what a file of factors holds; exit status 0."""
+    found = KroneckerFactors.load(file)
+    sides = [value for side in (found.left, found.right) for value in side.values()]
+    whole = sum(value.ndim == 2 for value in sides)
+    said = f"{file}: factors {found.fingerprint} of {len(found.left):,} layers from {found.rows:,} rows"
+    console.print(
+        f"{said}; {whole:,} covariances whole, {len(sides) - whole:,} diagonal, {found.num_bytes / 1e6:,.1f} MB",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if left_out := found.manifest.get("left_out"):
+        warn(f"{left_out:,} rows were left out: they cannot be read, or have no finite gradient")
+    if rest := found.unfactored:
+        warn(
+            f"{len(rest):,} trainable parameters ({rest[0]}, ...) are no plain linear layer's weight and have no "
+            "factors: they are divided by their mean squared gradient alone"
+        )
+    if silent := found.silent:
+        warn(
+            f"{len(silent):,} trainable parameters ({silent[0]}, ...) had no gradient in these rows; rows in which "
+            "they have one will fail as not finite: take more --rows if there are such"
+        )
+    return 0
