@@ -184,7 +184,7 @@ def test_what_does_not_fit_is_one_line(warmup: Path, tmp_path: Path, capsys: pyt
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--weights", 1.0, "--weights", 2.0) == 1
     assert "got 1, with 2 --weights" in capsys.readouterr().err
     assert score(warmup, tmp_path / "a.zarr", "--task", "a=nowhere.json") == 1
-    assert "--task: no file nowhere.json" in capsys.readouterr().err
+    assert "--task a: no file nowhere.json" in capsys.readouterr().err
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--trainer.inference_mode", "true") == 1
     assert "--trainer.inference_mode: expected False" in capsys.readouterr().err
     assert score(warmup, tmp_path / "a.zarr", *both_tasks()) == 0
