@@ -53,7 +53,9 @@ class RepresentationCollector(SampleModule):
 
 
 class LossCollector(SampleModule):
-    """The loss alone, as the only number of a row: `[B, 1]`."""
+    """The loss alone: `[B, 1]`, since a store's rows are vectors. Nothing takes such rows for gradients: their manifest
+    says `collect: loss`, and scores of them are refused.
+    """
 
     def compute(self, batch: Batch) -> Fields:
         """`gradient [B, 1]` is the loss; no backward pass."""

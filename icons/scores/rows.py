@@ -75,9 +75,18 @@ class Block(NamedTuple):
 
 
 def as_rows(source: Source) -> StoredRows:
-    """A store as it is, an array in the shape of one."""
+    """A store as it is, an array in the shape of one.
+
+    Raises:
+        ValueError: the store's rows are losses, which have no direction.
+    """
     if isinstance(source, np.ndarray | Tensor):
         return ArrayRows(source)
+    if source.manifest.get("collect") == "loss":
+        raise ValueError(
+            f"store {getattr(source, 'path', source)}: holds losses alone (--collect loss), whose cosines say nothing; "
+            "expected gradients or representations"
+        )
     return source
 
 

@@ -205,7 +205,7 @@ class GradientStore(RowStore):
 
     def __repr__(self) -> str:
         counts = self.counts()
-        facts = self.facts
+        facts, collected = self.facts, self.manifest.get("collect")
         kind, dim, seed = (
             "?" if value is None else value
             for value in (facts.projector.kind, facts.projector.dim, facts.projector.seed)
@@ -214,7 +214,7 @@ class GradientStore(RowStore):
             f"GradientStore({self.path!r})",
             f"  rows       {self.num_rows:,} x {self.dim:,} {self.dtype} ({self.num_bytes() / 1e9:.2f} GB)",
             f"  done       {counts['done']:,}   failed {counts['failed']:,}   missing {counts['missing']:,}",
-            f"  projector  {kind} (dim {dim}, seed {seed})",
+            f"  projector  {kind} (dim {dim}, seed {seed})" if collected is None else f"  rows hold  {collected}",
             f"  model      {facts.model.fingerprint}   adapter {facts.adapter.fingerprint}",
         ]
         return "\n".join(lines)

@@ -307,6 +307,18 @@ def test_what_each_kind_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert np.array_equal(~with_image, same)
 
 
+def test_losses_are_called_losses_and_never_compared_as_gradients(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("train", "qa"):
+        assert run(DATA / "data.json", tmp_path / f"{name}.zarr", "--collect", "loss") == 0
+    assert "rows hold  loss" in capsys.readouterr().out
+    words = ["--train", tmp_path / "train.zarr", "--task", f"qa={tmp_path / 'qa.zarr'}", "--out", tmp_path / "s.zarr"]
+    assert cli.main(["influence", *map(str, words)]) == 1
+    assert "train.zarr: holds losses alone (--collect loss), whose cosines say nothing" in capsys.readouterr().err
+    assert not (tmp_path / "s.zarr").exists()
+
+
 @pytest.mark.parametrize("other", KINDS[1:])
 def test_a_store_of_another_kind_is_not_touched(other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(DATA / "data.json", tmp_path / "a.zarr") == 0
