@@ -6,13 +6,13 @@ Reads the study's folder (study_selection.py) after its fine-tunes; nothing is t
 """
 
 import argparse
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from study_table import write_table
 
 from icons.consensus.composition import composition
 from icons.consensus.health import Health
@@ -30,13 +30,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     found = [row for folder in sorted(given.out.glob("*/*/results")) for row in measured(folder.parent)]
-    names = list(dict.fromkeys(name for row in found for name in row))
-    partial = given.table.with_suffix(".partial")
-    with partial.open("w", newline="") as opened:
-        writer = csv.DictWriter(opened, names, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(found)
-    partial.replace(given.table)
+    if not found:
+        parser.error(
+            f"--out {given.out}: has no results; expected the folder of study_selection.py, after its fine-tunes"
+        )
+    write_table(given.table, found)
 
 
 def measured(folder: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ A fine-tune is `icons warmup`'s own, made cheaper (see study_training.py).
 """
 
 import argparse
-import csv
 import json
 import shutil
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from digits_vqa import make_digits_data
+from study_table import write_table
 from study_training import TRAINER, fine_tune
 
 import icons
@@ -86,7 +86,7 @@ def main() -> None:
             if not given.wait:
                 break
             time.sleep(10)
-        write_table(file, study)
+        write_results(file, study)
 
 
 def read_plan(text: str) -> Iterator[Job]:
@@ -230,20 +230,14 @@ def selection(folder: Path, job: Job) -> np.ndarray | None:
     return rows
 
 
-def write_table(file: Path, study: Study) -> None:
+def write_results(file: Path, study: Study) -> None:
     """Every result below the study's folder as a row of a CSV file."""
     found = []
     for result in sorted(study.out.glob("*/*/results/*.json")):
         content = json.loads(result.read_text())
         found.append(described(content, composition(result.parent.parent / "pool.json")))
     if found:
-        names = list(dict.fromkeys(name for row in found for name in row))
-        partial = file.with_suffix(".partial")
-        with partial.open("w", newline="") as opened:
-            writer = csv.DictWriter(opened, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(found)
-        partial.replace(file)
+        write_table(file, found)
 
 
 @lru_cache(maxsize=64)

@@ -14,7 +14,6 @@ from icons.cli.console import bars, console, warn
 from icons.cli.estimate import estimate_gradients_run
 from icons.cli.model_source import ModelSource
 from icons.cli.options.gradients import GradientsOptions
-from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.collector import DIFFERENTIATED, collector
 from icons.modules.fit import quiet
 from icons.modules.gradient_writer import GradientWriter, GradientWriting
@@ -63,17 +62,7 @@ def gradients(options: GradientsOptions) -> int:
             overwrite=replaces(options.overwrite, options.shard),
         )
     flags = predict_flags(options.trainer)
-    datamodule = ConversationDataModule(
-        options.data,
-        options.images,
-        model_folder=source.folder,
-        preprocessing=source.preprocessing,
-        batch_size=options.batch_size,
-        max_tokens=options.max_tokens,
-        num_workers=options.num_workers,
-        trust_remote_code=options.trust_remote_code,
-        **options.reading,
-    )
+    datamodule = source.datamodule(options, options.data, options.images)
     console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
     if options.dry_run:
         plan = estimate_gradients_run(

@@ -13,7 +13,6 @@ from icons.batch import IGNORE_INDEX, Status
 from icons.cli.console import console
 from icons.cli.model_source import ModelSource
 from icons.cli.options.inspect import InspectOptions
-from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.dataset import ConversationDataset
 from icons.terminal import counted
 
@@ -28,14 +27,7 @@ def inspect(options: InspectOptions) -> int:
         if value < 1:
             raise ValueError(f"{name} {value}: expected 1 or more")
     source = ModelSource.resolve(options, preparing=options)
-    dataset = ConversationDataModule(
-        options.data,
-        options.images,
-        model_folder=source.folder,
-        preprocessing=source.preprocessing,
-        trust_remote_code=options.trust_remote_code,
-        **options.reading,
-    ).dataset
+    dataset = source.datamodule(options, options.data, options.images).dataset
     for row in options.row or []:
         if not 0 <= row < len(dataset):
             raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 
 from icons.choices import Preconditioning, Target
-from icons.cli.options.groups import CheckpointOptions, PreprocessingOptions
+from icons.cli.options.groups import CheckpointOptions, DataOptions, PreprocessingOptions
+from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.preprocessing import Preprocessing
 from icons.kronecker import KroneckerPreconditioner
 from icons.models.adam_state import load_adam_state
@@ -72,6 +73,15 @@ class ModelSource:
                 )
         warning = hardly_moved(warmup.facts.losses.before, warmup.facts.losses.after)
         return cls(warmup.model_folder, warmup.adapter, trained, optimizer_state or checkpoint, warning)
+
+    def datamodule(self, options: DataOptions, data: Path, images: Path | None, **other: Any) -> ConversationDataModule:
+        """Batches of a data file for this model, prepared as it was trained; read and batched as the options say,
+        `other` in their place."""
+        names = {"batch_size", "max_tokens", "num_workers", "trust_remote_code"} & {one.name for one in fields(options)}
+        settings = {name: getattr(options, name) for name in names} | options.reading | other
+        return ConversationDataModule(
+            data, images, model_folder=self.folder, preprocessing=self.preprocessing, **settings
+        )
 
     def check_differentiable(self, target: Target, form: Preconditioning, trust_remote_code: bool) -> None:
         """What can be known before weights are read: that there is something to differentiate, and Adam's moments.

@@ -18,7 +18,6 @@ from icons.cli.model_source import ModelSource
 from icons.cli.options.groups import CheckpointOptions
 from icons.cli.options.score import ScoreOptions
 from icons.cli.pairs import files_of, parse
-from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.records import open_records
 from icons.modules.exact_scorer import InfluenceScorer, ScoredTasks, columns_of
 from icons.modules.fit import quiet
@@ -87,17 +86,7 @@ def score(options: ScoreOptions) -> int:
         if source.warning:
             warn(source.warning)
         model = source.load(options.target, dtype=options.model_dtype, **options.loading)
-        preparing: dict[str, Any] = {
-            "model_folder": source.folder,
-            "preprocessing": source.preprocessing,
-            "batch_size": options.batch_size,
-            "max_tokens": options.max_tokens,
-            "num_workers": options.num_workers,
-            "trust_remote_code": options.trust_remote_code,
-            **options.reading,
-        }
-        detected = preparing | {"dialect": "auto"}
-        modules = {name: ConversationDataModule(*places, **detected) for name, places in files.items()}
+        modules = {name: source.datamodule(options, *paths, dialect="auto") for name, paths in files.items()}
         manifests = describe_vectors(model, modules, options.normalize == "exact")
         columns, former = columns_of(files, groups), None
         if options.reuse is not None:
@@ -130,7 +119,7 @@ def score(options: ScoreOptions) -> int:
             if options.keep_gradients is None
             else PROJECTORS[options.projector](options.dim, seed=options.seed),
         )
-        datamodule = ConversationDataModule(options.data, options.images, **preparing)
+        datamodule = source.datamodule(options, options.data, options.images)
         console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
         writing: dict[str, Any] = {
             "chunk_rows": options.chunk_rows,
