@@ -183,7 +183,7 @@ class AdamPreconditioner:
         if self.compiled and sign is not None:
             return fused_step(gradient, sign, first, second, scale1, scale2, self.eps)
         denominator = torch.addcmul(second, gradient, gradient, value=scale2).sqrt_().add_(self.eps)
-        numerator = gradient.add_(first) if sign is None else gradient.mul_(sign).add_(first)
+        numerator = gradient.add_(first) if sign is None else torch.addcmul(first, gradient, sign, out=gradient)
         return numerator.mul_(scale1).div_(denominator)
 
     def describe(self) -> dict[str, Any]:
