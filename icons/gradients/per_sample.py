@@ -28,9 +28,9 @@ from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import paths_of
 from icons.gradients.repeatable import repeatable
-from icons.gradients.sums import inner_products, squared_norm
-from icons.preconditioner import Preconditioner
-from icons.projection import Identity, Projector
+from icons.gradients.sums import inner_products, samples_at_a_time, squared_norm
+from icons.preconditioner import AdamPreconditioner, Preconditioner, Sign
+from icons.projection import CountSketch, Identity, Projector
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,9 @@ def projected_gradients(
     """
     size, device = len(batch["labels"]), device_of(model)
     total = square = torch.zeros(0)
+    # a dense matrix is made anew for each call; and a matrix product of one sample could have other last bits
+    by_entry = isinstance(projector, CountSketch) and isinstance(preconditioner, AdamPreconditioner | Sign | None)
+    by_entry = by_entry and not getattr(preconditioner, "compiled", False)
 
     def begin() -> Receiver:
         nonlocal total, square
@@ -106,12 +109,14 @@ def projected_gradients(
         def receive(name: str, block: Tensor) -> None:
             block = block.float()
             sign = projector.sign(name, block.shape[1:], block.device)
-            if preconditioner is not None:
-                block = preconditioner.apply(name, block, sign)
-            elif sign is not None:
-                block = block.mul_(sign)
-            square.add_(squared_norm(block))
-            projector.add(total, name, block)
+            for rows in samples_at_a_time(block) if by_entry else [slice(None)]:
+                part = block[rows]
+                if preconditioner is not None:
+                    part = preconditioner.apply(name, part, sign)
+                elif sign is not None:
+                    part = part.mul_(sign)
+                square[rows].add_(squared_norm(part))
+                projector.add(total[rows], name, part)
 
         return receive
 

@@ -9,7 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 PART = 1 << 13  # entries that are added up one by one
-CACHED = 1 << 18  # squares that exist at once on a CPU: 1 MB
+CACHED = 1 << 18  # entries that are gone through several times on a CPU: 1 MB
+LARGE = 1 << 21  # entries of a block that is gone through in pieces: 8 MB
+
+
+def samples_at_a_time(block: Float[Tensor, "batch *shape"]) -> list[slice]:
+    """The samples of a block in pieces that a CPU's cache holds, where the block is larger than that; else all at once:
+    what goes over each entry several times then reads it from memory once."""
+    if block.device.type != "cpu" or block.numel() <= LARGE:
+        return [slice(0, len(block))]
+    rows = max(1, CACHED * len(block) // block.numel())
+    return [slice(begin, begin + rows) for begin in range(0, len(block), rows)]
 
 
 def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:

@@ -1,9 +1,15 @@
 """Long sums are right to float32's last digits, and the same in any batch."""
 
+from typing import Any
+
 import pytest
 import torch
+from small_models import llama, text_batch, trainable
 
-from icons.gradients.sums import PART, inner_products, squared_norm
+from icons.gradients import projected_gradients, sums
+from icons.gradients.sums import PART, inner_products, samples_at_a_time, squared_norm
+from icons.preconditioner import AdamPreconditioner, Sign
+from icons.projection import CountSketch
 
 
 @pytest.mark.parametrize("entries", [1, 7, 100, PART - 1, PART, 2 * PART + 5, 700_001])
@@ -35,3 +41,27 @@ def test_of_no_samples_and_of_a_number_without_dimensions() -> None:
     assert squared_norm(torch.zeros(0, 3, 4)).shape == (0,)
     assert squared_norm(torch.tensor([2.0, 3.0])).tolist() == [4.0, 9.0]
     assert inner_products(torch.zeros(0, 3), torch.zeros(2, 3)).shape == (0, 2)
+
+
+def test_large_blocks_are_gone_through_in_pieces_of_a_cache() -> None:
+    pieces = samples_at_a_time(torch.empty(5, 1 << 19))
+    assert pieces == [slice(row, row + 1) for row in range(5)]
+    assert samples_at_a_time(torch.empty(33, 1 << 16))[:2] == [slice(0, 4), slice(4, 8)]
+    assert samples_at_a_time(torch.empty(2, 3)) == [slice(0, 2)] and samples_at_a_time(torch.empty(0, 3)) == [
+        slice(0, 0)
+    ]
+
+
+@pytest.mark.parametrize("form", ["none", "adam", "diagonal", "sign"])
+def test_blocks_in_pieces_give_the_same_bits(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = trainable(llama(), "q_proj mlp norm"), text_batch((12, 5, 9, 7, 11))
+    generator = torch.Generator().manual_seed(3)
+    named = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    first, second = ({n: torch.rand(v.shape, generator=generator) for n, v in named.items()} for _ in range(2))
+    state = None if form == "none" else Sign() if form == "sign" else AdamPreconditioner(first, second, 10, form=form)
+    whole = projected_gradients(model, batch, CountSketch(97), state)
+    monkeypatch.setattr(sums, "LARGE", 0)
+    for cached in (1, 2500):  # one sample at a time; some
+        monkeypatch.setattr(sums, "CACHED", cached)
+        pieces = projected_gradients(model, batch, CountSketch(97), state)
+        assert torch.equal(pieces.gradient, whole.gradient) and torch.equal(pieces.norm, whole.norm)
