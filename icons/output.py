@@ -146,11 +146,11 @@ def read_object(file: Path) -> dict[str, object]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to, with its suffix; in `path`'s place when the block ends, gone when it fails.
 
-    Readers see the old file or the new one, never a part. Missing folders are made. A link stays: what it leads to is
-    replaced.
+    Readers see the old file or the new one, never a part, after a loss of power as well (unless not `durable`: for what
+    is many and can be made again). Missing folders are made. A link stays: what it leads to is replaced.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +164,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}{target.suffix[:16]}")
     try:
         yield partial
+        if durable:
+            flush_path(partial)
         partial.replace(target)
+        if durable:
+            flush_path(target.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -186,10 +190,12 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
     partial.mkdir()
     try:
         yield partial
+        flush_tree(partial)
         if target.is_dir() and any(target.iterdir()):
             move_into(partial, target, last, stale)
         else:
             partial.rename(target)
+        flush_path(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -197,7 +203,7 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
 def move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
     (target / last).unlink(missing_ok=True)
     for former in list(target.iterdir()):
-        if former.is_file() and stale(former.name):
+        if former.is_file() and former.name != MARK and stale(former.name):  # without it the folder is nobody's
             former.unlink()
     files = [path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()]
     for file in sorted(files, key=lambda file: file == Path(last)):
@@ -209,3 +215,18 @@ def put(path: Path, content: str | bytes) -> None:
     """Writes a file whole or not at all; text as UTF-8."""
     with whole_file(path) as partial:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+def flush_path(path: Path) -> None:
+    """Makes a file's content durable, or a folder's names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(path: Path) -> None:
+    """Makes a file durable, or a folder with all that is in it."""
+    for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        flush_path(part)

@@ -26,9 +26,9 @@ from icons.consensus.selection_file import (
     list_paths,
     manifest_path,
     save_lists,
-    save_manifest,
     write_table,
 )
+from icons.consensus.selection_output import SelectionOutput
 from icons.datamodules.dialects import dialect_named
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
@@ -95,8 +95,6 @@ def select(options: SelectOptions) -> int:
             "--max-tokens"
         )
     found = border(chosen, loaded.influence, loaded.stderr, store.facts.dim)
-    if options.table is not None:
-        write_table(options.table, columns(chosen, loaded, index))
     given = {
         "source_field": options.source_field,
         "max_tokens": options.max_tokens,
@@ -111,16 +109,21 @@ def select(options: SelectOptions) -> int:
     made_from = manifest(chosen, store, index, found, given)
     if health is not None:
         made_from["health"] = health.plain()
-    if options.format is None:
-        index.write_selection(chosen.rows.tolist(), options.out)
-        if options.out.is_dir():
-            mark(options.out, MADE_BY)
-    else:
-        root, card = options.images.absolute() if options.images else None, facts_of(made_from)
-        rows = chosen.rows.tolist()
-        write_training_data(index, rows, options.out, options.format, image_root=root, dialect=dialect, card=card)
-    save_lists(options.out, chosen.rows, ids_of(index, chosen.rows.tolist()))
-    save_manifest(options.out, chosen.rows, made_from, options.table)
+    beside = list_paths(options.out) | ({"table": options.table} if options.table is not None else {})
+    with SelectionOutput(options.out, beside) as new:
+        if options.table is not None:
+            write_table(new.partials["table"], columns(chosen, loaded, index))
+        if options.format is None:
+            index.write_selection(chosen.rows.tolist(), new.partials["data"])
+            if new.partials["data"].is_dir():
+                mark(new.partials["data"], MADE_BY)
+        else:
+            about: dict[str, Any] = {"dialect": dialect, "card": facts_of(made_from)}
+            about["image_root"] = options.images.absolute() if options.images else None
+            rows, place = chosen.rows.tolist(), new.partials["data"]
+            write_training_data(index, rows, place, options.format, named=options.out, **about)
+        save_lists(new.partials, chosen.rows, ids_of(index, chosen.rows.tolist()))
+        new.publish(chosen.rows, made_from)
     summary(chosen, store, options.out, found, num_near)
     if health is not None:
         show(health)

@@ -57,17 +57,37 @@ def manifest_path(selection: Path) -> Path:
     return selection if selection.name.endswith(_SUFFIX) else selection.with_name(selection.name + _SUFFIX)
 
 
-def save_manifest(
-    selection: Path, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any], table: Path | None = None
-) -> Path:
-    """Writes the manifest of a selection beside its data, which is there, and its table; where it is."""
+def note_path(selection: Path) -> Path:
+    """Where the note lies that a selection is being written, or was when it was killed (see `SelectionOutput`)."""
+    return selection.with_name(f".{selection.name}.unfinished")
+
+
+def noted(selection: Path) -> dict[str, list[str]]:
+    """What the note says of each file that runs which did not end were about to write: its digests."""
+    written = read_object(note_path(selection)).get("written")
+    return {name: list(several) for name, several in written.items()} if isinstance(written, dict) else {}
+
+
+def save_manifest(selection: Path, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any]) -> Path:
+    """Writes the manifest of a selection beside its data and lists, which are there; where it is."""
     path = manifest_path(selection)
-    files = {"data": selection, "table": table, **list_paths(selection)}
-    written = {name: _digest(file) for name, file in files.items() if file and file.is_file()}
-    made_by = {"versions": versions("icons-lightning", "numpy"), "written": written}
-    whole = {"format": _FORMAT, "kind": "selection", **manifest, **made_by, "rows": rows.tolist()}
-    put(path, json.dumps(whole, default=str) + "\n")
+    files = {"data": selection, **list_paths(selection)}
+    written = {name: digest(file) for name, file in files.items() if file.is_file()}
+    put(path, manifest_text(rows, manifest, written))
     return path
+
+
+def manifest_text(rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any], written: Mapping[str, str]) -> str:
+    """The content of a manifest.
+
+    Args:
+        rows: selected, ascending.
+        manifest: what they were selected from and with.
+        written: digests of the files beside it.
+    """
+    made_by = {"versions": versions("icons-lightning", "numpy"), "written": dict(written)}
+    whole = {"format": _FORMAT, "kind": "selection", **manifest, **made_by, "rows": rows.tolist()}
+    return json.dumps(whole, default=str) + "\n"
 
 
 def list_paths(selection: Path) -> dict[str, Path]:
@@ -75,9 +95,9 @@ def list_paths(selection: Path) -> dict[str, Path]:
     return {name: selection.with_name(f"{selection.name}.{name}") for name in ("rows.npy", "ids.txt")}
 
 
-def save_lists(selection: Path, rows: Int[np.ndarray, " selected"], ids: Sequence[str]) -> None:
-    """Writes the selected rows (int64) and the records' ids, one a line (empty for one without), in the same order."""
-    paths = list_paths(selection)
+def save_lists(paths: Mapping[str, Path], rows: Int[np.ndarray, " selected"], ids: Sequence[str]) -> None:
+    """Writes the selected rows (int64) and the records' ids, one a line (empty for one without), in the same order, to
+    the places that `list_paths` names."""
     with whole_file(paths["rows.npy"]) as partial:
         np.save(partial, np.asarray(rows, dtype=np.int64))
     put(paths["ids.txt"], "".join(" ".join(name.splitlines()) + "\n" for name in ids))
@@ -90,15 +110,16 @@ def is_manifest(path: Path) -> bool:
 
 def is_written_by(selection: Path, name: str, file: Path) -> bool:
     """Whether `file` is what the selection's manifest calls its `data`, `table`, `rows.npy` or `ids.txt`, with not a
-    byte changed since."""
+    byte changed since; or what a run that did not end was about to write there."""
     manifest = read_object(manifest_path(selection))
     written = manifest.get("written")
-    if manifest.get("kind") != "selection" or not isinstance(written, dict) or not file.is_file():
-        return False
-    return written.get(name) == _digest(file)
+    known = noted(selection).get(name, [])
+    if manifest.get("kind") == "selection" and isinstance(written, dict):
+        known.append(written.get(name, ""))
+    return bool(known) and file.is_file() and digest(file) in known
 
 
-def _digest(file: Path) -> str:
+def digest(file: Path) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -108,9 +129,15 @@ def open_selection(selection: Path) -> SavedSelection:
 
     Raises:
         FileNotFoundError: there is no manifest.
-        ValueError: the file is something else, or of a format that this version does not know.
+        ValueError: the file is something else, or of a format that this version does not know; or a run that was
+            writing the selection did not end.
     """
     path = manifest_path(selection)
+    if note_path(path.with_name(path.name.removesuffix(_SUFFIX))).exists():
+        raise ValueError(
+            f"selection {selection}: a run was about to replace it and did not end, so that its files may not belong "
+            "together; run that `icons select` line again"
+        )
     if not path.exists():
         raise FileNotFoundError(
             f"selection {selection}: has no {path.name} beside it; expected one made by `icons select`"

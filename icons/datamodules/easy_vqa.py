@@ -204,7 +204,7 @@ def wrong_answer(question: Question, draw: random.Random) -> str:
 
 def near_copy(source: Path, target: Path, draw: random.Random) -> None:
     """Saves the image moved by one pixel and slightly dimmed: nothing that changes an answer."""
-    with Image.open(source) as image, whole_file(target) as partial:
+    with Image.open(source) as image, whole_file(target, durable=False) as partial:
         moved = ImageChops.offset(image.convert("RGB"), draw.choice((-1, 1)), draw.choice((-1, 1)))
         ImageEnhance.Brightness(moved).enhance(draw.uniform(0.95, 0.99)).save(partial)
 

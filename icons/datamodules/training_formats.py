@@ -51,6 +51,7 @@ def write_training_data(
     out: Path,
     form: str,
     *,
+    named: Path | None = None,
     image_root: Path | None = None,
     dialect: Dialect | None = None,
     card: Mapping[str, str] | None = None,
@@ -62,6 +63,7 @@ def write_training_data(
         rows: positions in it; the order of the examples.
         out: the folder, whole or not there; what a former selection left in it is replaced.
         form: a key of `FORMATS`.
+        named: where it will lie in the end, if that is not `out`: images are named from there.
         image_root: what relative image names start from; None leaves them relative.
         dialect: how the records are written; None: as most of the first are.
         card: the data-set card's table, what was selected from what and how.
@@ -74,7 +76,7 @@ def write_training_data(
     with whole_folder(out, last=_CARD, stale=lambda _: True) as partial:
         images = partial / "images"
         images.mkdir()
-        own = Images(images, out.absolute() / "images", image_root)
+        own = Images(images, (named or out).absolute() / "images", image_root)
         FORMATS[form].write(examples(records, rows, own, FORMATS[form], dialect), partial)
         if not any(images.iterdir()):
             images.rmdir()

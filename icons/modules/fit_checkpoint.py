@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from icons.interruption import RESUME, Interruption
 from icons.modules.ranks import launched_by, leave, own_signals, release
-from icons.store.folder import flush_path
+from icons.output import flush_path, flush_tree
 
 LAST, BEFORE, NEW = "last.ckpt", "before.ckpt", "new.ckpt"
 
@@ -148,12 +148,6 @@ def checkpoint_of(folder: Path, say: Callable[[str], None], check: Callable[[Pat
     if errors:
         raise errors[0]
     return None
-
-
-def flush_tree(path: Path) -> None:
-    """Makes a file durable, or a folder with all that is in it."""
-    for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        flush_path(part)
 
 
 def remove(checkpoint: Path) -> None:

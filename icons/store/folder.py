@@ -23,6 +23,7 @@ import numpy as np
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
+from icons.output import flush_path
 from icons.store.chunk import check_unwritten
 
 PARTIAL = ".partial"
@@ -225,14 +226,6 @@ def nothing() -> None:
 def flush_each(paths: Iterable[Path]) -> None:
     for path in paths:
         flush_path(path)
-
-
-def flush_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_file(

@@ -1,7 +1,8 @@
 """Kills commands at random moments, and says how often the same line then made the undisturbed result.
 
-`python tests/store/command_kills.py FOLDER select --kills 100`. A command runs in a child forked from a process that has
-imported everything and started nothing. In each round it is killed one to four times on one output, and then left alone.
+`python tests/store/command_kills.py FOLDER select --kills 100`. A command runs in a child forked from a process that
+has imported everything and started nothing. In each round it is killed one to four times on one output, and then left
+alone.
 """
 
 import argparse
@@ -51,7 +52,9 @@ def prepare(folder: Path) -> None:
     random_numbers = np.random.default_rng(0)
     for name, rows in (("train", SCORED_ROWS), ("gqa", 12)):
         manifest = {"data": {"fingerprint": name}, "projector": {"kind": "count_sketch", "dim": DIM, "seed": 0}}
-        store = GradientStore.create(folder / f"{name}.zarr", num_rows=rows, dim=DIM, chunk_rows=rows, manifest=manifest)
+        store = GradientStore.create(
+            folder / f"{name}.zarr", num_rows=rows, dim=DIM, chunk_rows=rows, manifest=manifest
+        )
         ones = np.ones(rows, np.float32)
         values = {"gradient": random_numbers.standard_normal((rows, DIM)).astype(np.float32)}
         store.write_unit(0, values | dict.fromkeys(("norm", "loss", "tokens", "status"), ones))

@@ -3,15 +3,22 @@
 `ICONS_CUTS=200` tries that many moments.
 """
 
+import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from lightning.fabric import Fabric
 from power_cuts import Recording
 
+from icons.cli import main
+from icons.consensus.selection_file import open_selection
+from icons.modules.scoring import Scoring
 from icons.store import GradientStore, ScoreStore
 from icons.store.unit_writer import UnitWriter, statuses_of
 from icons.store.verify import verify
@@ -58,30 +65,102 @@ def scores(path: Path) -> None:
     writer.finish()
 
 
+def exact_scores(path: Path) -> None:
+    """What `icons score` does to a store."""
+
+    def create() -> None:
+        extra: Any = {"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])}
+        ScoreStore.create(path, num_rows=NUM_ROWS, tasks=["a", "b"], chunk_rows=4, extra=extra)
+
+    store = ScoreStore.taken_up(path, lambda store: None, create)
+    writer = UnitWriter(store)
+    writer.sweep()
+    for unit in store.missing():
+        if writer.claim(unit):
+            rows = np.asarray(store.partition.unit_rows(unit))
+            values = results(rows)
+            writer.collect(rows, values | dict.fromkeys(("influence", "stderr"), values["gradient"][:, :2]))
+    writer.finish()
+
+
+def influence(path: Path) -> None:
+    """The run of `icons influence`."""
+    for name in ("train", "gqa"):
+        if not (path.parent / f"{name}.zarr/zarr.json").exists():
+            gradients(path.parent / f"{name}.zarr")
+    sources = str(path.parent / "train.zarr"), {"gqa": [str(path.parent / "gqa.zarr")]}
+    Scoring([sources[0]], sources[1], str(path), chunk_rows=4).run(Fabric(accelerator="cpu", devices=1))
+
+
+def select(path: Path, fraction: float = 0.5) -> None:
+    """`icons select`."""
+    if not (path.parent / "scores.zarr/zarr.json").exists():
+        scores(path.parent / "scores.zarr")
+        (path.parent / "data.json").write_text(json.dumps([{"id": f"r{row}"} for row in range(NUM_ROWS)]))
+    made_from = [f"--scores={path.parent}/scores.zarr", f"--data={path.parent}/data.json", f"--fraction={fraction}"]
+    assert main(["select", *made_from, f"--out={path}/selected.json", f"--table={path}/table.csv"]) == 0
+
+
 def files(path: Path) -> dict[str, bytes]:
     found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
-    return {name: content for name, content in found.items() if not name.endswith(".partial")}
+    return {name: content for name, content in found.items() if ".partial" not in name}
 
 
-@pytest.mark.parametrize("command", [gradients, scores])
-def test_a_loss_of_power_at_any_moment_is_gone_on_from(tmp_path: Path, command: object) -> None:
-    assert callable(command)
+def cuts(recording: Recording, folder: Path, num: int) -> Any:
+    """Folders as some of all moments leave them: at even distances, and at random."""
+    choose = random.Random(0)
+    for number in range(num):
+        even = len(recording.events) * number // max(1, num - 1)
+        cut = folder / "cut"
+        recording.cut(even if number < num // 2 else choose.randint(0, len(recording.events)), cut, choose)
+        yield cut
+        shutil.rmtree(cut)
+
+
+@pytest.mark.parametrize("command", [gradients, scores, exact_scores, influence])
+def test_a_loss_of_power_at_any_moment_is_gone_on_from(tmp_path: Path, command: Callable[[Path], None]) -> None:
     whole = tmp_path / "whole"
     recording = Recording(whole)
     with recording.running():
         command(whole)
         if command is gradients:
             gradients(whole, again=True)
-    expected, choose = files(whole), random.Random(0)
-    for number in range(CUTS):
-        length = len(recording.events) * number // max(1, CUTS - 1) if number < CUTS // 2 else -1
-        cut = tmp_path / "cut"
-        recording.cut(length if length >= 0 else choose.randint(0, len(recording.events)), cut, choose)
+    expected = files(whole)
+    for cut in cuts(recording, tmp_path, CUTS):
         command(cut)
-        assert files(cut) == expected, f"cut {number}"
+        assert files(cut) == expected
         store = (GradientStore if command is gradients else ScoreStore).open(cut)
         assert store.missing() == [] and list(verify(store)) == []
-        shutil.rmtree(cut)
+
+
+def test_whenever_the_power_goes_a_selection_is_the_former_or_the_new_one_or_says_that_it_is_neither(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    recording = Recording(whole)
+    with recording.running():
+        select(whole, 0.5)
+        former = files(whole)
+        begun = len(recording.events)
+        select(whole, 0.3)
+    expected, unfinished = files(whole), 0
+    for length in range(begun if CUTS < 100 else 0, len(recording.events) + 1):
+        for seed in range(1 if CUTS < 100 else 4):
+            recording.cut(length, tmp_path / "cut", random.Random(seed))
+            try:
+                rows = open_selection(tmp_path / "cut/selected.json").rows.tolist()
+            except FileNotFoundError:
+                assert length < begun
+            except ValueError as error:
+                assert "a run was about to replace it and did not end" in str(error)
+                unfinished += 1
+            else:
+                lists = np.load(tmp_path / "cut/selected.json.rows.npy").tolist()
+                assert rows == lists and files(tmp_path / "cut") in (former, expected)
+            select(tmp_path / "cut", 0.3)
+            assert files(tmp_path / "cut") == expected
+            shutil.rmtree(tmp_path / "cut")
+    assert unfinished > 0
 
 
 def test_the_recording_would_show_what_is_not_durable(tmp_path: Path) -> None:

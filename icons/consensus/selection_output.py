@@ -1,0 +1,106 @@
+"""SelectionOutput: the files of one selection, which take their places together.
+
+They are several (data, lists, table, manifest), and no file system replaces several at once. So all are written beside
+their places first; then a note, `.SELECTION.unfinished`, says what is about to stand where; then each takes its place,
+the manifest last, and the note goes. Whatever a killed run leaves is what the former manifest or the note states, and
+the same line goes on from there.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from icons.consensus.selection_file import (
+    digest,
+    manifest_path,
+    manifest_text,
+    note_path,
+    noted,
+)
+from icons.output import PARTIAL, flush_path, flush_tree, move_into, put
+
+
+class SelectionOutput:
+    """Where to write the files of a selection; `publish` puts them into their places. As a context manager it takes
+    away what was not published.
+
+    Args:
+        selection: the selected data, a file or a folder.
+        files: those beside it, by the names under which its manifest has them.
+    """
+
+    def __init__(self, selection: Path, files: Mapping[str, Path]) -> None:
+        self.selection = selection
+        # a link stays: what it leads to is replaced
+        self.places = {name: Path(os.path.realpath(path)) for name, path in {"data": selection, **files}.items()}
+        self.partials = {name: beside(path) for name, path in self.places.items()}
+
+    def __enter__(self) -> "SelectionOutput":
+        for place in [*self.places.values(), self.selection]:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for partial in self.partials.values():
+            remove(partial)
+
+    def publish(self, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any]) -> None:
+        """Puts what was written into its places, whole or, if it is killed, so that the same line can do it again.
+
+        Runs that publish into one folder at once do so one after the other: none mixes its files with another's.
+        """
+        written = {name: digest(partial) for name, partial in self.partials.items() if partial.is_file()}
+        note = note_path(self.selection)
+        with alone_in(self.selection.parent):
+            accepted = {name: set(several) for name, several in noted(self.selection).items()}
+            for name, content in written.items():
+                accepted.setdefault(name, set()).add(content)
+            stated = {"kind": "unfinished selection", "written": {name: sorted(accepted[name]) for name in accepted}}
+            put(note, json.dumps(stated) + "\n")
+            for name, partial in self.partials.items():
+                if partial.exists():
+                    move(partial, self.places[name])
+            put(manifest_path(self.selection), manifest_text(rows, manifest, written))
+            note.unlink()
+
+
+def beside(path: Path) -> Path:
+    return path.with_name(f".{uuid.uuid4().hex}{PARTIAL}{path.suffix[:16]}")
+
+
+def move(partial: Path, place: Path) -> None:
+    """Gives a file or a folder its place, durably. In a folder that is there, folders that it has beside stay."""
+    flush_tree(partial)
+    if place.is_dir() and any(place.iterdir()):
+        move_into(partial, place, last="README.md", stale=lambda _: True)
+    else:
+        partial.replace(place)
+    flush_path(place.parent)
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is in such a block for the same folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network file system locks no folders: there runs at once are not kept apart
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
