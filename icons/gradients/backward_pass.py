@@ -25,9 +25,11 @@ from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
 from icons.gradients.paths import Paths, parts_of
+from icons.gradients.sums import samples_at_a_time
 from icons.gradients.tap import NarrowInputs, Tap
 
-Receiver = Callable[[str, Tensor], None]  # parameter name, its per-sample gradients [B, *shape] in float32
+Receiver = Callable[[str, Tensor, slice], None]
+"""Parameter name, its per-sample gradients [b, *shape] in float32, and which b samples of the batch these are."""
 Watcher = Callable[[str, Tensor, Tensor, Tensor, bool], None]
 """Of a linear layer's weight, once for each of its uses: name, inputs [entries, in] as they were kept, output gradients
 [entries, out] in float32, whose each entry is [entries], and whether entries are the B x L positions of the text."""
@@ -58,6 +60,7 @@ class BackwardPass:
         slow: these take one backward pass per sample; default: those known to.
         proving: whether to accept what is not proven; parameters on the slow path are then left out.
         watch: shown what the blocks of linear layers are made of.
+        in_pieces: whether the receiver takes a large block some samples at a time; else it always gets whole ones.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class BackwardPass:
         slow: set[str] | None = None,
         proving: bool = False,
         watch: Watcher | None = None,
+        in_pieces: bool = False,
     ) -> None:
         self.model, self.batch, self.parameters, self.known, self.receive = model, batch, parameters, known, receive
         self.shape = (batch["labels"].shape[0], batch["labels"].shape[1])
         self.proving, self.scale, self.watch = proving, scale if needs_scale(model) else None, watch
+        self.in_pieces = in_pieces
         self.slow = set() if proving else known.slow(parameters) | (slow or set())
         self.ownership = Ownership(model, batch)
         self.parts = parts_of(model, parameters, known)
@@ -219,13 +224,27 @@ class BackwardPass:
                 self.inside = False
         with torch.autocast(gradient.device.type, enabled=False):  # sums are float32, whatever the precision
             for part in parts:
-                block = call.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
                 if self.proving:
                     size = call.lengths(kept[0]).to(gradient.device) * call.lengths(gradient)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
                 elif self.watch is not None and part.linear and part.kind == "weight":
                     self.show(part.name, call, kept[0], gradient)
-                self.collect(part.name, block)
+                pieces = self.pieces(part, call)
+                if len(pieces) == 1:
+                    block = call.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
+                    self.collect(part.name, block)
+                    continue
+                self.uses[part.name] -= 1
+                for rows in pieces:
+                    self.send(part.name, call.linear(part.kind, kept[0], gradient, rows), rows)
+
+    def pieces(self, part: Part, call: Call) -> list[slice]:
+        """The samples to make a block of at a time: all, unless it is a large one that is made of this call alone."""
+        alone = self.uses[part.name] == 1 and part.name not in self.partial
+        if not (self.in_pieces and alone and part.linear and call.layout.even):
+            return [slice(0, self.shape[0])]
+        parameter = self.parameters[part.name]
+        return samples_at_a_time(self.shape[0], parameter.numel(), parameter.device)
 
     def show(self, name: str, call: Call, x: Tensor, gradient: Tensor) -> None:
         assert self.watch is not None
@@ -243,15 +262,16 @@ class BackwardPass:
         else:
             self.send(name, block)
 
-    def send(self, name: str, block: Tensor) -> None:
+    def send(self, name: str, block: Tensor, rows: slice | None = None) -> None:
+        rows = rows or slice(0, len(block))
         self.sent.add(name)
         if self.factors is not None:
-            block = block / self.factors.to(block.device).view(-1, *[1] * (block.ndim - 1))
-            self.finite &= block[:, None].flatten(1).isfinite().all(dim=1)
+            block = block / self.factors[rows].to(block.device).view(-1, *[1] * (block.ndim - 1))
+            self.finite[rows] &= block[:, None].flatten(1).isfinite().all(dim=1)
         if name in self.known.silent and name not in self.slow and not self.proving:
-            self.loud[name] = block.any()
+            self.loud[name] = block.any() | self.loud.get(name, False)
         with torch.autocast(block.device.type, enabled=False):
-            self.receive(name, block)
+            self.receive(name, block, rows)
 
     def slow_blocks(self, losses: Tensor) -> None:
         """One backward pass per sample over the shared graph, for the parameters that taps cannot serve."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,9 +45,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def per_sample_blocks(
-    model: nn.Module, batch: Batch, begin: Callable[[], Receiver], watch: Watcher | None = None
+    model: nn.Module,
+    batch: Batch,
+    begin: Callable[[], Receiver],
+    watch: Watcher | None = None,
+    in_pieces: bool = False,
 ) -> Float[Tensor, " batch"]:
-    """Runs the pass; the last receiver gets every trainable parameter exactly once, in no particular order.
+    """Runs the pass; the last receiver gets every trainable parameter's whole block exactly
+    once, in no particular order.
 
     Args:
         model: in eval mode (gradient-checkpointed layers may be in train mode; nothing may depend on chance).
@@ -54,6 +60,7 @@ def per_sample_blocks(
         begin: makes a receiver, which is called inside the backward pass and may overwrite the block it gets. Called
             again when the pass has to start anew: what the receiver before it got is void.
         watch: shown what the blocks of linear layers are made of; void as well when `begin` is called again.
+        in_pieces: see `BackwardPass`.
 
     Returns:
         The samples' losses, float32 (float64 for a float64 model).
@@ -72,7 +79,7 @@ def per_sample_blocks(
     if len(batch["labels"]) == 0:
         device, receive = device_of(parameters), begin()
         for name, parameter in parameters.items():
-            receive(name, torch.zeros(0, *parameter.shape, device=device, dtype=torch.float32))
+            receive(name, torch.zeros(0, *parameter.shape, device=device, dtype=torch.float32), slice(0, 0))
         return torch.zeros(0, device=device, dtype=torch.float32)
     refuse_unknown(model)
     known = paths_of(model, parameters, batch)
@@ -80,7 +87,7 @@ def per_sample_blocks(
 
     def compute() -> Float[Tensor, " batch"]:
         self_test(model, batch, known)
-        return run(model, batch, parameters, known, begin, watch)
+        return run(model, batch, parameters, known, begin, watch, in_pieces)
 
     try:
         return repeatable(model, device_of(parameters), compute)
@@ -95,6 +102,7 @@ def run(
     known: Paths,
     begin: Callable[[], Receiver],
     watch: Watcher | None = None,
+    in_pieces: bool = False,
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
     scale, unproven, this_time = LossScale(batch["labels"]), set[str](), set[str]()
@@ -102,10 +110,8 @@ def run(
         this_time = prove(model, batch, parameters, known)
     while True:
         try:
-            backward_pass = BackwardPass(
-                model, batch, parameters, known, begin(), scale=scale, slow=this_time, watch=watch
-            )
-            return backward_pass.run()
+            options: Any = {"scale": scale, "slow": this_time, "watch": watch, "in_pieces": in_pieces}
+            return BackwardPass(model, batch, parameters, known, begin(), **options).run()
         except OverflowedError:
             continue
         except UnprovenError as error:

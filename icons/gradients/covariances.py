@@ -119,7 +119,7 @@ class OneBatch:
     def begin(self) -> Receiver:
         self.covariances, self.rows = {}, {}
 
-        def receive(name: str, block: Tensor) -> None:
+        def receive(name: str, block: Tensor, rows: slice) -> None:
             self.rows[name] = block[:, None].flatten(1).float().square().sum(dim=1)
 
         return receive

@@ -78,13 +78,15 @@ class Call:
             self.layout = Layout(kind, tuple(tensor.ndim > 0 and len(tensor) == length for tensor in self.tensors))
             self.counts = [length // self.size] * self.size
 
-    def linear(self, kind: str, x: Tensor, gradient: Tensor) -> Float[Tensor, "batch *shape"]:
-        """The gradients of a linear layer's weight or bias, float32."""
+    def linear(
+        self, kind: str, x: Tensor, gradient: Tensor, rows: slice = slice(None)
+    ) -> Float[Tensor, "batch *shape"]:
+        """The gradients of a linear layer's weight or bias, float32; of some samples, if all have as many entries."""
         if self.layout.even:
-            gradient = widen(gradient.reshape(self.size, -1, gradient.shape[-1]))
+            gradient = widen(gradient.reshape(self.size, -1, gradient.shape[-1])[rows])
             if kind == "bias":
                 return gradient.sum(dim=1)
-            return torch.bmm(gradient.mT, widen(x.reshape(self.size, -1, x.shape[-1])))
+            return torch.bmm(gradient.mT, widen(x.reshape(self.size, -1, x.shape[-1])[rows]))
         parts = [
             (widen(part).flatten(0, -2), widen(given).flatten(0, -2))
             for part, given in zip(self.samples(gradient), self.samples(x), strict=True)

@@ -67,8 +67,8 @@ def per_sample_gradients(model: nn.Module, batch: Batch) -> Float[Tensor, "batch
         nonlocal total
         total = identity.start(len(batch["labels"]), layout(model), device_of(model))
 
-        def receive(name: str, block: Tensor) -> None:
-            identity.add(total, name, block.float())
+        def receive(name: str, block: Tensor, rows: slice) -> None:
+            identity.add(total[rows], name, block.float())
 
         return receive
 
@@ -106,21 +106,22 @@ def projected_gradients(
         total = projector.start(size, layout(model), device)
         square = torch.zeros(size, device=device, dtype=torch.float32)
 
-        def receive(name: str, block: Tensor) -> None:
+        def receive(name: str, block: Tensor, rows: slice) -> None:
             block = block.float()
             sign = projector.sign(name, block.shape[1:], block.device)
-            for rows in samples_at_a_time(block) if by_entry else [slice(None)]:
-                part = block[rows]
+            pieces = samples_at_a_time(len(block), block.shape[1:].numel(), block.device) if by_entry else [slice(None)]
+            for piece in pieces:
+                part = block[piece]
                 if preconditioner is not None:
                     part = preconditioner.apply(name, part, sign)
                 elif sign is not None:
                     part = part.mul_(sign)
-                square[rows].add_(squared_norm(part))
-                projector.add(total[rows], name, part)
+                square[rows][piece].add_(squared_norm(part))
+                projector.add(total[rows][piece], name, part)
 
         return receive
 
-    losses = per_sample_blocks(model, batch, begin)
+    losses = per_sample_blocks(model, batch, begin, in_pieces=by_entry)
     return ProjectedGradients(total, square.sqrt(), losses.float(), supervised_tokens(batch["labels"]))
 
 
@@ -217,7 +218,7 @@ def scored_gradients(
         if projector is not None:
             total = projector.start(size, layout(model), device)
 
-        def receive(name: str, block: Tensor) -> None:
+        def receive(name: str, block: Tensor, rows: slice) -> None:
             block = block.float()
             if preconditioner is not None:
                 block = preconditioner.apply(name, block)
@@ -281,7 +282,7 @@ def combined_gradients(
     sums: dict[str, Tensor] = {}
 
     def begin() -> Receiver:
-        def receive(name: str, block: Tensor) -> None:
+        def receive(name: str, block: Tensor, rows: slice) -> None:
             weights = coefficients.to(block.device)[kept].float()
             sums[name] = torch.einsum("bs,b...->s...", weights, block.float()[kept.to(block.device)])
 

@@ -88,7 +88,7 @@ class Verdict:
         self.truth = truth
         self.found: dict[str, Tensor] = {}  # |sum - truth|, |truth|, root of sum of |w block|^2
 
-    def receive(self, name: str, block: Tensor) -> None:
+    def receive(self, name: str, block: Tensor, rows: slice) -> None:
         kept = self.truth.weights != 0
         weights = self.truth.weights[kept].to(block.device)
         flat = block[:, None].flatten(1)[kept.to(block.device)].to(weights.dtype)

@@ -13,13 +13,17 @@ CACHED = 1 << 18  # entries that are gone through several times on a CPU: 1 MB
 LARGE = 1 << 21  # entries of a block that is gone through in pieces: 8 MB
 
 
-def samples_at_a_time(block: Float[Tensor, "batch *shape"]) -> list[slice]:
-    """The samples of a block in pieces that a CPU's cache holds, where the block is larger than that; else all at once:
-    what goes over each entry several times then reads it from memory once."""
-    if block.device.type != "cpu" or block.numel() <= LARGE:
-        return [slice(0, len(block))]
-    rows = max(1, CACHED * len(block) // block.numel())
-    return [slice(begin, begin + rows) for begin in range(0, len(block), rows)]
+def samples_at_a_time(size: int, entries: int, device: torch.device) -> list[slice]:
+    """The `size` samples of a block, in pieces that a CPU's cache holds, where the block is larger than that; else all
+    at once: what goes over each of a sample's entries several times then reads it from memory once.
+
+    >>> samples_at_a_time(3, 10**6, torch.device("cpu")), samples_at_a_time(3, 10**6, torch.device("cuda"))
+    ([slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)], [slice(0, 3, None)])
+    """
+    if device.type != "cpu" or size * entries <= LARGE:
+        return [slice(0, size)]
+    rows = max(1, CACHED // entries)
+    return [slice(begin, min(begin + rows, size)) for begin in range(0, size, rows)]
 
 
 def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:

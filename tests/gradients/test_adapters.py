@@ -49,5 +49,7 @@ def test_an_adapter_of_another_kind(kind: str) -> None:
 def test_ranks_that_drop_out_are_refused(kind: str) -> None:
     """No `nn.Dropout` says so: the draw itself is seen."""
     model = adapted(kind).train()
-    with pytest.raises(ValueError, match=r"PeftModel drew random numbers in its forward pass \(\d+ modules are in"):
+    with pytest.raises(
+        ValueError, match=r"PeftModel drew random numbers in its forward pass \(\d+ modules in train mode"
+    ):
         per_sample_gradients(model, text_batch())

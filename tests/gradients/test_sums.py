@@ -44,17 +44,18 @@ def test_of_no_samples_and_of_a_number_without_dimensions() -> None:
 
 
 def test_large_blocks_are_gone_through_in_pieces_of_a_cache() -> None:
-    pieces = samples_at_a_time(torch.empty(5, 1 << 19))
-    assert pieces == [slice(row, row + 1) for row in range(5)]
-    assert samples_at_a_time(torch.empty(33, 1 << 16))[:2] == [slice(0, 4), slice(4, 8)]
-    assert samples_at_a_time(torch.empty(2, 3)) == [slice(0, 2)] and samples_at_a_time(torch.empty(0, 3)) == [
-        slice(0, 0)
-    ]
+    cpu = torch.device("cpu")
+    assert samples_at_a_time(5, 1 << 19, cpu) == [slice(row, row + 1) for row in range(5)]
+    assert samples_at_a_time(33, 1 << 16, cpu)[-2:] == [slice(28, 32), slice(32, 33)]
+    assert samples_at_a_time(2, 3, cpu) == [slice(0, 2)] and samples_at_a_time(0, 3, cpu) == [slice(0, 0)]
 
 
 @pytest.mark.parametrize("form", ["none", "adam", "diagonal", "sign"])
 def test_blocks_in_pieces_give_the_same_bits(form: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a weight that is used twice, too."""
     model, batch = trainable(llama(), "q_proj mlp norm"), text_batch((12, 5, 9, 7, 11))
+    layers: Any = model.model.layers  # type: ignore[union-attr]
+    layers[1].mlp.up_proj = layers[0].mlp.up_proj
     generator = torch.Generator().manual_seed(3)
     named = {name: value for name, value in model.named_parameters() if value.requires_grad}
     first, second = ({n: torch.rand(v.shape, generator=generator) for n, v in named.items()} for _ in range(2))

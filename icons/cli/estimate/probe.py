@@ -264,5 +264,5 @@ def is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def forget(_name: str, _block: Tensor) -> None:
+def forget(name: str, block: Tensor, rows: slice) -> None:
     """Takes a block and lets go of it."""
