@@ -47,7 +47,7 @@ def check_output(
     """
     here = Path(out)
     if not is_url(out):
-        check_kind(here, option, kind)
+        _check_kind(here, option, kind)
     for given, place in flat({**inputs, **(searched or {})}):
         if is_url(out) or is_url(place):
             if str(out).rstrip("/") == str(place).rstrip("/"):
@@ -56,18 +56,18 @@ def check_output(
             if here.is_dir():
                 raise ValueError(f"{option} {out}: is the folder that {given} names; expected another place: give one")
             if not overwrite:
-                raise refusal(f"{option} {out}: is the file that {given} names")
+                raise _refusal(f"{option} {out}: is the file that {given} names")
         elif not overwrite:
             if Path(place).is_dir() and inside(here, Path(place)) and given not in (searched or {}):
-                raise refusal(f"{option} {out}: lies in the folder {place} that {given} names")
+                raise _refusal(f"{option} {out}: lies in the folder {place} that {given} names")
             if here.is_dir() and inside(Path(place), here):
-                raise refusal(f"{option} {out}: is around {place}, which {given} names")
+                raise _refusal(f"{option} {out}: is around {place}, which {given} names")
     if not is_url(out) and not overwrite and not is_empty(here) and not ours(here):
-        what = f"holds {first_entry(here)}, and is" if here.is_dir() else "is there already, and is"
-        raise refusal(f"{option} {out}: {what} no former output of this command")
+        what = f"holds {_first_entry(here)}, and is" if here.is_dir() else "is there already, and is"
+        raise _refusal(f"{option} {out}: {what} no former output of this command")
 
 
-def check_kind(here: Path, option: str, kind: str) -> None:
+def _check_kind(here: Path, option: str, kind: str) -> None:
     """Refuses a pipe or a device, and a file where a folder is to be, or a folder where a file is."""
     try:
         mode = here.stat().st_mode
@@ -80,7 +80,7 @@ def check_kind(here: Path, option: str, kind: str) -> None:
         raise ValueError(f"{option} {here}: is a {got}; expected a {kind}: give another place")
 
 
-def refusal(what: str) -> ValueError:
+def _refusal(what: str) -> ValueError:
     return ValueError(
         f"{what}; expected a new or empty place: give another, or --overwrite to write there all the same"
     )
@@ -113,15 +113,15 @@ def inside(path: Path, folder: Path) -> bool:
 def is_empty(here: Path) -> bool:
     """Whether nothing would be lost there. What a killed run left half-written is nothing."""
     if here.is_dir():
-        return not first_entry(here)
+        return not _first_entry(here)
     return not here.exists() or here.stat().st_size == 0
 
 
-def first_entry(folder: Path) -> str:
-    return min((entry.name for entry in folder.iterdir() if not is_partial(entry.name)), default="")
+def _first_entry(folder: Path) -> str:
+    return min((entry.name for entry in folder.iterdir() if not _is_partial(entry.name)), default="")
 
 
-def is_partial(name: str) -> bool:
+def _is_partial(name: str) -> bool:
     return name.startswith(".") and PARTIAL in name
 
 
@@ -192,7 +192,7 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
         yield partial
         flush_tree(partial)
         if target.is_dir() and any(target.iterdir()):
-            move_into(partial, target, last, stale)
+            _move_into(partial, target, last, stale)
         else:
             partial.rename(target)
         flush_path(target.parent)
@@ -200,7 +200,7 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
+def _move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
     (target / last).unlink(missing_ok=True)
     for former in list(target.iterdir()):
         if former.is_file() and former.name != MARK and stale(former.name):  # without it the folder is nobody's

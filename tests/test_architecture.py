@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tokenize
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ LAYERS = [
     {"cli"},
 ]
 LONGEST = 350
+OFFERING = {"gradients", "store", "preconditioner", "projection", "kronecker"}
+"""Rooms whose functions are not yet told apart by an underscore."""
 
 
 def name_of(file: Path) -> str:
@@ -106,6 +109,24 @@ def test_what_begins_with_an_underscore_is_used_in_its_own_file_alone(file: Path
             if (PACKAGE.parent / module.replace(".", "/")).with_suffix(".py").is_file():
                 private.append(f"{module}.{node.attr}")
     assert not private, f"{file.name} takes what another module does not offer: {', '.join(private)}"
+
+
+def test_a_function_of_its_own_file_alone_begins_with_an_underscore() -> None:
+    users = Counter(
+        word
+        for folder in (PACKAGE, ROOT / "scripts", ROOT / "tests", ROOT / "docs")
+        for file in folder.rglob("*.*")
+        if file.suffix in (".py", ".md")
+        for word in set(re.findall(r"\w+", file.read_text()))
+    )
+    offered = [
+        f"{file.relative_to(PACKAGE)}: {node.name}"
+        for file in FILES
+        if name_of(file) not in OFFERING
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and users[node.name] == 1
+    ]
+    assert not offered, f"used where they stand alone: {', '.join(offered)}"
 
 
 def test_public_names() -> None:

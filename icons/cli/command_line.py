@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print(overview())
+        print(_overview())
         return 0 if words else USAGE_ERROR
     if words[0] == "--version":
         from importlib.metadata import version
@@ -97,22 +97,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         said = missing(error.name, name) if error.name else str(error)
         if said is None or os.environ.get("ICONS_TRACEBACK"):
             raise
-        return user_error(name, said)
+        return _user_error(name, said)
     except KeyboardInterrupt:
         print(f"icons {name}: interrupted by Ctrl-C", file=sys.stderr)
         return CTRL_C
     except (ValueError, TypeError, OSError, MemoryError) as error:
         if os.environ.get("ICONS_TRACEBACK"):
             raise
-        return user_error(name, error if str(error) else "out of memory")
+        return _user_error(name, error if str(error) else "out of memory")
     except RuntimeError as error:
         if os.environ.get("ICONS_TRACEBACK") or not any(words in str(error) for words in SHORTAGES):
             raise
         said = str(error).strip().partition("\n")[0]
-        return user_error(name, f"{said}: {SHORTAGE}")
+        return _user_error(name, f"{said}: {SHORTAGE}")
 
 
-def user_error(name: str, error: object) -> int:
+def _user_error(name: str, error: object) -> int:
     log.debug("where this comes from:", exc_info=sys.exc_info()[1])
     from icons.terminal import legible  # rich, which `icons --help` does without
 
@@ -146,14 +146,14 @@ def completed(words: Sequence[str]) -> int:
     try:
         print(completion("".join(words)))
     except ModuleNotFoundError as error:
-        return user_error("--print-completion", missing(error.name or "") or error)
+        return _user_error("--print-completion", missing(error.name or "") or error)
     except ValueError as error:
         print(f"icons: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     return 0
 
 
-def overview() -> str:
+def _overview() -> str:
     """The text of `icons --help`: the commands in the order of the method."""
     lines = [f"  {name:<10} {does}" for name, does in COMMANDS.items()]
     head = "usage: icons COMMAND [options]\n\nPick the training data a vision-language model really needs.\n\ncommands:"

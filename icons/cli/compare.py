@@ -25,8 +25,8 @@ def compare(options: CompareOptions) -> int:
     if options.out is not None:
         sides = [place for side in (options.a, options.b) for place in (side, manifest_path(side))]
         inputs = {"A or B": sides, "--scores": options.scores}
-        check_output(options.out, kind="file", inputs=inputs, ours=is_comparison, overwrite=options.overwrite)
-    one, other = Listed.open(options.a), Listed.open(options.b)
+        check_output(options.out, kind="file", inputs=inputs, ours=_is_comparison, overwrite=options.overwrite)
+    one, other = _Listed.open(options.a), _Listed.open(options.b)
     key = options.by if options.by != "auto" else ("row" if one.same_rows(other) else "id")
     found = overlap(one.entries(key), other.entries(key))
     pool = one.num_rows or other.num_rows
@@ -44,19 +44,19 @@ def compare(options: CompareOptions) -> int:
         share = options.fraction if options.fraction is not None else float(one.manifest.get("fraction", 0.2))
         matrix, tasks = matrix_of(store)
         shared = task_overlap(matrix, share)
-        show_tasks(tasks, shared, share)
+        _show_tasks(tasks, shared, share)
         numbers["tasks"] = {"names": tasks, "fraction": share, "overlap": shared.tolist()}
     if options.out is not None:
         put(options.out, json.dumps(numbers, indent=2) + "\n")
     return 0
 
 
-def is_comparison(path: Path) -> bool:
+def _is_comparison(path: Path) -> bool:
     return read_object(path).get("made_by") == MADE_BY
 
 
 @dataclass(frozen=True)
-class Listed:
+class _Listed:
     """One side of a comparison: rows from a selection's manifest, or the entries of a list."""
 
     path: Path
@@ -64,7 +64,7 @@ class Listed:
     manifest: dict[str, Any]
 
     @classmethod
-    def open(cls, path: Path) -> "Listed":
+    def open(cls, path: Path) -> "_Listed":
         if manifest_path(path).exists():
             saved = open_selection(path)
             return cls(path, saved.rows.tolist(), saved.manifest)
@@ -85,7 +85,7 @@ class Listed:
     def scores_path(self) -> str | None:
         return self.manifest.get("scores", {}).get("path")
 
-    def same_rows(self, other: "Listed") -> bool:
+    def same_rows(self, other: "_Listed") -> bool:
         """Whether row numbers mean the same records on both sides."""
         if self.rows is None or other.rows is None:
             return False
@@ -110,7 +110,7 @@ class Listed:
         return ids
 
 
-def show(found: Overlap, a: Listed, b: Listed, key: str, pool: int | None) -> None:
+def show(found: Overlap, a: _Listed, b: _Listed, key: str, pool: int | None) -> None:
     table = Table("", key + "s", "shared", "share", title=f"overlap by {key}")
     table.add_row(a.path.name, f"{found.num_a:,}", f"{found.shared:,}", f"{100 * found.share_of_a:.1f} %")
     table.add_row(b.path.name, f"{found.num_b:,}", f"{found.shared:,}", f"{100 * found.share_of_b:.1f} %")
@@ -119,7 +119,7 @@ def show(found: Overlap, a: Listed, b: Listed, key: str, pool: int | None) -> No
     console.print(f"Jaccard {found.jaccard:.3f}{chance}")
 
 
-def show_tasks(tasks: list[str], shared: np.ndarray, fraction: float) -> None:
+def _show_tasks(tasks: list[str], shared: np.ndarray, fraction: float) -> None:
     title = f"of a task's top {100 * fraction:.3g} %, the share (%) in another's; chance {100 * fraction:.3g}"
     table = Table("task", *tasks, title=title)
     for name, row in zip(tasks, shared, strict=True):

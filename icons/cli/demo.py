@@ -79,11 +79,11 @@ def demo(options: DemoOptions) -> int:
         options.out, kind="folder", inputs={}, ours=partial(is_marked, command="demo"), overwrite=options.overwrite
     )
     mark(options.out, "demo")
-    return Demo(options.out, QUICK if options.quick else DemoSettings(), options.seeds).run()
+    return _Demo(options.out, QUICK if options.quick else DemoSettings(), options.seeds).run()
 
 
 @dataclass
-class Demo:
+class _Demo:
     """One run of the demo: its folder, its settings, and the stages in their order."""
 
     out: Path
@@ -200,7 +200,7 @@ class Demo:
         spent = sum(self.seconds.values())
         slowest = sorted(self.seconds, key=lambda title: -self.seconds[title])[:4]
         longest = ", ".join(f"{title} {self.seconds[title]:.0f} s" for title in slowest)
-        console.print(f"{spent:.0f} s ({longest}); at most {peak_memory_mib():,} MiB of memory")
+        console.print(f"{spent:.0f} s ({longest}); at most {_peak_memory_mib():,} MiB of memory")
         console.print(f"The page: {escape(str(page))}", soft_wrap=True)
 
 
@@ -243,7 +243,7 @@ def accuracies(tuned: Path) -> dict[str, float]:
     return {task: float(value) for task, value in measured.items()}
 
 
-def peak_memory_mib() -> int:
+def _peak_memory_mib() -> int:
     """Most resident memory of this process so far; macOS counts bytes, Linux KiB."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(used / (MIB if sys.platform == "darwin" else 1024))

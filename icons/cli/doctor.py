@@ -43,7 +43,7 @@ OPTIONAL = {
 def doctor(options: DoctorOptions) -> int:
     """Prints versions, accelerator, attention kernels and disk, and runs a self-test on a tiny model."""
     table = Table("", "", box=None, show_header=False)
-    for name, value in {**software(), **hardware(options.folder)}.items():
+    for name, value in {**_software(), **_hardware(options.folder)}.items():
         table.add_row(name, value)
     results.print(table)
     failed = 0
@@ -60,7 +60,7 @@ def doctor(options: DoctorOptions) -> int:
     return int(failed > 0)
 
 
-def software() -> dict[str, str]:
+def _software() -> dict[str, str]:
     """Versions of what the package stands on, and which extras are missing."""
     versions = {"icons": importlib.metadata.version("icons-lightning"), "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -70,7 +70,7 @@ def software() -> dict[str, str]:
     return versions
 
 
-def hardware(folder: Path) -> dict[str, str]:
+def _hardware(folder: Path) -> dict[str, str]:
     """Accelerators, processor cores, attention kernels and free disk space."""
     found = {"cpu": f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}"}
     for index in range(torch.cuda.device_count()):
@@ -86,7 +86,7 @@ def hardware(folder: Path) -> dict[str, str]:
     return found
 
 
-def tiny_model() -> torch.nn.Module:
+def _tiny_model() -> torch.nn.Module:
     torch.manual_seed(0)  # of the self-test's own process; the model is thrown away
     config = LlamaConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
@@ -97,14 +97,14 @@ def tiny_model() -> torch.nn.Module:
     return model
 
 
-def tiny_batch() -> dict[str, torch.Tensor]:
+def _tiny_batch() -> dict[str, torch.Tensor]:
     ids = torch.arange(1, 25).reshape(2, 12)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "row": torch.arange(2)}
 
 
-def check_gradients() -> str | None:
+def _check_gradients() -> str | None:
     """One batched backward pass against one backward pass per sample."""
-    model, batch = tiny_model(), tiny_batch()
+    model, batch = _tiny_model(), _tiny_batch()
     found = per_sample_gradients(model, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for sample in range(2):
@@ -117,9 +117,9 @@ def check_gradients() -> str | None:
     return None
 
 
-def check_projection() -> str | None:
+def _check_projection() -> str | None:
     """Inner products survive the projection."""
-    model, batch = tiny_model(), tiny_batch()
+    model, batch = _tiny_model(), _tiny_batch()
     gradient = per_sample_gradients(model, batch)
     found = projected_gradients(model, batch, CountSketch(2048)).gradient
     cosine, kept = (torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0) for rows in (gradient, found))
@@ -127,7 +127,7 @@ def check_projection() -> str | None:
     return None if error < 0.15 else f"a cosine of {cosine:.3f} became {kept:.3f}"
 
 
-def check_store() -> str | None:
+def _check_store() -> str | None:
     """What is written is what is read."""
     rows = np.arange(24, dtype=np.float32).reshape(4, 6)
     with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +143,7 @@ def check_store() -> str | None:
 
 
 SELF_TEST: dict[str, Callable[[], str | None]] = {
-    "per-sample gradients equal one backward pass per sample": check_gradients,
-    "projection keeps inner products": check_projection,
-    "store returns what was written": check_store,
+    "per-sample gradients equal one backward pass per sample": _check_gradients,
+    "projection keeps inner products": _check_projection,
+    "store returns what was written": _check_store,
 }

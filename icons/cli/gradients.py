@@ -211,7 +211,7 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     console.print(repr(store), markup=False, highlight=False, soft_wrap=True)
     for line in told(failures_of(store)):
         console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
-    zero = silent_rows(store)
+    zero = _silent_rows(store)
     if len(zero):
         first = ", ".join(map(str, zero[:5].tolist())) + (", ..." if len(zero) > 5 else "")
         warn(
@@ -231,7 +231,7 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     return 0
 
 
-def silent_rows(store: GradientStore | ScoreStore) -> np.ndarray:
+def _silent_rows(store: GradientStore | ScoreStore) -> np.ndarray:
     """Rows that are done, whose gradient is exactly zero while their loss is not, ascending."""
     whole = slice(0, store.num_rows)
     done = store.stored("status", whole) == Status.DONE

@@ -25,7 +25,7 @@ MOST_KINDS = 5
 
 
 @runtime_checkable
-class Known(Protocol):
+class _Known(Protocol):
     """What is measured from: a score store, and its gradients on demand."""
 
     kept: Pairs | None
@@ -36,11 +36,16 @@ class Known(Protocol):
 
 
 def measure(
-    chosen: Selection, known: Known, records: RecordSource, source_field: str | None, dialect: Dialect | None, seed: int
+    chosen: Selection,
+    known: _Known,
+    records: RecordSource,
+    source_field: str | None,
+    dialect: Dialect | None,
+    seed: int,
 ) -> Health:
     """The measures of a selection; what cannot be measured is a note."""
     scored, notes = np.isfinite(chosen.percentile_rank), list[str]()
-    kinds = found_kinds(chosen, known, records, source_field, dialect, seed, notes)
+    kinds = _found_kinds(chosen, known, records, source_field, dialect, seed, notes)
     gradients: Scorer | None = None
     try:
         gradients = known.scorer(True)
@@ -49,9 +54,9 @@ def measure(
     return Health.of(chosen.rows, scored, gradients, known.facts.groups, known.kept, kinds, notes, seed)
 
 
-def found_kinds(
+def _found_kinds(
     chosen: Selection,
-    known: Known,
+    known: _Known,
     records: RecordSource,
     source_field: str | None,
     dialect: Dialect | None,
@@ -65,9 +70,9 @@ def found_kinds(
     selected[chosen.rows] = True
     asked = {}
     for task in known.tasks:
-        files = task_files(known.facts, task)
+        files = _task_files(known.facts, task)
         try:
-            parts = [task_traits(file, source_field, generator) for file in files]
+            parts = [_task_traits(file, source_field, generator) for file in files]
         except (OSError, ValueError) as error:
             notes.append(f"what {task} asks is not known: {error}")
             continue
@@ -78,7 +83,7 @@ def found_kinds(
     return composition(read_traits(records, rows.tolist(), source_field, dialect), selected[rows], asked)
 
 
-def task_files(facts: ScoreManifest, task: str) -> list[Path]:
+def _task_files(facts: ScoreManifest, task: str) -> list[Path]:
     """The data files of a task's validation rows, as the manifest names them."""
     found: list[Path] = []
     for member in facts.members(task):
@@ -90,7 +95,7 @@ def task_files(facts: ScoreManifest, task: str) -> list[Path]:
     return found
 
 
-def task_traits(file: Path, source_field: str | None, generator: np.random.Generator) -> Mapping[str, np.ndarray]:
+def _task_traits(file: Path, source_field: str | None, generator: np.random.Generator) -> Mapping[str, np.ndarray]:
     records = open_records(file)
     rows = np.sort(generator.permutation(len(records))[:MOST_OF_TASK])
     return read_traits(records, rows.tolist(), source_field)
@@ -107,7 +112,7 @@ def show(health: Health) -> None:
         shown = f"{health.effective.low:.0f} to {health.effective.high:.0f}"
         worth = f"redundancy: 1,000 of its rows are worth {health.effective.value:.0f} different ones"
         console.print(f"{worth} (random sets: {shown})", soft_wrap=True)
-    for line in differing(health.kinds):
+    for line in _differing(health.kinds):
         console.print(line, markup=False, soft_wrap=True)
     for note in health.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)
@@ -126,7 +131,7 @@ def said(part: Compared) -> str:
     return f"{100 * part.mean:.0f} % ({100 * part.low:.0f} to {100 * part.high:.0f} %)"
 
 
-def differing(kinds: Sequence[Kind]) -> list[str]:
+def _differing(kinds: Sequence[Kind]) -> list[str]:
     """The kinds that differ most from the pool, a line each; only those that a random draw would hardly give."""
     found = []
     for kind in [kind for kind in kinds if abs(kind.deviation) > 4][:MOST_KINDS]:

@@ -52,10 +52,10 @@ def stores_of(pairs: Sequence[str] | None, option: str) -> dict[str, list[str]]:
 def files_of(pairs: Sequence[str] | None, option: str = "--task") -> dict[str, tuple[Path, Path | None]]:
     """NAME=FILE or NAME=FILE:IMAGES options: the data and the image folder of each name."""
     named = parse(pairs or [], option, "gqa=gqa.json:images/")
-    return {name: file_and_images(value, f"{option} {name}") for name, value in named.items()}
+    return {name: _file_and_images(value, f"{option} {name}") for name, value in named.items()}
 
 
-def file_and_images(place: str, option: str) -> tuple[Path, Path | None]:
+def _file_and_images(place: str, option: str) -> tuple[Path, Path | None]:
     """FILE or FILE:IMAGES -> the data (a file, a folder, or a pattern of files) and the image folder.
 
     The data end at the last colon before which something lies, so that colons in names (`C:\\gqa.json`) do no harm.
@@ -63,18 +63,18 @@ def file_and_images(place: str, option: str) -> tuple[Path, Path | None]:
     Raises:
         FileNotFoundError: no such data.
 
-    >>> file_and_images(f"{__file__}:images", "--task a")[1]
+    >>> _file_and_images(f"{__file__}:images", "--task a")[1]
     PosixPath('images')
     """
     ends = [len(place), *(at for at in range(len(place) - 1, 0, -1) if place[at] == ":")]
     for end in ends:
-        if Path(place[:end]).exists() or has_match(place[:end]):
+        if Path(place[:end]).exists() or _has_match(place[:end]):
             images = place[end + 1 :]
             return Path(place[:end]), Path(images) if images else None
     raise FileNotFoundError(f"{option}: no file {place}; expected NAME=FILE or NAME=FILE:IMAGES")
 
 
-def has_match(pattern: str) -> bool:
+def _has_match(pattern: str) -> bool:
     """Whether a pattern of names matches a file."""
     path = Path(pattern)
     return any(sign in pattern for sign in "*?[") and any(

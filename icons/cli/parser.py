@@ -40,13 +40,13 @@ def parse(name: str, options: type, words: Sequence[str]) -> Any:
     """
     hints = get_type_hints(options)
     words = shipped_recipes(spelled(words, hints))
-    parser = parser_of(name, options)
-    check_names(parser, options, words)
+    parser = _parser_of(name, options)
+    _check_names(parser, options, words)
     if "trainer" not in hints or {"-h", "--help"} & set(words):
         config = parser.parse_args(words)
         check_values(parser, options, config)
         return options(**own(config))
-    add_trainer(parser)
+    _add_trainer(parser)
     config = parser.parse_args(words)
     check_values(parser, options, config)
     given = parser.parse_args(words, defaults=False).get("trainer") or Namespace()
@@ -54,7 +54,7 @@ def parse(name: str, options: type, words: Sequence[str]) -> Any:
     return options(**own(config), trainer={key: flags[key] for key in vars(given)})
 
 
-def check_names(parser: jsonargparse.ArgumentParser, options: type, words: Sequence[str]) -> None:
+def _check_names(parser: jsonargparse.ArgumentParser, options: type, words: Sequence[str]) -> None:
     """What is neither in a table nor has the form that may stand in its place, said in one line.
 
     Raises:
@@ -95,14 +95,14 @@ def own(config: Namespace) -> dict[str, Any]:
     }
 
 
-def parser_of(name: str, options: type) -> jsonargparse.ArgumentParser:
+def _parser_of(name: str, options: type) -> jsonargparse.ArgumentParser:
     """The parser of a command's own options, under their headings."""
     positional: Sequence[str] = getattr(options, "positional", ())
-    parser = Parser(
+    parser = _Parser(
         prog=f"icons {name}",
         usage=" ".join([f"icons {name}", *(word.upper() for word in positional), "[options]"]),
         description=inspect.getdoc(options),
-        formatter_class=Help,
+        formatter_class=_Help,
         parser_mode=LOADER,
         allow_abbrev=False,
     )
@@ -118,7 +118,7 @@ def parser_of(name: str, options: type) -> jsonargparse.ArgumentParser:
                 continue
             required = field.default is MISSING and field.default_factory is MISSING
             hint = typed(field, hints[field.name])
-            settings: dict[str, Any] = {"type": hint, "help": texts.get(field.name, ""), "metavar": shown_as(hint)}
+            settings: dict[str, Any] = {"type": hint, "help": texts.get(field.name, ""), "metavar": _shown_as(hint)}
             settings |= {} if required else {"default": field.default}
             if field.name in positional:
                 settings |= {"metavar": field.name.upper()} | ({} if required else {"nargs": "?"})
@@ -169,7 +169,7 @@ def typed(field: Field[Any], hint: Any) -> Any:
     return names | restricted_string_type("Own", f"^{field.metadata['or']}$", "a name of one's own")
 
 
-def shown_as(hint: Any) -> str:
+def _shown_as(hint: Any) -> str:
     """What stands behind an option in the help: its choices, or a word for its kind; nothing behind a flag."""
     if choices := choices_of(hint):
         return "{" + ",".join(map(str, choices)) + "}"
@@ -188,7 +188,7 @@ def accepts(hint: Any, kind: type) -> bool:
     return hint is kind or get_origin(hint) is kind or any(accepts(part, kind) for part in get_args(hint))
 
 
-def add_trainer(parser: jsonargparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
+def _add_trainer(parser: jsonargparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
     """Adds the flags of Lightning's Trainer, as `--trainer.*`."""
     from lightning import Trainer  # seconds of imports, needed only where a Trainer is
 
@@ -199,7 +199,7 @@ def add_trainer(parser: jsonargparse.ArgumentParser, defaults: Mapping[str, Any]
 def trainer_help(name: str, defaults: Mapping[str, Any]) -> str:
     """The text of `icons NAME --help-trainer`: the Trainer's flags, with this command's defaults."""
     parser = jsonargparse.ArgumentParser(prog=f"icons {name}", usage=f"icons {name} [options] [--trainer.FLAG VALUE]")
-    add_trainer(parser, defaults)
+    _add_trainer(parser, defaults)
     return parser.format_help()
 
 
@@ -290,7 +290,7 @@ def size_of(node: yaml.Node | None, known: dict[int, float] | None = None) -> fl
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "NAME: VALUE pairs"}
 
 
-class Parser(jsonargparse.ArgumentParser):
+class _Parser(jsonargparse.ArgumentParser):
     """Says in one line what is wrong, with options as they are written."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -298,13 +298,13 @@ class Parser(jsonargparse.ArgumentParser):
             bare = {action.dest for action in self._actions if not action.option_strings}
             names = [name if name in bare else f"--{dashed(name)}" for name in missing[1].split(", ")]
             message = f"expected {', '.join(names)}; got none"
-        super().error(one_line(message), ex)
+        super().error(_one_line(message), ex)
 
 
-def one_line(message: str) -> str:
+def _one_line(message: str) -> str:
     """What jsonargparse says of a value or of a YAML file, in one line.
 
-    >>> one_line('Parser key "num_rows":\\n  Expected a <class \\'int\\'>. Got value: x')
+    >>> _one_line('Parser key "num_rows":\\n  Expected a <class \\'int\\'>. Got value: x')
     '--num-rows x: expected a whole number'
     """
     key = re.match(r'Parser key "([\w.-]+)":', message)
@@ -317,7 +317,7 @@ def one_line(message: str) -> str:
     return f"--{dashed(key[1])} {value[1]}: expected {expected}"
 
 
-class Help(jsonargparse.DefaultHelpFormatter):
+class _Help(jsonargparse.DefaultHelpFormatter):
     """Choices in braces, defaults behind the text, examples as they are written."""
 
     def _get_help_string(self, action: Any) -> str:

@@ -34,7 +34,7 @@ from icons.store.former import holds_store
 def score(options: ScoreOptions) -> int:
     """Scores every training row on every task exactly; the same line, run again, resumes."""
     flags = predict_flags(options.trainer)
-    check_directions(options)
+    _check_directions(options)
     parts = list(options.weights or [1 / len(options.checkpoint)] * len(options.checkpoint))
     states: list[Path | None] = (
         [*options.optimizer_state] if options.optimizer_state else [None] * len(options.checkpoint)
@@ -145,11 +145,11 @@ def score(options: ScoreOptions) -> int:
     if not runner.is_global_zero:
         return shared(runner, 0)
     stores = [ScoreStore.open(path) for path in outs]
-    total = stores[0] if single else weighted_sum(stores, parts, options.out, options.overwrite)
+    total = stores[0] if single else _weighted_sum(stores, parts, options.out, options.overwrite)
     return shared(runner, ended(total, options.strict, options.shard))
 
 
-def check_directions(options: ScoreOptions) -> None:
+def _check_directions(options: ScoreOptions) -> None:
     """
     Raises:
         ValueError: `--drop-axes` or `--subspace` has no meaning with what else was given.
@@ -193,7 +193,7 @@ def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:
     return status
 
 
-def weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path, overwrite: bool) -> ScoreStore:
+def _weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path, overwrite: bool) -> ScoreStore:
     """The checkpoints' scores, added up with their weights (LESS, section 4.1: learning rates); made anew if there.
 
     A row that failed at one checkpoint is failed; a unit that one of them has still to do is missing.

@@ -50,14 +50,14 @@ def select(options: SelectOptions) -> int:
     inputs: dict[str, Any] = {"--scores": options.scores, "--data": options.data, "--train": options.train}
     inputs |= {"--include": options.include, "--exclude": options.exclude, "--task": [*chain(*of_tasks.values())]}
     index = open_records(options.data)
-    check_outputs(options, inputs, index)
+    _check_outputs(options, inputs, index)
     if options.format is not None and options.images is not None and not options.images.is_dir():
         raise FileNotFoundError(
             f"--images {options.images}: no such folder; expected the one that image names start from"
         )
     store = ScoreStore.open(options.scores)
     check_data(store, index, options.data)
-    loaded = Loaded(store, options.train, of_tasks)
+    loaded = _Loaded(store, options.train, of_tasks)
     by_source = options.source_weight or options.source_quota or options.method == "stratified"
     sources = sources_of(index, options.source_field) if by_source else None
     included = rows_of(options.include, index) if options.include else []
@@ -84,9 +84,9 @@ def select(options: SelectOptions) -> int:
     with loaded:
         chosen = select_rows(loaded, budget=budget, **settings)
         if options.near_duplicates is not None:
-            gradients = opened_gradients(store, options.train)
+            gradients = _opened_gradients(store, options.train)
             before = chosen
-            chosen = without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
+            chosen = _without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
             num_near = len(np.setdiff1d(before.rows, chosen.rows))
         health = measure(chosen, loaded, index, options.source_field, dialect, options.seed) if options.health else None
     if len(chosen.rows) == 0:
@@ -130,7 +130,7 @@ def select(options: SelectOptions) -> int:
     return 0
 
 
-def check_outputs(options: SelectOptions, inputs: Mapping[str, Any], index: RecordSource) -> None:
+def _check_outputs(options: SelectOptions, inputs: Mapping[str, Any], index: RecordSource) -> None:
     """Refuses to write over anything but a former selection; one that was edited since is the user's."""
     out, table = options.out, options.table
     common: dict[str, Any] = {"kind": "file", "overwrite": options.overwrite}
@@ -147,7 +147,7 @@ def check_outputs(options: SelectOptions, inputs: Mapping[str, Any], index: Reco
         check_output(table, "--table", inputs=named, ours=lambda path: is_written_by(out, "table", path), **common)
 
 
-class Loaded:
+class _Loaded:
     """A score store whose scores are in memory once, and whose products with validation rows are found once."""
 
     def __init__(self, store: ScoreStore, train: Sequence[str] | None, tasks: Mapping[str, Sequence[str]]) -> None:
@@ -170,7 +170,7 @@ class Loaded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.store, name)
 
-    def __enter__(self) -> "Loaded":
+    def __enter__(self) -> "_Loaded":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -214,7 +214,7 @@ def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
     return found
 
 
-def opened_gradients(store: ScoreStore, given: Sequence[str] | None) -> GradientStore:
+def _opened_gradients(store: ScoreStore, given: Sequence[str] | None) -> GradientStore:
     """The (first) gradient store of the training rows: the one that is given, or that the scores were made from.
 
     Raises:
@@ -229,9 +229,9 @@ def opened_gradients(store: ScoreStore, given: Sequence[str] | None) -> Gradient
     return GradientStore.open(paths[0])
 
 
-def without_near_duplicates(
+def _without_near_duplicates(
     chosen: Selection,
-    loaded: Loaded,
+    loaded: _Loaded,
     budget: Mapping[str, Any],
     settings: Mapping[str, Any],
     gradients: GradientStore,
@@ -254,7 +254,7 @@ def without_near_duplicates(
             chosen = select_rows(loaded, budget={**budget, "exclude": dropped}, **settings)
 
 
-def columns(chosen: Selection, loaded: Loaded, index: RecordSource) -> dict[str, np.ndarray]:
+def columns(chosen: Selection, loaded: _Loaded, index: RecordSource) -> dict[str, np.ndarray]:
     """The table's columns: the selected rows, the best first; the other scored rows likewise; rows without a score."""
     is_scored, is_selected = np.isfinite(chosen.score), np.zeros(len(chosen.score), bool)
     is_selected[chosen.rows] = True

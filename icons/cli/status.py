@@ -19,24 +19,24 @@ def status(options: StatusOptions) -> int:
     """Prints the rows done, failed (with reasons) and missing, and the manifest."""
     opened = open_store(options.store)
     units = opened.missing()
-    indices = shards_with_work(units, options.shards or stated_shards(opened))
+    indices = _shards_with_work(units, options.shards or _stated_shards(opened))
     if options.missing:
         say(slurm_array(indices))
         return 0
     if options.as_json:
         print(json.dumps(summary(opened, units), indent=2))
         return 0
-    show(opened, units, indices, options.shards or stated_shards(opened))
+    show(opened, units, indices, options.shards or _stated_shards(opened))
     return 0
 
 
-def stated_shards(store: RowStore) -> int:
+def _stated_shards(store: RowStore) -> int:
     """The number of array jobs that the store was made for; one per unit if it was not made by array jobs."""
     stated = store.facts.settings.shards or 1
     return stated if stated > 1 else store.partition.num_units
 
 
-def shards_with_work(units: list[int], shards: int) -> list[int]:
+def _shards_with_work(units: list[int], shards: int) -> list[int]:
     """The array indices whose share of all units holds one of `units`."""
     return sorted({shard_of(unit, shards) for unit in units})
 

@@ -17,7 +17,7 @@ def rules() -> dict[str, str]:
     return {name: ast.literal_eval(value.args[1]) for name, value in entries("consensus/rules/table.py", "RULES")}
 
 
-def rule_options() -> dict[str, str]:
+def _rule_options() -> dict[str, str]:
     """Each rule that has options, with their defaults: the keyword parameters of its function."""
     functions = {
         node.name: node.args
@@ -48,7 +48,7 @@ def dialects() -> dict[str, str]:
 TABLES = {
     "projectors": projectors,
     "rules": rules,
-    "rule options": rule_options,
+    "rule options": _rule_options,
     "training formats": training_formats,
     "dialects": dialects,
 }

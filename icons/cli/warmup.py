@@ -158,13 +158,13 @@ def warmup(options: WarmupOptions) -> int:
             remove(options.out / name)
         for line in lines:
             warn(line)
-        show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
+        _show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
         steps = counted(ended.global_step, "step")
         say(f"{steps}; the adapter and Adam's moments are in {options.out}")
     return 0
 
 
-def show_losses(module: WarmupModule, is_warmup: bool) -> None:
+def _show_losses(module: WarmupModule, is_warmup: bool) -> None:
     """Prints the tasks' losses and exact matches; loudly, when the loss of a warm-up has hardly moved."""
     if module.after:
         table = Table("task", "rows", "loss before", "after", "exact before", "after")

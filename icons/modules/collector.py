@@ -29,14 +29,14 @@ def collector(
         preconditioner: of gradients.
     """
     if collect == "representations":
-        return RepresentationCollector(model)
+        return _RepresentationCollector(model)
     if collect == "loss":
-        return LossCollector(model)
-    kind = AblationCollector if collect == "image_ablation" else GradientExtractor
+        return _LossCollector(model)
+    kind = _AblationCollector if collect == "image_ablation" else GradientExtractor
     return kind(model, projector, preconditioner)
 
 
-class RepresentationCollector(SampleModule):
+class _RepresentationCollector(SampleModule):
     """The hidden state from which the output layer would predict what follows the sample, whole: `[B, width]`.
 
     Source: representation-based selection, the baseline of LESS (section 5.1).
@@ -49,10 +49,10 @@ class RepresentationCollector(SampleModule):
         return {"gradient": found, "norm": found.norm(dim=1), "loss": loss.float(), "tokens": tokens}
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | undifferentiated(width_of(self.model)) | {"collect": "representations"}
+        return super().describe() | _undifferentiated(width_of(self.model)) | {"collect": "representations"}
 
 
-class LossCollector(SampleModule):
+class _LossCollector(SampleModule):
     """The loss alone: `[B, 1]`, since a store's rows are vectors. Nothing takes such rows for gradients: their manifest
     says `collect: loss`, and scores of them are refused.
     """
@@ -64,15 +64,15 @@ class LossCollector(SampleModule):
         return {"gradient": loss[:, None], "norm": loss.abs(), "loss": loss, "tokens": tokens}
 
     def describe(self) -> dict[str, Any]:
-        return super().describe() | undifferentiated(1) | {"collect": "loss"}
+        return super().describe() | _undifferentiated(1) | {"collect": "loss"}
 
 
-def undifferentiated(dim: int) -> dict[str, Any]:
+def _undifferentiated(dim: int) -> dict[str, Any]:
     """What the manifest says of numbers that are stored as they are."""
     return {"projector": {"kind": "identity", "dim": dim, "seed": 0}, "preconditioner": {"form": "none"}}
 
 
-class AblationCollector(GradientExtractor):
+class _AblationCollector(GradientExtractor):
     """Gradients of the batch with every image replaced by noise: what a sample teaches without its image.
 
     A sample without image has its plain gradient.

@@ -154,7 +154,7 @@ class FactorWriter(Callback):
                     "folder: move it, or write the factors elsewhere"
                 )
             mark(self.folder, "factors")
-            return [part for part in range(chosen.num_units) if read_part(self.part(part), self.key()) is None]
+            return [part for part in range(chosen.num_units) if _read_part(self.part(part), self.key()) is None]
         except (ValueError, OSError) as error:
             return error
 
@@ -229,7 +229,7 @@ class FactorWriter(Callback):
         datamodule: Any = module.trainer.datamodule  # type: ignore[attr-defined]
         total, reasons = CovarianceSums(), []
         for number in range(module.settings.chosen(len(datamodule.dataset)).num_units):
-            found = read_part(self.part(number), self.key())
+            found = _read_part(self.part(number), self.key())
             if found is None:
                 raise ValueError(
                     f"{self.part(number)}: was there and is gone, or was made from something else meanwhile; run the "
@@ -268,7 +268,7 @@ def describe(trainer: Trainer, module: FactorPass) -> dict[str, Any]:
     return {**datamodule.describe(), **module.describe(), **computation(trainer, module), **own}
 
 
-def read_part(file: Path, key: str) -> tuple[CovarianceSums, str] | None:
+def _read_part(file: Path, key: str) -> tuple[CovarianceSums, str] | None:
     """A part's sums and why its first failed row failed; None: it is not there, or of something else."""
     try:
         with safe_open(file, framework="pt") as opened:

@@ -79,7 +79,7 @@ def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype:
             raise ValueError(f"--trainer.{flag} {given[flag]}: expected {value}, or the option left out")
     flags = TRAINER | {"max_epochs": epochs, "accumulate_grad_batches": accumulate, "precision": PRECISION[dtype]}
     flags |= given
-    flags["callbacks"] = as_list(given.get("callbacks"))
+    flags["callbacks"] = _as_list(given.get("callbacks"))
     if any(isinstance(callback, Checkpoint) for callback in flags["callbacks"]):
         flags["enable_checkpointing"] = given.get("enable_checkpointing", True)
     if flags["logger"]:
@@ -92,7 +92,7 @@ def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype:
     return named_strategy(flags)
 
 
-def as_list(given: Any) -> list[Any]:
+def _as_list(given: Any) -> list[Any]:
     """One callback or several, as the command line and YAML give them."""
     return list(given) if isinstance(given, Sequence) else [] if given is None else [given]
 
@@ -135,7 +135,7 @@ def run_fit(
     last = checkpoint_of(out, say, check_resumable)
     if last is not None:
         say(f"going on with the interrupted fit in {last}")
-    callbacks = [FitCheckpoint(out, minutes, seed), *as_list(flags.get("callbacks"))]
+    callbacks = [FitCheckpoint(out, minutes, seed), *_as_list(flags.get("callbacks"))]
     if flags.get("enable_progress_bar", True):
         in_terminal = sys.stdout.isatty()
         callbacks.append(RichProgressBar() if in_terminal else FitProgress())

@@ -48,7 +48,7 @@ class FormerScores:
         """
         if missing := store.missing():
             raise ValueError(f"--reuse {store.path}: lacks {counted(len(missing), 'unit')}; finish the store first")
-        taken = [name for name, members in columns.items() if is_same(store, name, members, tasks, reduce)]
+        taken = [name for name, members in columns.items() if _is_same(store, name, members, tasks, reduce)]
         if len(taken) == len(columns):
             raise ValueError(
                 f"--reuse {store.path}: has all of {', '.join(columns)} already; expected a further --task, or use it "
@@ -91,7 +91,7 @@ class FormerScores:
         return found
 
 
-def is_same(
+def _is_same(
     store: ScoreStore, column: str, members: Sequence[str], tasks: Mapping[str, Mapping[str, Any]], reduce: str
 ) -> bool:
     facts = store.facts

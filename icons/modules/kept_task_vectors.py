@@ -44,7 +44,7 @@ def describe_vectors(
 
 
 @dataclass(frozen=True)
-class Directed:
+class _Directed:
     """Task vectors without their leading axes, and spans, see `icons.modules.task_directions`.
 
     Attributes:
@@ -65,7 +65,7 @@ def find_directed(
     unit: bool,
     drop_axes: int = 0,
     subspace: float | None = None,
-) -> Directed:
+) -> _Directed:
     """The tasks' vectors without axes, or their spans; what `folder` has that was made from the same is not made anew.
 
     Args:
@@ -74,12 +74,12 @@ def find_directed(
     Raises:
         ValueError: the rows do not vary along so many axes, or no row of a task has a gradient.
     """
-    kept = Kept(trainer, modules, folder)
+    kept = _Kept(trainer, modules, folder)
     vectors = kept.found("", manifests, lambda tasks: TaskVectorizer(model, tasks, unit))
     if not drop_axes and subspace is None:
-        return Directed(vectors, {})
+        return _Directed(vectors, {})
     about: dict[str, Any] = {"projector": sketch_of(model).describe()}
-    made = kept.found("sketch.", with_directions(manifests, about), lambda tasks: TaskSketcher(model, tasks, unit))
+    made = kept.found("sketch.", _with_directions(manifests, about), lambda tasks: TaskSketcher(model, tasks, unit))
     sketches = {task: sketch.vector for task, sketch in made.items()}
     if drop_axes:
         others = {task: vector.manifest["data"]["fingerprint"] for task, vector in vectors.items()}
@@ -89,23 +89,23 @@ def find_directed(
         assert subspace is not None
         coefficients = {task: of_span(sketch, subspace) for task, sketch in sketches.items()}
         about |= {"subspace": subspace}
-    about_tasks = with_directions(manifests, about)
+    about_tasks = _with_directions(manifests, about)
     parts = kept.found("sums.", about_tasks, lambda tasks: TaskCombiner(model, tasks, coefficients))
     if drop_axes:
         axes = orthonormal([parts[task].vector for task in modules])
-        return Directed({task: without_axes(vector, axes) for task, vector in vectors.items()}, {})
+        return _Directed({task: without_axes(vector, axes) for task, vector in vectors.items()}, {})
     directions = {task: orthonormal([part.vector]) for task, part in parts.items()}
     places = kept.found("places.", about_tasks, lambda tasks: TaskLocator(model, tasks, directions))
     spans = {task: TaskSpan(directions[task], mean_within(part.vector["rows"])) for task, part in places.items()}
-    return Directed(vectors, spans)
+    return _Directed(vectors, spans)
 
 
-def with_directions(manifests: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _with_directions(manifests: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return {task: {**manifest, "directions": dict(about)} for task, manifest in manifests.items()}
 
 
 @dataclass(frozen=True)
-class Kept:
+class _Kept:
     """What passes over tasks' validation rows find, kept in a folder: `TASK.KINDsafetensors`.
 
     Every rank computes whole tasks, so that the sums do not depend on the number of ranks.
@@ -130,7 +130,7 @@ class Kept:
         """
         # a name with a slash, as a benchmark's part has, is no folder
         files = {name: self.folder / f"{name.replace('/', '%2F')}.{kind}safetensors" for name in self.modules}
-        todo = [name for name, file in files.items() if not is_kept(file, manifests[name])]
+        todo = [name for name, file in files.items() if not _is_kept(file, manifests[name])]
         if todo:
             mine = assign(range(len(todo)), self.trainer.world_size, self.trainer.global_rank)
             module = make({name: len(self.modules[name].dataset) for name in todo})
@@ -148,7 +148,7 @@ class Kept:
         return unit_dataloader(dataset, sampler, dataset.collate)
 
 
-def is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
+def _is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
     """Whether a task vector is there and was made from the same; says so if it is there and was not."""
     if not file.is_file():
         return False

@@ -32,7 +32,7 @@ class LostRankError(ValueError):
 
 
 @contextmanager
-def all_living() -> Iterator[None]:
+def _all_living() -> Iterator[None]:
     """Around what needs all ranks.
 
     Raises:
@@ -55,7 +55,7 @@ class Lockstep:
 
     def __init__(self, layers: Sequence[FSDPModule], group: dist.ProcessGroup) -> None:
         self.group = dist.new_group(backend="gloo", timeout=FOREVER)  # on the CPU, whatever computes
-        self.gathers = [LayerGather(self, place, layer, group) for place, layer in enumerate(layers)]
+        self.gathers = [_LayerGather(self, place, layer, group) for place, layer in enumerate(layers)]
         for layer, gather in zip(layers, self.gathers, strict=True):
             layer.set_custom_all_gather(gather)  # type: ignore[arg-type]  # its base class is not public
         self.done = False
@@ -63,7 +63,7 @@ class Lockstep:
     def wait_for(self, place: int) -> None:
         """Returns when all ranks are about to gather layer `place`; until then gathers what others want."""
         count = len(self.gathers)
-        wanted = 2 * count - 1 - place if differentiating() else place
+        wanted = 2 * count - 1 - place if _differentiating() else place
         while (chosen := self.agree(wanted)) != wanted:
             chosen_place = min(chosen, 2 * count - 1 - chosen)
             if chosen_place == place:  # forwards here, backwards there: the same weights
@@ -92,7 +92,7 @@ class Lockstep:
         """
         found = torch.tensor([wanted])
         wait_s = FIRST_WAIT_S
-        with all_living():
+        with _all_living():
             work = dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group, async_op=True)
             while not work.is_completed():  # and not `wait`, in which no signal would be taken
                 time.sleep(wait_s)
@@ -101,12 +101,12 @@ class Lockstep:
         return int(found)
 
 
-class LayerGather:
+class _LayerGather:
     """Gathers one layer's weights for FSDP2, when all ranks do (`FSDPModule.set_custom_all_gather`)."""
 
     def __init__(self, lockstep: Lockstep, place: int, layer: FSDPModule, group: dist.ProcessGroup) -> None:
         self.lockstep, self.place, self.group = lockstep, place, group
-        self.parts = own_parts(layer)
+        self.parts = _own_parts(layer)
         self.checked = False
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -119,13 +119,13 @@ class LayerGather:
             assert torch.equal(self.own().view(torch.uint8), input_tensor.view(torch.uint8)), "shards in another order"
             self.checked = True
         self.lockstep.wait_for(self.place)
-        with all_living():
+        with _all_living():
             return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
     def take_part(self) -> None:
         """Hands over this rank's part of the layer, which another rank wants."""
         own = self.own()
-        with all_living():
+        with _all_living():
             dist.all_gather_single(own.new_empty(self.group.size() * len(own)), own, group=self.group)
 
     def own(self) -> Tensor:
@@ -141,7 +141,7 @@ class LayerGather:
         return torch.cat(found)
 
 
-def own_parts(layer: FSDPModule) -> list[DTensor]:
+def _own_parts(layer: FSDPModule) -> list[DTensor]:
     """The sharded weights of a layer but for those of layers inside, in FSDP2's order."""
     found: dict[DTensor, None] = {}
 
@@ -156,6 +156,6 @@ def own_parts(layer: FSDPModule) -> list[DTensor]:
     return list(found)
 
 
-def differentiating() -> bool:
+def _differentiating() -> bool:
     """Whether a backward pass is under way in this thread."""
     return torch._C._current_graph_task_id() != -1

@@ -29,10 +29,10 @@ def gather(trainer: Trainer, module: LightningModule) -> Trained | None:
     weights: dict[str, Tensor] = {}
     state: Mapping[str, Any] = {}
     if isinstance(strategy, DeepSpeedStrategy):
-        weights = deepspeed_weights(module, partitioned=strategy.zero_stage_3)
+        weights = _deepspeed_weights(module, partitioned=strategy.zero_stage_3)
     elif isinstance(strategy, FSDPStrategy):
         assert strategy.model is not None
-        names = trained_parameters(module)
+        names = _trained_parameters(module)
         offload = strategy.root_device.type != "cpu"  # copying from the CPU to itself crashes torch 2.13
         rank0 = FullStateDictConfig(offload, True), FullOptimStateDictConfig(offload, True)
         with FullyShardedDataParallel.state_dict_type(strategy.model, StateDictType.FULL_STATE_DICT, *rank0):
@@ -40,7 +40,7 @@ def gather(trainer: Trainer, module: LightningModule) -> Trained | None:
             state = FullyShardedDataParallel.optim_state_dict(strategy.model, optimizer).get("state", {})
         weights = {name: value for name, value in whole.items() if name in names}
     elif trainer.is_global_zero:
-        weights = trained_parameters(module)
+        weights = _trained_parameters(module)
         named = {id(parameter): name for name, parameter in weights.items()}
         state = {named[id(parameter)]: values for parameter, values in optimizer.state.items()}
     if not trainer.is_global_zero:
@@ -58,7 +58,7 @@ def gather(trainer: Trainer, module: LightningModule) -> Trained | None:
     )
 
 
-def trained_parameters(module: LightningModule) -> dict[str, Tensor]:
+def _trained_parameters(module: LightningModule) -> dict[str, Tensor]:
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     return {name.replace("_fsdp_wrapped_module.", ""): parameter for name, parameter in trained.items()}
 
@@ -71,9 +71,9 @@ def moments(state: Mapping[str, Any], which: str, weights: Mapping[str, Tensor])
     return zeros | {name: values[which].float().cpu() for name, values in state.items()}
 
 
-def deepspeed_weights(module: LightningModule, partitioned: bool) -> dict[str, Tensor]:
+def _deepspeed_weights(module: LightningModule, partitioned: bool) -> dict[str, Tensor]:
     """The trained parameters, copied while DeepSpeed has put them together (stage 3 keeps a part on each rank)."""
-    trained = trained_parameters(module)
+    trained = _trained_parameters(module)
     if not partitioned:
         return trained
     import deepspeed  # type: ignore[import-not-found,unused-ignore]

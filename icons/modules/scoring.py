@@ -165,11 +165,11 @@ class Scoring:
 
             def check(store: ScoreStore) -> None:
                 what = f"the score store {self.out}"
-                check_compatible(lasting(store.manifest), lasting(manifest), SCORES, what, "this run")
+                check_compatible(_lasting(store.manifest), _lasting(manifest), SCORES, what, "this run")
 
             store = ScoreStore.taken_up(self.out, check, lambda: self.create(scorer, manifest), self.overwrite)
             self.renew(store, manifest, say)
-            return units_to_do(store, stores)
+            return _units_to_do(store, stores)
         except (ValueError, OSError) as error:
             return error
 
@@ -192,11 +192,11 @@ class Scoring:
             try:
                 if changed := self.changed_tasks(ScoreStore.open(self.out), manifest):
                     self.unwrite(store, changed, say)
-                    store.amend(**sources_in(manifest))
+                    store.amend(**_sources_in(manifest))
             finally:
                 lock.close()
         elif digests(store.manifest["train"]) != digests(manifest["train"]):
-            store.amend(**sources_in(manifest))
+            store.amend(**_sources_in(manifest))
 
     def changed_tasks(self, store: ScoreStore, manifest: Mapping[str, Any]) -> list[str]:
         former, now = store.manifest["tasks"], manifest["tasks"]
@@ -273,7 +273,7 @@ class Scoring:
         return {**values, "status": status_of(stores, span)}
 
 
-def sources_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _sources_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's part that follows from the sources' statuses."""
     return {name: manifest[name] for name in ("train", "tasks", "num_validation", "warnings")}
 
@@ -303,7 +303,7 @@ def status_of(stores: Sequence[GradientStore], span: slice) -> np.ndarray:
     return np.maximum.reduce([store.stored("status", span) for store in stores])
 
 
-def units_to_do(store: ScoreStore, stores: Sequence[GradientStore]) -> dict[int, np.ndarray]:
+def _units_to_do(store: ScoreStore, stores: Sequence[GradientStore]) -> dict[int, np.ndarray]:
     """Units not written yet, or written before failed rows were tried again (`icons gradients --retry-failed`), with
     their statuses."""
     now = store.statuses()
@@ -318,11 +318,11 @@ def unit_rows(scorer: Scorer, widest: int) -> int:
     return min(chunk * max(1, most // chunk), scorer.num_rows)
 
 
-def lasting(value: Any) -> Any:
+def _lasting(value: Any) -> Any:
     """A manifest without what may differ between a run and its resume, all the way down."""
     if isinstance(value, Mapping):
-        return {key: lasting(entry) for key, entry in value.items() if key not in {*PLACES, STATUSES}}
-    return [lasting(entry) for entry in value] if isinstance(value, list) else value
+        return {key: _lasting(entry) for key, entry in value.items() if key not in {*PLACES, STATUSES}}
+    return [_lasting(entry) for entry in value] if isinstance(value, list) else value
 
 
 def blocks_of(store: ScoreStore, name: str) -> Iterator[np.ndarray]:

@@ -75,14 +75,14 @@ class ShardedFit(ShardedModule):
         """Averages gradients over the ranks."""
         if lockstep_of(self.model) is not None:
             self.meet()
-            average_gradients(trained(self.model))
+            _average_gradients(trained(self.model))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def _average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """The mean of all ranks' gradients; of a parameter without any on every rank, None, which no optimizer counts as a
     step. What earlier batches of an accumulated step have left is the same on all ranks, and stays."""
     parameters = list(parameters)

@@ -25,7 +25,7 @@ from icons.store.unit_writer import UnitWriter, statuses_of
 MIXED = "mixed"
 
 
-class NoInterval:
+class _NoInterval:
     """Tells Lightning that it need not remember the rows of every batch it has seen: each prediction names its own."""
 
     on_batch = on_epoch = False
@@ -89,7 +89,7 @@ class StoreWriter(BasePredictionWriter):
         lease_timeout_s: float = 90.0,
     ) -> None:
         super().__init__("batch")
-        self.interval = NoInterval()  # type: ignore[assignment]
+        self.interval = _NoInterval()  # type: ignore[assignment]
         self.path, self.num_rows, self.chunk_rows, self.manifest = path, num_rows, chunk_rows, dict(manifest or {})
         self.shard = (0, 1) if shard is None else parse_shard(shard)
         self.retry_failed, self.queue_units, self.lease_timeout_s = retry_failed, queue_units, lease_timeout_s
@@ -233,7 +233,7 @@ class StoreWriter(BasePredictionWriter):
         row = outputs["row"].cpu().numpy()
         assert self.failures is not None
         self.failures.add(row, failures_in(batch))
-        self.writer.collect(row, {name: as_numpy(outputs[name]) for name in self.STORE.FIELDS})
+        self.writer.collect(row, {name: _as_numpy(outputs[name]) for name in self.STORE.FIELDS})
         self.progress.advance(len(row))
         self.stop_between_units(trainer)
 
@@ -244,7 +244,7 @@ class StoreWriter(BasePredictionWriter):
     def stop_between_units(self, trainer: Trainer) -> None:
         last = writers(trainer)[-1]
         asked = last.run is not None and last.run.stop_status is not None
-        if asked and not any(writer.open_units for writer in unit_writers(trainer)):
+        if asked and not any(writer.open_units for writer in _unit_writers(trainer)):
             last.end(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -262,7 +262,7 @@ class StoreWriter(BasePredictionWriter):
         """Ends the run, of all writers, with all other ranks."""
         assert self.run is not None
         error: Exception | None = end_lockstep(trainer)
-        for writer in unit_writers(trainer):
+        for writer in _unit_writers(trainer):
             try:
                 writer.close()
                 writer.check()
@@ -310,13 +310,13 @@ def computation(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 def ask_to_stop(trainer: Trainer) -> None:
     """Has this rank, and those that it has started, end after the current unit."""
-    for writer in unit_writers(trainer):
+    for writer in _unit_writers(trainer):
         writer.leases.hurried = True
     for process in launched_by(trainer.strategy):
         process.send_signal(signal.SIGTERM)
 
 
-def unit_writers(trainer: Trainer) -> list[UnitWriter]:
+def _unit_writers(trainer: Trainer) -> list[UnitWriter]:
     return [each.writer for each in writers(trainer) if each.writer is not None]
 
 
@@ -338,7 +338,7 @@ def broadcast(trainer: Trainer, value: Any) -> Any:
     return trainer.strategy.broadcast(value, src=0)
 
 
-def as_numpy(values: torch.Tensor) -> np.ndarray:
+def _as_numpy(values: torch.Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
 
 

@@ -113,10 +113,10 @@ class WarmupModule(ShardedFit):
         if self.trainer.sanity_checking:
             self.before = measured
             if self.trainer.logger is not None:  # Lightning logs nothing of the sanity check
-                self.trainer.logger.log_metrics(logged(measured), step=0)
+                self.trainer.logger.log_metrics(_logged(measured), step=0)
         else:
             self.after = measured
-            self.log_dict(logged(measured))
+            self.log_dict(_logged(measured))
 
     def on_train_end(self) -> None:
         """Measures the tasks once more, wherever training ended (epochs, `max_steps`, `max_time`), and collects."""
@@ -180,10 +180,10 @@ class WarmupModule(ShardedFit):
         self.before = checkpoint["warmup"]["before"]
 
 
-def logged(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def _logged(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """Measurements as loggers and `EarlyStopping(monitor=...)` know them.
 
-    >>> logged({"gqa": {"loss": 1.5, "accuracy": 0.25, "rows": 8}})
+    >>> _logged({"gqa": {"loss": 1.5, "accuracy": 0.25, "rows": 8}})
     {'loss/gqa': 1.5, 'accuracy/gqa': 0.25}
     """
     return {f"{name}/{task}": float(found[name]) for task, found in measured.items() for name in ("loss", "accuracy")}

@@ -51,12 +51,12 @@ def operations(model: nn.Module, kind: Kind, length: int, load: Workload) -> flo
         load: attention and checkpointing.
     """
 
-    def count(part: LanguagePart) -> float:
+    def count(part: _LanguagePart) -> float:
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             run(part, kind, 1, length, load)
         return float(counter.get_total_flops())
 
-    return over_layers(model, count)
+    return _over_layers(model, count)
 
 
 def peak_memory(model: nn.Module, kind: Kind, rows: int, length: int, load: Workload) -> float:
@@ -70,23 +70,23 @@ def peak_memory(model: nn.Module, kind: Kind, rows: int, length: int, load: Work
         load: dtype, attention and checkpointing.
     """
 
-    def measure(part: LanguagePart) -> float:
-        alive = Alive()
+    def measure(part: _LanguagePart) -> float:
+        alive = _Alive()
         run(part, kind, rows, length, load, alive)
         return float(alive.peak)
 
-    return over_layers(model, measure)
+    return _over_layers(model, measure)
 
 
-def over_layers(model: nn.Module, measure: Callable[["LanguagePart"], float]) -> float:
+def _over_layers(model: nn.Module, measure: Callable[["_LanguagePart"], float]) -> float:
     """A measure of the language model, from that of a few of its layers: it grows by the same with each."""
-    base = base_of(model)
+    base = _base_of(model)
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     name = next((n for n, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)), None)
     count = len(getattr(decoder, name)) if name else 0
     if name is None or count <= MORE:
-        return measure(LanguagePart(decoder, head))
-    few, more = (measure(LanguagePart(shortened(decoder, name, layers), head)) for layers in (FEW, MORE))
+        return measure(_LanguagePart(decoder, head))
+    few, more = (measure(_LanguagePart(shortened(decoder, name, layers), head)) for layers in (FEW, MORE))
     return few + (more - few) * (count - FEW) / (MORE - FEW)
 
 
@@ -97,23 +97,25 @@ def image_operations(model: nn.Module, sample: Mapping[str, Any]) -> float:
         model: as for `operations`.
         sample: `pixel_values` and what else the model's `get_image_features` takes.
     """
-    base = base_of(model)
+    base = _base_of(model)
     wanted = inspect.signature(base.get_image_features).parameters
     inputs = {name: value for name, value in sample.items() if name in wanted}
     inputs["pixel_values"] = inputs["pixel_values"].to("meta", next(base.parameters()).dtype)
-    with torch.no_grad(), AllMeta(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), _AllMeta(), FlopCounterMode(display=False) as counter:
         base.get_image_features(**inputs)
     return float(counter.get_total_flops())
 
 
-def base_of(model: Any) -> Any:
+def _base_of(model: Any) -> Any:
     """The model inside of its adapter, if it has one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def run(part: "LanguagePart", kind: Kind, rows: int, length: int, load: Workload, alive: "Alive | None" = None) -> None:
+def run(
+    part: "_LanguagePart", kind: Kind, rows: int, length: int, load: Workload, alive: "_Alive | None" = None
+) -> None:
     fake, dtype = FakeTensorMode(allow_non_fake_inputs=True), getattr(torch, load.dtype)
-    part = without_contents(copy.deepcopy(part), fake, dtype)
+    part = _without_contents(copy.deepcopy(part), fake, dtype)
     if load.attention == "eager":
         part.decoder.set_attn_implementation("eager")
     if load.gradient_checkpointing:
@@ -128,20 +130,20 @@ def run(part: "LanguagePart", kind: Kind, rows: int, length: int, load: Workload
         act()
 
 
-def prepared(part: "LanguagePart", kind: Kind, batch: dict[str, Any]) -> Callable[[], Any]:
+def prepared(part: "_LanguagePart", kind: Kind, batch: dict[str, Any]) -> Callable[[], Any]:
     """What is to be run inside of the fake mode; made outside, since it looks at the labels."""
     if kind == "per-sample":
         parameters = trainable_parameters(part)
         known = paths_of(part, parameters, batch)
         known.narrow = dict.fromkeys(dict(part.named_modules()), True)
-        return PassWithoutContents(part, batch, parameters, known, forget, proving=True).run
+        return _PassWithoutContents(part, batch, parameters, known, forget, proving=True).run
     for module in part.modules():
         if isinstance(module, nn.Dropout):  # as on a GPU, where a mask is a byte and not a float
             module.forward = partial(dropout, module)  # type: ignore[method-assign]
     return lambda: step(part, kind, **batch)
 
 
-def step(part: "LanguagePart", kind: Kind, inputs_embeds: Tensor, labels: Tensor) -> None:
+def step(part: "_LanguagePart", kind: Kind, inputs_embeds: Tensor, labels: Tensor) -> None:
     """One training step up to the gradients, each of which is let go of when it is there; or a forward pass."""
     mixed = inputs_embeds.dtype != torch.float32
     context = torch.autocast("cpu", inputs_embeds.dtype) if mixed else nullcontext()
@@ -160,7 +162,7 @@ def dropout(module: nn.Dropout, x: Tensor) -> Tensor:
     return torch.native_dropout(x, module.p, module.training)[0]
 
 
-class LanguagePart(nn.Module):
+class _LanguagePart(nn.Module):
     """The decoder and the output layer of a model, called on embeddings."""
 
     def __init__(self, decoder: Any, head: nn.Module) -> None:
@@ -179,7 +181,7 @@ class LanguagePart(nn.Module):
         return SimpleNamespace(logits=self.head(states))
 
 
-class PassWithoutContents(BackwardPass):
+class _PassWithoutContents(BackwardPass):
     """The pass of `icons gradients`; tensors without contents can neither be asked for chance nor be proven right."""
 
     def forward(self) -> Tensor:
@@ -190,7 +192,7 @@ class PassWithoutContents(BackwardPass):
         return losses
 
 
-class AllMeta(TorchDispatchMode):
+class _AllMeta(TorchDispatchMode):
     """What is computed from a tensor on the meta device is there too, whatever else goes into it.
 
     Sizes of images stay on the CPU, where a tower may read them.
@@ -201,12 +203,12 @@ class AllMeta(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = (args, kwargs or {})
-        if any(value.is_meta for value in filter(is_tensor, tree_leaves(given))):
+        if any(value.is_meta for value in filter(_is_tensor, tree_leaves(given))):
             given = tree_map_only(Tensor, lambda value: value.to("meta"), given)
         return func(*given[0], **given[1])
 
 
-class Alive(TorchDispatchMode):
+class _Alive(TorchDispatchMode):
     """Counts the bytes of what is computed while it is alive; the weights of `model` are not counted."""
 
     def __init__(self) -> None:
@@ -215,13 +217,13 @@ class Alive(TorchDispatchMode):
         self.weights: set[int] = set()
         self.bytes: dict[int, int] = {}
 
-    def watching(self, model: nn.Module) -> "Alive":
+    def watching(self, model: nn.Module) -> "_Alive":
         self.weights = {value.untyped_storage()._cdata for value in (*model.parameters(), *model.buffers())}
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        for value in filter(is_tensor, tree_leaves(output)):
+        for value in filter(_is_tensor, tree_leaves(output)):
             storage = value.untyped_storage()
             key = storage._cdata
             if key not in self.weights and key not in self.bytes:
@@ -243,7 +245,7 @@ def shortened(decoder: Any, name: str, layers: int) -> Any:
     return part
 
 
-def without_contents(part: LanguagePart, fake: FakeTensorMode, dtype: torch.dtype) -> LanguagePart:
+def _without_contents(part: _LanguagePart, fake: FakeTensorMode, dtype: torch.dtype) -> _LanguagePart:
     """From the meta device, which has no autocast, to a CPU of fake tensors; frozen weights in `dtype`."""
     made: dict[int, Tensor] = {}
     for module in part.modules():
@@ -260,7 +262,7 @@ def without_contents(part: LanguagePart, fake: FakeTensorMode, dtype: torch.dtyp
     return part
 
 
-def is_tensor(value: Any) -> bool:
+def _is_tensor(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 

@@ -35,7 +35,7 @@ class RunEstimate:
         work["writes in all"] = size(sum(self.files.values()))
         work |= {f"memory, {name}": size(count) for name, count in self.memory.items()}
         work["memory per GPU, about"] = size(sum(self.memory.values()))
-        work["time, about"] = f"{duration(self.seconds)} ({self.speed})"
+        work["time, about"] = f"{_duration(self.seconds)} ({self.speed})"
         console.print(table("work", work))
         console.print("dry run: nothing was written")
 
@@ -64,9 +64,9 @@ def size(count: float | int) -> str:
     return f"{count:.3g} TB"
 
 
-def duration(seconds: float | int) -> str:
+def _duration(seconds: float | int) -> str:
     """
-    >>> duration(45), duration(600), duration(20_000)
+    >>> _duration(45), _duration(600), _duration(20_000)
     ('45 s', '10 min', '5.6 h')
     """
     if seconds < 100:

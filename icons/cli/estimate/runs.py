@@ -150,7 +150,7 @@ def estimate_gradients_run(
         preconditioner: which.
         settings: what to show as resolved settings.
     """
-    lora = None if adapter is None else lora_settings(adapter)
+    lora = None if adapter is None else _lora_settings(adapter)
     model = empty_model(folder, lora=lora, target=options.target, trust_remote_code=options.trust_remote_code)
     num_rows, differentiates = len(dataset), options.collect in DIFFERENTIATED
     dtype = options.model_dtype
@@ -186,7 +186,7 @@ def estimate_gradients_run(
     )
 
 
-def lora_settings(adapter: Path) -> LoraSettings:
+def _lora_settings(adapter: Path) -> LoraSettings:
     """Rank and targets of a saved adapter; a list of layer names (LLaVA's) means the language model's linear layers."""
     saved = json.loads((adapter / "adapter_config.json").read_text())
     targets = saved.get("target_modules")

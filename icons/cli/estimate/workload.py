@@ -32,7 +32,7 @@ class ModelSize:
         """Counts a model, which may be on the meta device."""
         frozen = {name: value.numel() for name, value in model.named_parameters() if not value.requires_grad}
         tower = sum(count for name, count in frozen.items() if set(TOWERS) & set(name.split(".")))
-        ends = [end.weight for end in ends_of(model) if not end.weight.requires_grad]
+        ends = [end.weight for end in _ends_of(model) if not end.weight.requires_grad]
         text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
         places = groupby(sorted((layer_of(name), count) for name, count in frozen.items()), key=lambda item: item[0])
         return cls(
@@ -45,7 +45,7 @@ class ModelSize:
         )
 
 
-def ends_of(model: Any) -> list[Any]:
+def _ends_of(model: Any) -> list[Any]:
     """Input embeddings and output layer, where the model has them."""
     return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
 

@@ -13,7 +13,7 @@ MODEL, DATA, PROJECTION, STORE, SPEED, RUN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodeOptions:
+class _CodeOptions:
     """model"""
 
     trust_remote_code: bool = False
@@ -21,7 +21,7 @@ class CodeOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartsOptions(CodeOptions):
+class PartsOptions(_CodeOptions):
     """model"""
 
     model: Path | None = None
@@ -44,7 +44,7 @@ class CheckpointOptions(PartsOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadingOptions(CodeOptions):
+class LoadingOptions(_CodeOptions):
     """memory and speed"""
 
     attention: Attention = "sdpa"
@@ -64,7 +64,7 @@ class LoadingOptions(CodeOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageOptions:
+class _ImageOptions:
     """data"""
 
     allow_paths: list[Path] | None = None
@@ -74,7 +74,7 @@ class ImageOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReadingOptions(ImageOptions):
+class ReadingOptions(_ImageOptions):
     """data"""
 
     dialect: str = field(default="auto", metadata={"choices": "dialects"})

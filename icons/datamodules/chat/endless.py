@@ -58,7 +58,7 @@ def _look() -> nodes.Call:
     return nodes.Call(nodes.ImportedName(f"{__name__}.check_time"), [], [], None, None)
 
 
-def check_time() -> str:
+def _check_time() -> str:
     """Nothing, which is what it writes.
 
     Raises:

@@ -42,12 +42,12 @@ def scan(path: Path) -> Layout:
     content = DataFile(path)
     with ThreadPoolExecutor(1) as background:
         digest = background.submit(sha256, path)  # releases the interpreter: runs beside the search
-        form = form_of(path, content)
+        form = _form_of(path, content)
         ranges = _line_ranges(content) if form == "lines" else _nested_ranges(path, content)
         return Layout(ranges, form, digest.result())
 
 
-def form_of(path: Path, content: DataFile) -> Literal["list", "object", "lines"]:
+def _form_of(path: Path, content: DataFile) -> Literal["list", "object", "lines"]:
     """A list begins with `[`; a first line that is a whole object of its own begins JSON Lines, unless it is all."""
     begin = _first_of(content)
     if content[begin : begin + 1] == b"[":
