@@ -70,6 +70,7 @@ def test_verbose_adds_details_on_stderr_alone(
     for unit in range(2):
         made.write_unit(unit, columns | {"status": one.astype(np.uint8)})
     line = [word.format(store=made.path) for word in words]
+    capsys.readouterr()
     status, plain = main(line), capsys.readouterr()
     assert main([*line, "--verbose"]) == status
     loud = capsys.readouterr()
