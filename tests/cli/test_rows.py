@@ -94,7 +94,16 @@ def test_rows_of_quantized_base_weights_are_autograds(quantize: Any, tmp_path: P
 
 @pytest.mark.skipif(importlib.util.find_spec("transformer_engine") is not None, reason="needs it not to be installed")
 def test_a_precision_whose_package_is_missing_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*PARTS, *RECORDS, *ROWS, "--trainer.precision", "transformer-engine", "--out", tmp_path / "rows.zarr"]
+    words = [
+        *PARTS,
+        "--adapter",
+        DATA / "llava-tiny-lora",
+        *RECORDS,
+        *ROWS,
+        "--trainer.precision",
+        "transformer-engine",
+    ]
+    words += ["--out", tmp_path / "rows.zarr"]
     assert main(["gradients", *map(str, words)]) == 1
     assert "icons gradients: error: Requirement 'transformer_engine" in capsys.readouterr().err
     assert not (tmp_path / "rows.zarr").exists()
