@@ -192,7 +192,7 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
         yield partial
         flush_tree(partial)
         if target.is_dir() and any(target.iterdir()):
-            _move_into(partial, target, last, stale)
+            move_into(partial, target, last, stale)
         else:
             partial.rename(target)
         flush_path(target.parent)
@@ -200,7 +200,7 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
+def move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
     (target / last).unlink(missing_ok=True)
     for former in list(target.iterdir()):
         if former.is_file() and former.name != MARK and stale(former.name):  # without it the folder is nobody's

@@ -126,7 +126,7 @@ def test_a_function_of_its_own_file_alone_begins_with_an_underscore() -> None:
         for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and users[node.name] == 1
     ]
-    assert not offered, f"used where they stand alone: {', '.join(offered)}"
+    assert not offered, f"begin with an underscore what its own file alone uses: {', '.join(offered)}"
 
 
 def test_public_names() -> None:

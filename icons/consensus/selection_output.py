@@ -60,7 +60,7 @@ class SelectionOutput:
         """
         written = {name: digest(partial) for name, partial in self.partials.items() if partial.is_file()}
         note = note_path(self.selection)
-        with alone_in(self.selection.parent):
+        with _alone_in(self.selection.parent):
             accepted = {name: set(several) for name, several in noted(self.selection).items()}
             for name, content in written.items():
                 accepted.setdefault(name, set()).add(content)
@@ -95,7 +95,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def _alone_in(folder: Path) -> Iterator[None]:
     """Waits until no other process of this machine is in such a block for the same folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
