@@ -23,6 +23,8 @@ from icons.gradients.covariances import CovarianceSums
 from icons.output import whole_file
 
 KIND = "icons kronecker factors"
+ROOT = "kfac_root"
+"""The form of rows that are divided by the root of a curvature."""
 
 
 @dataclass(frozen=True)
@@ -165,9 +167,14 @@ class KroneckerPreconditioner:
     had no gradient at all, an update is 0 if the gradient is, and NaN otherwise: the row counts as not finite, since it
     cannot be weighed. Linear in the gradient; a sample never changes it.
 
+    With `root` it is the square root of all that, for training rows and tasks alike: products of two updates are those
+    of one whole update with a plain gradient. A projection needs it: whole updates are nearly all in directions that
+    plain gradients do not have, and their product with these is lost in its noise.
+
     Args:
         factors: of the very model that is differentiated.
         damping: added to both factors, as a share of the mean of their eigenvalues.
+        root: divide by the square root of the curvature.
 
     Raises:
         ValueError: damping is not above 0.
@@ -175,6 +182,7 @@ class KroneckerPreconditioner:
 
     factors: KroneckerFactors
     damping: float = 0.01
+    root: bool = False
     ready: dict[tuple[str, torch.device], tuple[Tensor | None, Tensor | None, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -197,10 +205,11 @@ class KroneckerPreconditioner:
                     f"{len(self.factors.square)} others: make them with this very model and --target"
                 )
             sides = [
-                None if name not in side else damped_inverse(side[name], self.damping).to(device)
+                None if name not in side else damped_inverse(side[name], self.damping, self.root).to(device)
                 for side in (self.factors.left, self.factors.right)
             ]
-            self.ready[name, device] = (*sides, 1 / square if square else 0.0)  # type: ignore[assignment]
+            scale = square ** (-0.5 if self.root else -1) if square else 0.0
+            self.ready[name, device] = (*sides, scale)  # type: ignore[assignment]
         return self.ready[name, device]
 
     def apply(
@@ -227,12 +236,12 @@ class KroneckerPreconditioner:
 
     def describe(self) -> dict[str, Any]:
         """The manifest's part: form, damping, rows, and the factors' fingerprint."""
-        rows, fingerprint = self.factors.rows, self.factors.fingerprint
-        return {"form": "kfac", "damping": self.damping, "rows": rows, "fingerprint": fingerprint}
+        made = {"rows": self.factors.rows, "fingerprint": self.factors.fingerprint}
+        return {"form": ROOT if self.root else "kfac", "damping": self.damping, **made}
 
 
-def damped_inverse(moment: Tensor, damping: float) -> Tensor:
-    """`(M / mean + damping)^-1`, where mean is that of M's eigenvalues; of a diagonal the diagonal.
+def damped_inverse(moment: Tensor, damping: float, root: bool = False) -> Tensor:
+    """`(M / mean + damping)^-1`, or its square root; mean is that of M's eigenvalues. Of a diagonal the diagonal.
 
     float32, computed in float64.
 
@@ -241,7 +250,10 @@ def damped_inverse(moment: Tensor, damping: float) -> Tensor:
     """
     wide = moment.double().cpu()
     if wide.ndim == 1:
-        return (1 / (wide / wide.mean() + damping)).float()
+        return (wide / wide.mean() + damping).pow(-0.5 if root else -1).float()
     wide = wide / wide.diagonal().mean()
+    if root:
+        values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+        return ((vectors * (values.clamp(min=0) + damping).rsqrt()) @ vectors.T).float()
     wide.diagonal().add_(damping)
     return torch.cholesky_inverse(torch.linalg.cholesky((wide + wide.T) / 2)).float()

@@ -59,6 +59,16 @@ def test_an_update_is_the_gradient_divided_by_both_factors(width: int, damping: 
     torch.testing.assert_close(found.norm.double(), expected.norm(dim=1), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("width", [1024, 32, 0])
+def test_products_of_roots_are_those_of_a_whole_update_with_a_plain_gradient(width: int) -> None:
+    model, batch = with_lora(llama()), text_batch()
+    factors = factors_of(model, width)
+    root = projected_gradients(model, batch, Identity(), KroneckerPreconditioner(factors, 0.1, root=True)).gradient
+    expected = slow(model, batch, factors, 0.1) @ one_by_one(model, batch).double().mT
+    products = root.double() @ root.double().mT
+    assert (products - expected).norm() <= 1e-4 * expected.norm()
+
+
 @pytest.mark.parametrize("projector", [CountSketch(64), Gaussian(64)], ids=["count_sketch", "gaussian"])
 def test_projections_are_those_of_the_update(projector: CountSketch | Gaussian) -> None:
     model, batch = with_lora(llama()), text_batch()

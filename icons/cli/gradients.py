@@ -84,7 +84,7 @@ def gradients(options: GradientsOptions) -> int:
         return 0
     network = source.load(options.target, differentiates, dtype=options.model_dtype, **options.loading)
     several = [PROJECTORS[options.projector](size, seed=options.seed) for size in dims]
-    curvature = options.factors, options.damping
+    curvature = options.factors, options.damping, True  # projected rows: a root on both sides
     state = source.preconditioner(preconditioner, network, *curvature) if differentiates else None
     if isinstance(state, AdamPreconditioner):
         state.compiled = options.compile
@@ -137,19 +137,20 @@ def replaces(overwrite: bool, shard: str | None) -> bool:
 
 
 def chosen(preconditioner: Preconditioning | None, task: bool, factors: bool = False) -> Preconditioning:
-    """The preconditioner: Adam's for training rows, the factors' if there are some, none for a task's.
+    """The preconditioner: the factors' if there are some, also for a task's rows; else Adam's for training rows, and
+    none for a task's.
 
     Raises:
-        ValueError: a task's rows, and a preconditioner asked for.
+        ValueError: a task's rows, and a preconditioner of training rows asked for.
 
-    >>> chosen(None, task=True), chosen(None, task=False), chosen(None, task=False, factors=True)
+    >>> chosen(None, task=True), chosen(None, task=False), chosen(None, task=True, factors=True)
     ('none', 'adam', 'kfac')
     """
-    if task and preconditioner not in (None, "none"):
+    if task and preconditioner not in (None, "none", "kfac"):
         raise ValueError(
             f"--task: a task's rows are plain gradients; got --preconditioner {preconditioner}: leave one of them out"
         )
-    return preconditioner or ("none" if task else "kfac" if factors else "adam")
+    return preconditioner or ("kfac" if factors else "none" if task else "adam")
 
 
 def check_curvature(preconditioner: Preconditioning, factors: object, damping: float | None) -> None:

@@ -119,7 +119,12 @@ class ModelSource:
         return model
 
     def preconditioner(
-        self, form: Preconditioning, model: nn.Module, factors: Path | None = None, damping: float | None = None
+        self,
+        form: Preconditioning,
+        model: nn.Module,
+        factors: Path | None = None,
+        damping: float | None = None,
+        root: bool = False,
     ) -> Preconditioner | None:
         """Adam's state, or Kronecker factors, for the forms that need them.
 
@@ -128,6 +133,7 @@ class ModelSource:
             model: that is differentiated.
             factors: the file of `kfac`, which must be given for it.
             damping: of `kfac`; None: its default.
+            root: of `kfac`: see `KroneckerPreconditioner`.
 
         Raises:
             ValueError: `adam` or `diagonal` is asked for and there is no optimizer state, or the factors are none of
@@ -135,8 +141,8 @@ class ModelSource:
         """
         if form == "kfac":
             assert factors is not None
-            found = load_factors(factors, model)
-            return KroneckerPreconditioner(found) if damping is None else KroneckerPreconditioner(found, damping)
+            given = {} if damping is None else {"damping": damping}
+            return KroneckerPreconditioner(load_factors(factors, model), root=root, **given)
         if form == "none":
             return None
         if form == "sign":

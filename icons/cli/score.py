@@ -50,6 +50,11 @@ def score(options: ScoreOptions) -> int:
             f"--checkpoint: got {len(options.checkpoint)}, with {len(parts)} --weights and {len(states)} "
             "--optimizer-state; expected one of each for every checkpoint"
         )
+    if options.keep_gradients is not None and options.preconditioner == "kfac":
+        raise ValueError(
+            f"--keep-gradients {options.keep_gradients}: got --preconditioner kfac, whose whole updates a projection "
+            "drowns in noise; expected another: `icons gradients --factors` stores rows that can be multiplied"
+        )
     if options.keep_gradients is not None and len(options.checkpoint) > 1:
         raise ValueError(
             f"--keep-gradients {options.keep_gradients}: got {len(options.checkpoint)} checkpoints; expected one: run "

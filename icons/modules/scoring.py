@@ -87,7 +87,7 @@ class Scoring:
         for made_from in sources:
             check_some_done(made_from)
         if not self.preconditioned_tasks:
-            check_plain(tasks)
+            check_plain(stores, tasks)
         scorer = Scorer.of(
             stores,
             tasks,

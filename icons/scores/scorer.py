@@ -80,7 +80,8 @@ def influence(
     [[0.5], [0.5]]
     """
     if not preconditioned_tasks:
-        check_plain({name: [as_rows(source) for source in _listed(sources)] for name, sources in tasks.items()})
+        listed = {name: [as_rows(source) for source in _listed(sources)] for name, sources in tasks.items()}
+        check_plain([as_rows(source) for source in _listed(train)], listed)
     scorer = Scorer.of(
         train,
         tasks,

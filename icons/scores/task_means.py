@@ -10,6 +10,7 @@ from torch import Tensor
 
 from icons.agreement import MULTIPLIED, check_compatible, lookup
 from icons.batch import Status
+from icons.kronecker import ROOT
 from icons.scores.axes import leading_axes, without
 from icons.scores.rows import Block, StoredRows, blocks, ranges
 from icons.scores.span import Span, span_of
@@ -159,17 +160,26 @@ def _check_task(train: StoredRows, task: StoredRows, name: str) -> None:
     check_agree(train, task, MULTIPLIED, "the training rows", f"task {name}")
 
 
-def check_plain(tasks: Mapping[str, Sequence[StoredRows]]) -> None:
+def check_plain(train: Sequence[StoredRows], tasks: Mapping[str, Sequence[StoredRows]]) -> None:
     """Refuses validation rows that went through an optimizer's preconditioner, as training rows do: the cosine is that
-    of a training step with a plain gradient (arXiv 2501.00654, section 3; LESS, section 3.2).
+    of a training step with a plain gradient (arXiv 2501.00654, section 3; LESS, section 3.2). Where training rows are
+    divided by the root of a curvature, validation rows must be too, by the same one.
+
+    Args:
+        train: of each checkpoint.
+        tasks: of each task, likewise.
 
     Raises:
-        ValueError: the first task with such rows.
+        ValueError: the first task with other rows.
     """
     for name, sources in tasks.items():
-        for source in sources:
-            form = lookup(source.manifest, "preconditioner.form") if source.manifest else None
-            if form not in (None, "none"):
+        for own, source in zip(train, sources, strict=False):  # their numbers are compared elsewhere
+            form, of_training = (lookup(each.manifest or {}, "preconditioner.form") for each in (source, own))
+            if of_training == ROOT and source.manifest:
+                remedy = "they must agree: compute the task's with --task, the same --factors and --damping"
+                both = (own.manifest or {}, source.manifest)
+                check_compatible(*both, ["preconditioner"], "the training rows", f"task {name}", remedy)
+            elif form not in (None, "none"):
                 raise ValueError(
                     f"task {name}: its rows went through the preconditioner {form!r}, as training rows do; expected "
                     "plain gradients: compute them with `icons gradients --task`, or give --preconditioned-tasks "

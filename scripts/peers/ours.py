@@ -1,11 +1,13 @@
 """ICONS, by its library, on the common task.
 
 Names: what is compared (cosine, or product), the preconditioner of the training rows, `exact` or the projection's K,
-checkpoints (the last, or those of all epochs, weighed alike or by their learning rates as LESS does).
+checkpoints (the last, or those of all epochs, weighed alike or by their learning rates as LESS does). `kfac` is made of
+all of the pool's rows, with labels drawn from the model, whole covariances and damping 0.01 where it says nothing else.
 """
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 from icons.cli import call
 from icons.gradients import TaskMatrix, projected_gradients, scored_gradients, weighted_gradient
+from icons.gradients.covariances import CovarianceSums, covariance_sums, with_drawn_labels
+from icons.kronecker import KroneckerFactors, KroneckerPreconditioner
 from icons.models.adam_state import load_adam_state
 from icons.preconditioner import Preconditioner, Sign
 from icons.projection import CountSketch
@@ -27,7 +31,31 @@ from icons.store import ScoreStore
 BATCH = 32
 
 
-def preconditioner(form: str, folder: Path, model: nn.Module) -> Preconditioner | None:
+@dataclass(frozen=True)
+class Curvature:
+    """A form of `--preconditioner kfac`: its options."""
+
+    labels: str = "drawn"
+    width: int = 1024
+    damping: float = 0.01
+
+
+def kfac(form: Curvature, model: nn.Module, rows: Sequence[Row]) -> KroneckerPreconditioner:
+    """The preconditioner, made of these rows as `icons factors` makes it."""
+    sums, begin = CovarianceSums(), 0
+    for batch in batches(rows, BATCH):
+        batch["row"] = batch["row"] + begin
+        begin += len(batch["row"])
+        sums.add(
+            covariance_sums(model, with_drawn_labels(model, batch) if form.labels == "drawn" else batch, form.width)
+        )
+    shapes = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
+    return KroneckerPreconditioner(KroneckerFactors.of(sums, shapes), form.damping)
+
+
+def preconditioner(form: str | Curvature, job: Job, folder: Path, model: nn.Module) -> Preconditioner | None:
+    if isinstance(form, Curvature):
+        return kfac(form, model, job.task.tokens["pool"])
     if form in ("none", "sign"):
         return Sign() if form == "sign" else None
     return load_adam_state(folder, model, form=form)  # type: ignore[arg-type]
@@ -47,34 +75,34 @@ def task_vector(model: nn.Module, rows: Sequence[Row], cosine: bool) -> dict[str
     return total
 
 
-def exact(job: Job, form: str, epoch: int, cosine: bool) -> np.ndarray:
+def exact(job: Job, form: str | Curvature, epoch: int, cosine: bool) -> np.ndarray:
     """Scores without any projection at one checkpoint."""
     folder, tokens = job.task.checkpoint(job.way, epoch), job.task.tokens
     model = job.task.model(job.way, folder)
     vectors: list[Mapping[str, Tensor]] = [task_vector(model, tokens[name], cosine) for name in job.task.names]
-    tasks, ours, found = TaskMatrix(model, vectors), preconditioner(form, folder, model), []
+    tasks, ours, found = TaskMatrix(model, vectors), preconditioner(form, job, folder, model), []
     for batch in batches(tokens["pool"], BATCH):
         product, norm, _ = scored_gradients(model, batch, tasks, ours)
         found.append(product / norm[:, None] if cosine else product)
     return torch.cat(found).numpy()
 
 
-def several(job: Job, form: str, weights: str = "mean") -> np.ndarray:
-    """Exact cosines at the checkpoints of all epochs."""
+def several(job: Job, form: str | Curvature, weights: str = "mean", cosine: bool = True) -> np.ndarray:
+    """Exact scores at the checkpoints of all epochs."""
     rates = [1.0, 1.0, 1.0]
     if weights == "rate":  # the mean rate of each epoch, which falls in a line to the rate at its end
         ends = [json.loads((job.task.checkpoint(job.way, epoch) / "rate.json").read_text()) for epoch in (1, 2, 3)]
         starts = [job.task.settings["rate"][job.way], *ends]
         rates = [(start + end) / 2 for start, end in zip(starts, ends, strict=False)]
-    parts = [rate * exact(job, form, epoch, True) for epoch, rate in zip((1, 2, 3), rates, strict=True)]
+    parts = [rate * exact(job, form, epoch, cosine) for epoch, rate in zip((1, 2, 3), rates, strict=True)]
     return np.sum(parts, axis=0) / sum(rates)
 
 
-def projected(job: Job, form: str, dim: int, **options: Any) -> np.ndarray:
+def projected(job: Job, form: str | Curvature, dim: int, **options: Any) -> np.ndarray:
     """Scores from projected rows, as `icons gradients` and `icons influence` make them."""
     folder, tokens = job.checkpoint, job.task.tokens
     model = job.task.model(job.way, folder)
-    projector, ours = CountSketch(dim), preconditioner(form, folder, model)
+    projector, ours = CountSketch(dim), preconditioner(form, job, folder, model)
     rows = {
         name: torch.cat([
             projected_gradients(model, batch, projector, ours if name == "pool" else None).gradient
@@ -119,6 +147,15 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "cosine, Adam, exact, 3 checkpoints": partial(several, form="adam"),
     "cosine, diagonal, exact, 3 checkpoints": partial(several, form="diagonal"),
     "LESS's formula": partial(several, form="adam", weights="rate"),
+    "product, kfac, exact": partial(exact, form=Curvature(), epoch=EPOCH, cosine=False),
+    "product, kfac, damping 0.1, exact": partial(exact, form=Curvature(damping=0.1), epoch=EPOCH, cosine=False),
+    "product, kfac, damping 0.001, exact": partial(exact, form=Curvature(damping=0.001), epoch=EPOCH, cosine=False),
+    "product, kfac, own labels, exact": partial(exact, form=Curvature(labels="own"), epoch=EPOCH, cosine=False),
+    "product, kfac, width 8, exact": partial(exact, form=Curvature(width=8), epoch=EPOCH, cosine=False),
+    "product, kfac, width 0, exact": partial(exact, form=Curvature(width=0), epoch=EPOCH, cosine=False),
+    "product, kfac, exact, 3 checkpoints": partial(several, form=Curvature(), cosine=False),
+    "product, kfac, K 5120": partial(projected, form=Curvature(), dim=5120, normalize="none", task_normalize="none"),
+    "cosine, kfac, exact": partial(exact, form=Curvature(), epoch=EPOCH, cosine=True),
     "command line": partial(command_line, dim=5120),
     "cosine, Adam, K 5120": partial(projected, form="adam", dim=5120),
     "cosine, Adam, K 1024": partial(projected, form="adam", dim=1024),

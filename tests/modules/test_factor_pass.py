@@ -24,8 +24,8 @@ from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
 from icons.models.saved_factors import load_factors
 from icons.modules.factor_pass import ChosenRows, FactorPass, FactorSettings
-from icons.projection import CountSketch
-from icons.store import GradientStore
+from icons.projection import CountSketch, Identity
+from icons.store import GradientStore, ScoreStore
 
 DATA = Path(__file__).parents[1] / "data" / "original_llava"
 BASE = ["--model", DATA / "vicuna-tiny", "--vision-tower", DATA / "clip", "--mm-projector", DATA / "mm_projector.bin"]
@@ -145,7 +145,7 @@ def test_rows_and_scores_with_kfac_are_the_librarys(data: Path, tmp_path: Path) 
     assert icons("gradients", *MODEL, *kfac, "--data", few, *stored) == 0
     model, dataset = model_and_rows(few)
     batch = dataset.collate([dataset[row] for row in range(3)])
-    preconditioner = KroneckerPreconditioner(load_factors(file, model), 0.5)
+    preconditioner = KroneckerPreconditioner(load_factors(file, model), 0.5, root=True)
     expected = projected_gradients(model, batch, CountSketch(64), preconditioner)
     store = GradientStore.open(tmp_path / "a.zarr")
     np.testing.assert_allclose(store.norm[:], expected.norm.numpy(), rtol=1e-4)
@@ -153,6 +153,31 @@ def test_rows_and_scores_with_kfac_are_the_librarys(data: Path, tmp_path: Path) 
     np.testing.assert_allclose(rows, expected.gradient.numpy(), rtol=1e-3, atol=1e-5 * largest)
     assert store.manifest["preconditioner"] == preconditioner.describe()
     assert store.manifest["preconditioner"]["fingerprint"] == KroneckerFactors.load(file).fingerprint
+
+
+def test_a_projection_keeps_the_products_of_rows_and_tasks_that_are_both_divided_by_the_root(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command line, with more numbers than parameters: exact products within their error bars."""
+    file, few = tmp_path / "f.safetensors", DATA / "data.json"
+    assert factors(data, file) == 0
+    words = [*MODEL, "--data", few, "--dim", 8192, "--dtype", "float32"]
+    assert icons("gradients", *words, "--factors", file, "--out", tmp_path / "train.zarr") == 0
+    assert icons("gradients", *words, "--factors", file, "--task", "--out", tmp_path / "task.zarr") == 0
+    assert icons("gradients", *words, "--task", "--out", tmp_path / "plain.zarr") == 0
+    influence = ["influence", "--train", tmp_path / "train.zarr", "--normalize", "none", "--task-normalize", "none"]
+    for name in ("plain", "task"):
+        task = [*influence, "--task", f"a={tmp_path / name}.zarr", "--out", tmp_path / "scores.zarr"]
+        assert main(list(map(str, task))) == (name == "plain")
+    said = capsys.readouterr().err
+    assert "preconditioner.form: the training rows has 'kfac_root', task a has 'none'; they must agree" in said
+    model, dataset = model_and_rows(few)
+    batch = dataset.collate([dataset[row] for row in range(3)])
+    plain = projected_gradients(model, batch, Identity()).gradient.double()
+    whole = projected_gradients(model, batch, Identity(), KroneckerPreconditioner(load_factors(file, model)))
+    store = ScoreStore.open(tmp_path / "scores.zarr")
+    error = np.abs(store.influence[:][:, 0] - (whole.gradient.double() @ plain.mean(dim=0)).numpy())
+    assert (error < 4 * store.stderr[:][:, 0]).all()
 
 
 @pytest.fixture
@@ -191,7 +216,7 @@ def test_a_store_made_with_other_factors_is_not_gone_on_with(
         ("gradients", ["--preconditioner", "adam", "--factors", "f"], "--factors: belongs to --preconditioner kfac"),
         ("gradients", ["--damping", "0.1"], "--damping: belongs to --preconditioner kfac; got adam"),
         ("gradients", ["--factors", "f", "--damping", "0"], "--damping 0: expected a number above 0"),
-        ("gradients", ["--task", "--factors", "f"], "--factors: belongs to --preconditioner kfac; got none"),
+        ("gradients", ["--task", "--preconditioner", "none", "--factors", "f"], "--preconditioner kfac; got none"),
         ("gradients", ["--factors", "nowhere"], "nowhere: is not there; expected a file that `icons factors` wrote"),
         ("factors", ["--rows", "0"], "--rows 0: expected 1 or more"),
     ],
@@ -208,6 +233,13 @@ def test_each_checkpoint_has_factors_of_its_own(tmp_path: Path, capsys: pytest.C
     words += ["--task", "t=t.json", "--data", str(DATA / "data.json"), "--out", str(tmp_path / "s")]
     assert icons("score", *words) == 1
     assert "--factors: got 1 files for 2 checkpoints; expected one for each" in capsys.readouterr().err
+
+
+def test_whole_updates_are_not_projected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--checkpoint", "a", "--factors", "f", "--preconditioner", "kfac", "--keep-gradients", "k"]
+    words += ["--task", "t=t.json", "--data", str(DATA / "data.json"), "--out", str(tmp_path / "s")]
+    assert icons("score", *words) == 1
+    assert "--keep-gradients k: got --preconditioner kfac, whose whole updates" in capsys.readouterr().err
 
 
 def test_factors_of_other_settings_are_replaced_at_the_users_word_alone(

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -194,6 +195,19 @@ def test_preconditioned_validation_rows_are_taken_only_when_asked_for(tmp_path: 
     refuse("task gqa: its rows went through the preconditioner 'adam', .* --preconditioned-tasks", train, tasks)
     plain = {"gqa": store(tmp_path / "plain.zarr", TASKS["gqa"], manifest={"preconditioner": {"form": "none"}})}
     assert influence(train, tasks, preconditioned_tasks=True).equal(influence(train, plain))
+
+
+def test_rows_divided_by_the_root_of_a_curvature_need_tasks_divided_by_the_same(tmp_path: Path) -> None:
+    def kfac(name: str, rows: Any, **changes: Any) -> GradientStore:
+        own = {"form": "kfac_root", "damping": 0.01, "fingerprint": "f"} | changes
+        return store(tmp_path / f"{name}.zarr", rows, manifest={"preconditioner": own})
+
+    train, task = kfac("train", TRAIN), kfac("task", TASKS["gqa"])
+    assert torch.isfinite(influence(train, {"gqa": task})).any()
+    for name, other in (("form", "none"), ("damping", 0.1), ("fingerprint", "g")):
+        refuse(f"preconditioner.{name}: .*; they must agree", train, {"gqa": kfac(name, TASKS["gqa"], **{name: other})})
+    plain = store(tmp_path / "plain.zarr", TRAIN, manifest={"preconditioner": {"form": "adam"}})
+    refuse("task gqa: its rows went through the preconditioner 'kfac_root'", plain, {"gqa": task})
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

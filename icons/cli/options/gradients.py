@@ -51,11 +51,11 @@ class GradientsOptions(
     image_ablation, gradients with noise in place of the image. In the original, --info_type: grads / reps / loss /
     delta"""
     task: bool = False
-    """the rows are a task's validation rows: plain gradients, --preconditioner none"""
+    """the rows are a task's validation rows: plain gradients, --preconditioner none (with --factors: kfac)"""
     preconditioner: Preconditioning | None = field(default=None, metadata=PROJECTION)
-    """adam (training data) or none (tasks); diagonal is Adam's without its first moment; kfac divides by a curvature
-    (--factors); default: adam, kfac with --factors, and none with --task. In the original, --gradient_type: adam / sgd
-    / sign are adam / none / sign here"""
+    """adam (training data) or none (tasks); diagonal is Adam's without its first moment; kfac divides by the root of a
+    curvature, training data and tasks alike (--factors); default: kfac with --factors, else adam, and none with --task.
+    In the original, --gradient_type: adam / sgd / sign are adam / none / sign here"""
     factors: Path | None = field(default=None, metadata=PROJECTION)
     """the Kronecker factors of --preconditioner kfac, from `icons factors`"""
     damping: float | None = field(default=None, metadata=PROJECTION)
