@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PromptTuningConfig, TaskType, get_peft_model
-from small_models import SMALL, assert_rows_close, llama, one_by_one, text_batch, trainable, with_lora
+from small_models import (
+    SMALL,
+    assert_rows_close,
+    image_batch,
+    llama,
+    llava,
+    one_by_one,
+    text_batch,
+    trainable,
+    with_lora,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -31,6 +41,7 @@ from transformers import (
 )
 
 from icons.gradients import per_sample_gradients
+from icons.gradients.capture import SlowerPathWarning
 from icons.gradients.features import losses
 from icons.gradients.self_test import RouterLossWarning, SeesItsTargetWarning, WholeLogitsWarning
 
@@ -73,6 +84,20 @@ class Mixed(LlamaForCausalLM):
         earlier = found.logits.cumsum(dim=1) / torch.arange(1, found.logits.shape[1] + 1)[:, None]
         found.logits = found.logits - 0.5 * earlier
         return found
+
+
+@pytest.mark.parametrize("names", ["q_proj", "vision_tower projector norm"])
+def test_a_batch_without_supervised_tokens_is_zero_and_hides_nothing_from_the_next(names: str) -> None:
+    model, batch = trainable(llava(), names), image_batch()
+    found = per_sample_gradients(model, {**batch, "labels": torch.full_like(batch["labels"], -100)})
+    assert found.shape[0] == 3 and not found.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowerPathWarning)
+        assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+    shifting, left = with_lora(gpt2()), padded_left(text_batch())
+    assert not per_sample_gradients(shifting, {**left, "labels": torch.full_like(left["labels"], -100)}).any()
+    with pytest.raises(ValueError, match="depends on its padding"):
+        per_sample_gradients(shifting, left)
 
 
 def test_logits_that_are_mixed_over_positions_are_not_narrowed() -> None:
