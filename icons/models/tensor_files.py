@@ -1,12 +1,14 @@
 """Tensor files: weights read by name from safetensors and PyTorch files, whole or only what is asked for."""
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 SHOWN = 3
@@ -55,6 +57,22 @@ def load_data(file: Path, expected: str, remedy: str = _AGAIN, mapped: bool = Tr
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
         except RuntimeError:  # written by torch < 1.6: not mappable
             return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file: the same tensors and metadata are the same bytes. (safetensors writes the entries of
+    metadata in an order of chance.)"""
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file, dict(metadata))
+    if len(metadata) < 2:
+        return
+    with file.open("r+b") as written:
+        size = int.from_bytes(written.read(8), "little")
+        header = json.loads(written.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(ordered) == size, "the same entries, spelled alike"
+        written.seek(8)
+        written.write(ordered)
 
 
 def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

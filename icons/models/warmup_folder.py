@@ -17,11 +17,11 @@ from typing import Any, cast
 
 import msgspec
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icons.manifest import Manifest
 from icons.models.folder import ModelFolder
+from icons.models.tensor_files import write_tensors
 from icons.output import is_marked, put, read_object, whole_file
 
 MANIFEST = "icons.json"
@@ -162,7 +162,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     file.unlink(missing_ok=True)
     if tensors:
         with whole_file(file) as partial:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, metadata)
+            write_tensors(partial, tensors, metadata)
 
 
 def plain(value: Any) -> Any:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
+from icons.models.tensor_files import write_tensors
 from icons.modules.sharding import ShardedModule
 from icons.output import whole_file
 
@@ -36,7 +36,7 @@ class TaskVector:
         """Writes safetensors with the manifest in its metadata; atomically."""
         about = {"num_rows": str(self.num_rows), "manifest": json.dumps(self.manifest)}
         with whole_file(file) as partial:
-            save_file({name: value.contiguous() for name, value in self.vector.items()}, partial, about)
+            write_tensors(partial, self.vector, about)
 
     @classmethod
     def load(cls, file: Path) -> "TaskVector":

@@ -89,12 +89,19 @@ def test_a_signal_to_all_processes_of_gradients_with_workers_is_75_and_gone_on_f
 
 
 @pytest.mark.slow
-def test_a_signal_to_all_processes_of_a_warmup_with_workers_is_75_and_saved(data: Path, tmp_path: Path) -> None:
-    words = ["warmup", *MODEL, *ON_CPU, "--data", data, "--fraction", 1, "--epochs", 500, "--out", tmp_path / "warm"]
-    process = start(*words, "--num-workers", 2, "--batch-size", 4, "--checkpoint-minutes", 0.001)
+def test_a_signal_to_all_processes_of_a_warmup_with_workers_is_75_and_it_goes_on_to_the_same_adapter(
+    data: Path, tmp_path: Path
+) -> None:
+    words = ["warmup", *MODEL, *ON_CPU, "--data", data, "--fraction", 1, "--epochs", 3, "--lora-dropout", 0.3]
+    words += ["--num-workers", 2, "--batch-size", 4, "--checkpoint-minutes", 0.001]
+    process = start(*words, "--out", tmp_path / "warm")
     said = terminate_when(process, lambda: (tmp_path / "warm/last.ckpt").exists())
     assert process.returncode == 75 and "Traceback" not in said, said
     assert (tmp_path / "warm/last.ckpt").stat().st_size > 0 and not (tmp_path / "warm/new.ckpt").exists()
+    for name in ("warm", "undisturbed"):
+        assert main([*map(str, words), "--out", str(tmp_path / name)]) == 0
+    for name in ("adapter_model.safetensors", "adam.safetensors", "non_lora.safetensors"):
+        assert (tmp_path / "warm" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("words", [["--trainer.precision", "bf16-true"], ["--attention", "eager"]])

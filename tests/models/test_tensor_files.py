@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from icons.models.tensor_files import find_tensors, read_tensors
+from icons.models.tensor_files import find_tensors, read_tensors, write_tensors
 
 TENSORS = {"a": torch.arange(3.0), "b.c": torch.ones(2, 2)}
 
@@ -41,3 +42,14 @@ def test_refuses_what_is_not_weights(tmp_path: Path) -> None:
     torch.save({"code": Path("x")}, tmp_path / "x.bin")
     with pytest.raises(ValueError, match="cannot be read as weights"):
         read_tensors(tmp_path / "x.bin")
+
+
+def test_the_same_tensors_and_metadata_are_the_same_bytes(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16).T}
+    metadata = {f"key {number}": f'"{number}"\n\x01\x7f/ä\\' for number in range(20)}
+    for number in range(4):
+        write_tensors(tmp_path / f"{number}", tensors, dict(reversed(metadata.items())) if number % 2 else metadata)
+    assert len({(tmp_path / f"{number}").read_bytes() for number in range(4)}) == 1
+    with safe_open(tmp_path / "0", "pt") as found:
+        assert found.metadata() == metadata
+        assert all(torch.equal(found.get_tensor(name), value) for name, value in tensors.items())

@@ -174,7 +174,7 @@ def main() -> None:
         if differ:
             print(f"round {rounds}: differ: {', '.join(differ[:9])}", flush=True)
         shutil.rmtree(out)
-    print(f"{command}: {kills} kills, {rounds} results compared, {equal} equal")
+        print(f"{command}: {kills} kills, {rounds} results compared, {equal} equal", flush=True)
     sys.exit(rounds != equal)
 
 
