@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal
 
+from icons.process import is_gone, process_mark
+
 PARTIAL, MARK = ".partial", ".icons.json"
+_MARKED = re.compile(r"\.([0-9a-f]{8}-\d+-\w*)\.[0-9a-f]{32}\.partial")
 Place = Path | str
 Places = Mapping[str, Place | Sequence[Place] | None]
 """Option -> what was given for it."""
@@ -126,7 +130,9 @@ def _is_partial(name: str) -> bool:
 
 
 def mark(folder: Path, command: str) -> None:
-    """Makes the folder, and notes in it whose output it is, before anything else is written there."""
+    """Makes the folder, and notes in it whose output it is, before anything else is written there; what runs that were
+    killed left half-written goes."""
+    sweep_partials(folder)
     with whole_file(folder / MARK) as partial:
         partial.write_text(json.dumps({"command": command}) + "\n")
 
@@ -145,6 +151,32 @@ def read_object(file: Path) -> dict[str, object]:
     return found if isinstance(found, dict) else {}
 
 
+def beside(path: Path, suffix: str | None = None) -> Path:
+    """Where to write what will be `path`: hidden beside it, with its suffix and this process's mark."""
+    suffix = path.suffix[:16] if suffix is None else suffix
+    return path.with_name(f".{process_mark()}.{uuid.uuid4().hex}{PARTIAL}{suffix}")
+
+
+def is_dead_partial(name: str) -> bool:
+    """Whether a file or folder is what a process that has ended, on this machine, left half-written.
+
+    >>> is_dead_partial(beside(Path("a.json")).name), is_dead_partial("a.json")
+    (False, False)
+    """
+    found = _MARKED.search(name)
+    return found is not None and is_gone(found[1])
+
+
+def sweep_partials(folder: Path) -> None:
+    """Removes what processes that have ended left half-written in a folder, and nothing below it."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in [entry for entry in entries if is_dead_partial(entry.name)]:
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                Path(entry.path).unlink(missing_ok=True)
+
+
 @contextmanager
 def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """A path beside `path` to write to, with its suffix; in `path`'s place when the block ends, gone when it fails.
@@ -161,7 +193,7 @@ def whole_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}{target.suffix[:16]}")
+    partial = beside(target)
     try:
         yield partial
         if durable:
@@ -186,7 +218,8 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{uuid.uuid4().hex}{PARTIAL}")
+    sweep_partials(target.parent)
+    partial = beside(target, suffix="")
     partial.mkdir()
     try:
         yield partial

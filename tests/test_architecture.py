@@ -18,7 +18,7 @@ PACKAGE = ROOT / "icons"
 FILES = sorted(PACKAGE.rglob("*.py"))
 EDGE = {"lightning", "transformers", "peft", "torchmetrics"}
 LAYERS = [
-    {"agreement", "batch", "choices", "interruption", "manifest", "output", "partition", "terminal"},
+    {"agreement", "batch", "choices", "interruption", "manifest", "output", "partition", "process", "terminal"},
     {"gradients", "kronecker", "preconditioner", "projection", "scores"},
     {"store"},
     {"consensus"},

@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +25,7 @@ from icons.consensus.selection_file import (
     note_path,
     noted,
 )
-from icons.output import PARTIAL, flush_path, flush_tree, move_into, put
+from icons.output import beside, flush_path, flush_tree, move_into, put, sweep_partials
 
 
 class SelectionOutput:
@@ -47,6 +46,7 @@ class SelectionOutput:
     def __enter__(self) -> "SelectionOutput":
         for place in [*self.places.values(), self.selection]:
             place.parent.mkdir(parents=True, exist_ok=True)
+            sweep_partials(place.parent)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -71,10 +71,6 @@ class SelectionOutput:
                     move(partial, self.places[name])
             put(manifest_path(self.selection), manifest_text(rows, manifest, written))
             note.unlink()
-
-
-def beside(path: Path) -> Path:
-    return path.with_name(f".{uuid.uuid4().hex}{PARTIAL}{path.suffix[:16]}")
 
 
 def move(partial: Path, place: Path) -> None:

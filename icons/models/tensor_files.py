@@ -4,12 +4,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from icons.output import whole_file
 
 SHOWN = 3
 _AGAIN = "copy or download it again"
@@ -60,19 +62,23 @@ def load_data(file: Path, expected: str, remedy: str = _AGAIN, mapped: bool = Tr
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file: the same tensors and metadata are the same bytes. (safetensors writes the entries of
-    metadata in an order of chance.)"""
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, file, dict(metadata))
-    if len(metadata) < 2:
-        return
-    with file.open("r+b") as written:
-        size = int.from_bytes(written.read(8), "little")
-        header = json.loads(written.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        assert len(ordered) == size, "the same entries, spelled alike"
-        written.seek(8)
-        written.write(ordered)
+    """Writes a safetensors file, whole or not at all: the same tensors and metadata are the same bytes. (safetensors
+    writes the entries of metadata in an order of chance.)"""
+    with whole_file(file) as partial:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, dict(metadata))
+        if len(metadata) > 1:
+            with partial.open("r+b") as written:
+                _order_metadata(written)
+
+
+def _order_metadata(file: BinaryIO) -> None:
+    size = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(size))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    assert len(ordered) == size, "the same entries, spelled alike"
+    file.seek(8)
+    file.write(ordered)
 
 
 def read_tensors(file: Path, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from icons.manifest import Manifest
 from icons.models.folder import ModelFolder
 from icons.models.tensor_files import write_tensors
-from icons.output import is_marked, put, read_object, whole_file
+from icons.output import is_marked, put, read_object
 
 MANIFEST = "icons.json"
 _FORMAT = 1
@@ -161,8 +161,7 @@ def _write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str
     """Replaces `file`; without tensors there is none afterwards."""
     file.unlink(missing_ok=True)
     if tensors:
-        with whole_file(file) as partial:
-            write_tensors(partial, tensors, metadata)
+        write_tensors(file, tensors, metadata)
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,6 @@ from icons.batch import Batch
 from icons.gradients import TaskMatrix, scored_gradients, weighted_gradient
 from icons.models.tensor_files import write_tensors
 from icons.modules.sharding import ShardedModule
-from icons.output import whole_file
 
 
 @dataclass
@@ -35,8 +34,7 @@ class TaskVector:
     def save(self, file: Path) -> None:
         """Writes safetensors with the manifest in its metadata; atomically."""
         about = {"num_rows": str(self.num_rows), "manifest": json.dumps(self.manifest)}
-        with whole_file(file) as partial:
-            write_tensors(partial, self.vector, about)
+        write_tensors(file, self.vector, about)
 
     @classmethod
     def load(cls, file: Path) -> "TaskVector":

@@ -23,7 +23,8 @@ import numpy as np
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from icons.output import flush_path
+from icons.output import flush_path, sweep_partials
+from icons.process import process_mark
 from icons.store.chunk import check_unwritten
 
 PARTIAL = ".partial"
@@ -128,6 +129,18 @@ class DurableLocalStore(LocalStore):
                     (waiting if entry.is_dir() else found).append(key)
         return sorted(found)
 
+    def sweep(self, units: Iterable[int]) -> None:
+        """Removes what killed runs of this machine left half-written: of the store, and of these units. What living
+        ones are writing stays, and what other machines' have left (`verify --repair` removes it)."""
+        sweep_partials(self.root)
+        wanted = {str(unit) for unit in units}
+        for array in folders_in(self.root):
+            for part in ("", "c", "lease", "digest"):
+                sweep_partials(array / part)
+            for folder in folders_in(array / "c"):  # a unit's own, where an array has several dimensions
+                if folder.name in wanted:
+                    sweep_partials(folder)
+
     def delete_sync(self, key: str) -> None:
         self._check_writable()
         self.forget(self.root / key)
@@ -202,6 +215,14 @@ class DurableLocalStore(LocalStore):
             self.unflushed.append(path)
 
 
+def folders_in(folder: Path) -> list[Path]:
+    try:
+        with os.scandir(folder) as entries:
+            return [Path(entry.path) for entry in entries if entry.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def checked_file(path: Path) -> Path:
     """The path, unless a pipe or a device lies there, which would be waited for without end.
 
@@ -259,7 +280,7 @@ def write_partial(root: Path, key: str, parts: Sequence[Any]) -> Path:
     """Writes the content of a key beside its name."""
     path = root / key
     make_parents(root, path.parent)
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}{PARTIAL}")
+    partial = path.with_name(f".{path.name}.{process_mark()}.{uuid.uuid4().hex}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.writelines(parts)

@@ -20,15 +20,15 @@ A lease that cannot be read is a dead one: leases are not made durable, and a lo
 
 import json
 import os
-import platform
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from icons.process import machine, start_time
 
 PREFIX = "status/lease"
 BEATS_PER_TIMEOUT = 6
@@ -209,27 +209,3 @@ class Leases:
 
 def lease_key(unit: int, generation: int | str) -> str:
     return f"{PREFIX}/{unit}.{generation}"
-
-
-def machine() -> str:
-    """Names the machine within which a process id means one process: host, boot and process namespace."""
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    known = [boot.read_text().strip() if boot.exists() else "", str(namespace.readlink()) if namespace.exists() else ""]
-    return "/".join([platform.node(), *known])
-
-
-def start_time(pid: int) -> str:
-    """When a process began, so that a number used again is not taken for it; empty: there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except FileNotFoundError:
-        return "" if Path("/proc/self").exists() else without_proc(pid)
-    return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended: only its parent has not looked yet
-
-
-def without_proc(pid: int) -> str:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return ""
-    return "running"

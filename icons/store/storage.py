@@ -1,7 +1,7 @@
 """Where stores lie: a folder or an object store, with a few plain operations on whole keys."""
 
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,6 +98,12 @@ class Storage:
         if self.folder:
             return self.folder.delete_sync(key)
         return run(self.zarr_store.delete(key))
+
+    def sweep(self, units: Iterable[int]) -> None:
+        """Removes files that runs were writing when they were killed, of the store and of these units; an object store
+        has none."""
+        if self.folder:
+            self.folder.sweep(units)
 
     def flush(self) -> None:
         """Waits until everything that was written so far would survive a loss of power.

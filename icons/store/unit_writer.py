@@ -112,8 +112,9 @@ class UnitWriter:
         return True
 
     def sweep(self) -> None:
-        """Removes what runs left behind that died between storing a unit and giving back its lease."""
+        """Removes what runs left behind that died while they wrote a unit, or before they gave back its lease."""
         missing = set(self.store.missing())
+        self.store.storage.sweep(missing)
         self.leases.sweep(lambda unit: unit not in missing)
 
     def collect(self, row: np.ndarray, values: Mapping[str, np.ndarray]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from icons.store.lease import Holder, Leases, lease_key, machine, start_time
+from icons.process import machine, start_time
+from icons.store.lease import Holder, Leases, lease_key
 from icons.store.storage import Storage
 
 

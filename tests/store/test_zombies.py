@@ -1,6 +1,8 @@
 """A writer that was given up and comes back writes nothing; leases that a power cut has emptied stop nobody."""
 
 import dataclasses
+import re
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from icons.process import process_mark
 from icons.store import GradientStore
 from icons.store.folder import LostUnit
 from icons.store.lease import Leases, lease_key
@@ -143,3 +146,24 @@ def test_rows_that_another_run_has_tried_again_since_it_was_planned_are_left_alo
     first.finish()
     before = contents(store)
     assert not make(store, again=planned).claim(0) and contents(store) == before
+
+
+def test_what_killed_runs_left_half_written_goes_and_what_living_ones_write_stays(
+    store: GradientStore, make: Any
+) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, living = re.sub(r"-\d+-", f"-{ended.pid}-", process_mark()), process_mark()
+    elsewhere = "0" + living[1:] if living[0] != "0" else "1" + living[1:]
+    places = ["", "gradients/", "gradients/c/1/", "norm/c/", "status/c/", "status/digest/", "status/lease/"]
+    rows = np.arange(4)
+    store.write_unit(1, results(rows))
+    store.unwrite([1])
+    for place in places:
+        for mark in (dead, living, elsewhere):
+            path = Path(store.path, f"{place}.1.{mark}.{'a' * 32}.partial")
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"half")
+    make(store).sweep()
+    left = [path.name.split(".")[2] for path in Path(store.path).rglob("*.partial")]
+    assert sorted(left) == sorted([living, elsewhere] * len(places))

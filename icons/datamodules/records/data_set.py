@@ -3,7 +3,6 @@
 import hashlib
 import importlib
 import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from icons.datamodules.records.cache import cache_folder
 from icons.datamodules.records.data_file import State, content_digest
 from icons.datamodules.records.source import RecordError, checked_row, id_of
+from icons.output import beside
 
 PARQUET, ARROW = ".parquet", ".arrow"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
@@ -75,7 +75,7 @@ class DataSetRecords:
         """Parquet for `OUT.parquet`, an Arrow file for `OUT.arrow`, a saved data set for a name without these."""
         self.check_out(out)
         chosen = self.dataset.select(list(rows))
-        partial = out.with_name(f".{uuid.uuid4().hex}.partial{out.suffix}")
+        partial = beside(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             with _quiet():

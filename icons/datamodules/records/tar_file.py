@@ -3,7 +3,6 @@
 import hashlib
 import io
 import tarfile
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from icons.datamodules.records.data_file import DataFile, State, content_digest
 from icons.datamodules.records.source import RecordError, checked_row, decode, id_of
+from icons.output import beside
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 
@@ -133,7 +133,7 @@ class TarRecords:
     def write_selection(self, rows: Sequence[int], out: Path) -> None:
         """One tar of the samples' files, as they are."""
         self.check_out(out)
-        partial = out.with_name(f".{uuid.uuid4().hex}.partial.tar")
+        partial = beside(out)
         try:
             with tarfile.open(partial, "w:") as written:
                 for row in rows:
