@@ -157,10 +157,10 @@ def beside(path: Path, suffix: str | None = None) -> Path:
     return path.with_name(f".{process_mark()}.{uuid.uuid4().hex}{PARTIAL}{suffix}")
 
 
-def is_dead_partial(name: str) -> bool:
+def _is_dead_partial(name: str) -> bool:
     """Whether a file or folder is what a process that has ended, on this machine, left half-written.
 
-    >>> is_dead_partial(beside(Path("a.json")).name), is_dead_partial("a.json")
+    >>> _is_dead_partial(beside(Path("a.json")).name), _is_dead_partial("a.json")
     (False, False)
     """
     found = _MARKED.search(name)
@@ -170,7 +170,7 @@ def is_dead_partial(name: str) -> bool:
 def sweep_partials(folder: Path) -> None:
     """Removes what processes that have ended left half-written in a folder, and nothing below it."""
     with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        for entry in [entry for entry in entries if is_dead_partial(entry.name)]:
+        for entry in [entry for entry in entries if _is_dead_partial(entry.name)]:
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:

@@ -18,11 +18,11 @@ def start_time(pid: int) -> str:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
-        return "" if Path("/proc/self").exists() else without_proc(pid)
+        return "" if Path("/proc/self").exists() else _without_proc(pid)
     return "" if fields[0] in "ZX" else fields[19]  # a zombie has ended: only its parent has not looked yet
 
 
-def without_proc(pid: int) -> str:
+def _without_proc(pid: int) -> str:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
