@@ -181,7 +181,7 @@ def notices(numbers: ScoreNumbers, *manifests: Mapping[str, Any]) -> list[str]:
 def _reasons(scores: ScoreStore) -> Iterator[str]:
     """Why rows failed, by kind, the most frequent first, with the first row of each kind."""
     for kind in kinds(failures_of(scores))[:_MOST_KINDS]:
-        yield f"{kind.count:,} × {kind.status.name.lower().replace('_', ' ')}, as {kind.examples[0]}"
+        yield f"{kind.count:,} × {kind.status.name.lower().replace('_', ' ')}, for example {kind.examples[0]}"
 
 
 def _warnings_in(manifest: Mapping[str, Any]) -> Iterator[str]:

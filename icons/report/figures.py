@@ -25,6 +25,8 @@ _ON_FIELD = "#1c2431"
 """Ink on a light field of the heat map, which stays light: INK in all but name."""
 _MAX_UPRIGHT = 8
 """Bars above which their numbers stand upright, so that none runs into the next."""
+_LEAST_SPREAD = 0.1
+"""Difference of two shares that the heat map's whole scale stands for at least: equal numbers look equal."""
 _SCALE = LinearSegmentedColormap.from_list("icons", ["#f6f7f8", "#9dbdd3", CHOSEN, "#123a57"])
 _PAGE_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -132,6 +134,7 @@ def heat_map(names: Sequence[str], overlap: Float[np.ndarray, "tasks tasks"]) ->
     with _canvas(side, side - 0.35) as (figure, axes):
         off = overlap[~np.eye(len(names), dtype=bool)]
         low, high = (float(off.min()), float(off.max())) if off.size else (0.0, 1.0)
+        low = min(low, high - _LEAST_SPREAD)
         low = max(0.0, low - 0.25 * (high - low) - 0.02)  # the lightest field still differs from the page
         others = np.where(np.eye(len(names), dtype=bool), np.nan, overlap)
         axes.imshow(others, cmap=_SCALE, vmin=low, vmax=max(high, low + 1e-9))

@@ -48,7 +48,7 @@ def test_the_head_says_what_failed_and_what_was_warned_of(page: Page) -> None:
     assert page.notices == [
         "1 row failed and cannot be selected: 1 image missing.",
         "the warm-up's loss has hardly moved",
-        "1 × image missing, as row 10: its image is missing",
+        "1 × image missing, for example row 10: its image is missing",
     ]
 
 

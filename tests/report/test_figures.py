@@ -46,6 +46,13 @@ def test_png_is_on_white() -> None:
         assert image.convert("RGB").getpixel((2, 2)) == (255, 255, 255)
 
 
+def test_numbers_that_read_the_same_have_nearly_the_same_colour() -> None:
+    others = np.array([[1.0, 0.361, 0.363], [0.361, 1.0, 0.359], [0.363, 0.359, 1.0]])
+    image = figures.heat_map(["a", "b", "c"], others).axes[0].get_images()[0]
+    colours = image.cmap(image.norm(others[~np.eye(3, dtype=bool)]))
+    assert np.ptp(colours, axis=0).max() < 0.03
+
+
 def test_task_names_are_escaped_in_the_svg() -> None:
     figure = figures.heat_map(["<script>alert(1)</script>", "b"], np.array([[1.0, 0.2], [0.4, 1.0]]))
     assert b"<script>" not in base64.b64decode(figures.svg(figure).split(",")[1])
