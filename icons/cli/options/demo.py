@@ -16,10 +16,10 @@ class DemoOptions:
     """
 
     out: Path = Path("demo")
-    """folder for everything that is made: a new one, or a former demo's"""
+    """folder for everything that is made: a new one, or an earlier demo's"""
     seeds: int = 3
     """random subsets to compare the selection with"""
     quick: bool = False
     """a small pool and short trainings, to see the stages; the numbers then mean nothing"""
     overwrite: bool = False
-    """write --out even if something lies there that is no former demo"""
+    """write --out even if it holds something other than an earlier demo"""

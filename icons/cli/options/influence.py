@@ -33,15 +33,15 @@ class InfluenceOptions(GroupOptions):
     pairwise: bool = False
     """also store each training row's product with each single validation row"""
     top_pairs: int = 0
-    """keep this many strongest validation rows for each training row and task, to see why"""
+    """keep this many of the strongest validation rows for each training row and task, which show why it scores so"""
     preconditioned_tasks: bool = False
     """accept task rows that went through a preconditioner, as training rows do; otherwise they are refused"""
     drop_axes: int = 0
-    """leave out this many leading axes along which the tasks' validation rows differ: they tell which answer is asked
-    for, and a selection by them can have too much of one answer"""
+    """leave out this many leading axes along which the tasks' validation rows differ: they mostly tell which answer
+    is wanted, and can fill a selection with one kind of answer"""
     subspace: float | None = None
     """take cosines within the span of each task's validation gradients: as many of its directions as hold this share
-    of them (0.9: nine tenths); scores then have no error bars"""
+    of their energy (0.9: nine tenths); scores then have no error bars"""
     chunk_rows: int | None = field(default=None, metadata=STORE)
     """rows per chunk of the score store, the unit of writing and resuming; default: about 16,000"""
     accelerator: str = field(default="auto", metadata=RUN)

@@ -39,10 +39,10 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     task: list[str] = field(metadata=TASKS)
     """NAME=FILE or NAME=FILE:IMAGES, a task's validation file and its image folder; repeat it for each task"""
     task_vectors: Path | None = field(default=None, metadata=TASKS)
-    """folder where task vectors are kept and found again; default: OUT with `.tasks` behind"""
+    """folder where task vectors are kept and found again; default: OUT.tasks"""
     reuse: Path | None = None
     """a finished score store of the same data and model: its columns are copied, and only tasks that it lacks are
-    scored (give all --task and --group that the new store shall have)"""
+    scored (give every --task and --group that the new store is to have)"""
     weights: list[float] | None = field(default=None, metadata=MODEL)
     """a weight for each checkpoint (LESS: their learning rates); default: the mean"""
     optimizer_state: list[Path] | None = field(default=None, metadata=MODEL)
@@ -50,11 +50,11 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     reduce: Reduce = field(default="max", metadata=TASKS)
     """a group's influence is its tasks' highest (as the original does for MME), or their mean"""
     drop_axes: int = field(default=0, metadata=TASKS)
-    """leave out this many leading axes along which the tasks' validation rows differ: they tell which answer is asked
-    for, and a selection by them can have too much of one answer"""
+    """leave out this many leading axes along which the tasks' validation rows differ: they mostly tell which answer
+    is wanted, and can fill a selection with one kind of answer"""
     subspace: float | None = field(default=None, metadata=TASKS)
     """take cosines within the span of each task's validation gradients: as many of its directions as hold this share
-    of them (0.9: nine tenths); each direction takes the memory of a task vector"""
+    of their energy (0.9: nine tenths); each direction takes the memory of a task vector"""
     normalize: Literal["exact", "none"] = "exact"
     """exact: divide every gradient by its norm (cosine similarity); none: do not (inner product)"""
     preconditioner: Preconditioning = "adam"

@@ -21,7 +21,7 @@ class TasksOptions:
     name: str | None = None
     """the benchmark, as `icons tasks list` names it; with `list`, show this one alone"""
     source: str | None = None
-    """the folder with the benchmark's files, laid out as they unpack"""
+    """the folder with the benchmark's files, laid out as they are when unpacked"""
     out: str | None = None
     """the folder to write to"""
     num_rows: int = 500

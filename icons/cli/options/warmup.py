@@ -27,7 +27,7 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     fraction: float = field(default=1.0, metadata=DATA)
     """random share of the data to train on: 0.05 for the paper's warm-up, 1 for the final fine-tune"""
     min_rows: int = field(default=256, metadata=DATA)
-    """a share of fewer rows is raised to this many; two steps of 128 are the least to learn from"""
+    """train on this many rows at least, however small the share; two steps of 128 are the least to learn from"""
     held_out: float = field(default=0.02, metadata=DATA)
     """without --task: share of the data held out to measure the loss on, at most 256 rows"""
     task: list[str] | None = field(default=None, metadata=DATA)
@@ -55,7 +55,7 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     projector_learning_rate: float = field(default=2e-5, metadata=LEARNING)
     """learning rate of the projector between vision tower and language model"""
     warmup_ratio: float = field(default=0.03, metadata=LEARNING)
-    """share of the steps in which the learning rate rises; after them it falls as a cosine"""
+    """share of the steps over which the learning rate rises; after that it falls along a cosine"""
     weight_decay: float = field(default=0.0, metadata=LEARNING)
     """weight decay of the adapter's and the projector's matrices"""
     seed: int = field(default=0, metadata=LEARNING)
