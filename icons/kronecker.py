@@ -181,7 +181,7 @@ class KroneckerPreconditioner:
     """
 
     factors: KroneckerFactors
-    damping: float = 0.01
+    damping: float = 0.1
     root: bool = False
     ready: dict[tuple[str, torch.device], tuple[Tensor | None, Tensor | None, float]] = field(
         default_factory=dict, init=False, repr=False, compare=False

@@ -99,7 +99,7 @@ def test_what_is_no_linear_layer_is_divided_by_its_mean_square_alone() -> None:
     factors = factors_of(model)
     assert factors.unfactored == [name for name in shapes_of(model) if "norm" in name]
     found = projected_gradients(model, batch, Identity(), KroneckerPreconditioner(factors))
-    assert_near(found.gradient, slow(model, batch, factors, 0.01))
+    assert_near(found.gradient, slow(model, batch, factors, 0.1))
 
 
 def test_a_weight_that_one_batch_has_not_shown_has_no_factors() -> None:

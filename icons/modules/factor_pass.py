@@ -1,5 +1,6 @@
 """Kronecker factors through `Trainer.predict`: chosen rows in parts, each part's sums in a file, the factors of all."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -196,9 +197,10 @@ class FactorWriter(Callback):
         self.progress.advance(came)
         unit = self.plan.units[self.finished]
         if seen + came == len(self.plan.partition.unit_rows(unit)):
-            about = {"key": self.key(), "reason": self.reason}
+            tensors = sums.tensors()
+            about = {"key": self.key(), "reason": self.reason, "digest": digest(tensors)}
             with whole_file(self.part(unit)) as partial:
-                save_file(sums.tensors(), partial, about)
+                save_file(tensors, partial, about)
             self.open, self.finished = None, self.finished + 1
         self.stop_between_parts(trainer)
 
@@ -269,7 +271,7 @@ def describe(trainer: Trainer, module: FactorPass) -> dict[str, Any]:
 
 
 def _read_part(file: Path, key: str) -> tuple[CovarianceSums, str] | None:
-    """A part's sums and why its first failed row failed; None: it is not there, or of something else."""
+    """A part's sums and why its first failed row failed; None: it is not there, not whole, or of something else."""
     try:
         with safe_open(file, framework="pt") as opened:
             about = opened.metadata() or {}
@@ -278,7 +280,16 @@ def _read_part(file: Path, key: str) -> tuple[CovarianceSums, str] | None:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError):
         return None
-    return CovarianceSums.of(tensors), about["reason"]
+    return (CovarianceSums.of(tensors), about["reason"]) if about.get("digest") == digest(tensors) else None
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 (16 hex digits) over names and numbers."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def is_done(file: Path, manifest: Mapping[str, Any], overwrite: bool) -> bool:

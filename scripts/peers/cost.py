@@ -22,6 +22,7 @@ PLANS: list[tuple[str, str, tuple[int, int]]] = [  # tool, variant, rows of the 
     (*PLAIN, (1000, 4000)),
     ("ours", "command line", (1000, 4000)),
     ("ours", "cosine, Adam, exact", (1000, 4000)),
+    ("ours", "product, kfac, exact", (1000, 4000)),
     ("bergson_peer", "build-adam", (1000, 4000)),
     ("bergson_peer", "ekfac", (1000, 4000)),
     ("kronfluence_peer", "ekfac-heuristic", (1000, 4000)),

@@ -2,7 +2,7 @@
 
 Names: what is compared (cosine, or product), the preconditioner of the training rows, `exact` or the projection's K,
 checkpoints (the last, or those of all epochs, weighed alike or by their learning rates as LESS does). `kfac` is made of
-all of the pool's rows, with labels drawn from the model, whole covariances and damping 0.01 where it says nothing else.
+all of the pool's rows, with labels drawn from the model, whole covariances and damping 0.1 where it says nothing else.
 """
 
 import json
@@ -33,11 +33,12 @@ BATCH = 32
 
 @dataclass(frozen=True)
 class Curvature:
-    """A form of `--preconditioner kfac`: its options."""
+    """A form of `--preconditioner kfac`: its options; `root`, as stores of projected rows have it."""
 
     labels: str = "drawn"
     width: int = 1024
-    damping: float = 0.01
+    damping: float = 0.1
+    root: bool = False
 
 
 def kfac(form: Curvature, model: nn.Module, rows: Sequence[Row]) -> KroneckerPreconditioner:
@@ -50,7 +51,7 @@ def kfac(form: Curvature, model: nn.Module, rows: Sequence[Row]) -> KroneckerPre
             covariance_sums(model, with_drawn_labels(model, batch) if form.labels == "drawn" else batch, form.width)
         )
     shapes = {name: value.shape for name, value in model.named_parameters() if value.requires_grad}
-    return KroneckerPreconditioner(KroneckerFactors.of(sums, shapes), form.damping)
+    return KroneckerPreconditioner(KroneckerFactors.of(sums, shapes), form.damping, form.root)
 
 
 def preconditioner(form: str | Curvature, job: Job, folder: Path, model: nn.Module) -> Preconditioner | None:
@@ -102,10 +103,11 @@ def projected(job: Job, form: str | Curvature, dim: int, **options: Any) -> np.n
     """Scores from projected rows, as `icons gradients` and `icons influence` make them."""
     folder, tokens = job.checkpoint, job.task.tokens
     model = job.task.model(job.way, folder)
+    root = isinstance(form, Curvature) and form.root
     projector, ours = CountSketch(dim), preconditioner(form, job, folder, model)
     rows = {
         name: torch.cat([
-            projected_gradients(model, batch, projector, ours if name == "pool" else None).gradient
+            projected_gradients(model, batch, projector, ours if name == "pool" or root else None).gradient
             for batch in batches(part, BATCH)
         ])
         for name, part in tokens.items()
@@ -148,13 +150,22 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "cosine, diagonal, exact, 3 checkpoints": partial(several, form="diagonal"),
     "LESS's formula": partial(several, form="adam", weights="rate"),
     "product, kfac, exact": partial(exact, form=Curvature(), epoch=EPOCH, cosine=False),
-    "product, kfac, damping 0.1, exact": partial(exact, form=Curvature(damping=0.1), epoch=EPOCH, cosine=False),
+    "product, kfac, damping 0.01, exact": partial(exact, form=Curvature(damping=0.01), epoch=EPOCH, cosine=False),
     "product, kfac, damping 0.001, exact": partial(exact, form=Curvature(damping=0.001), epoch=EPOCH, cosine=False),
     "product, kfac, own labels, exact": partial(exact, form=Curvature(labels="own"), epoch=EPOCH, cosine=False),
     "product, kfac, width 8, exact": partial(exact, form=Curvature(width=8), epoch=EPOCH, cosine=False),
     "product, kfac, width 0, exact": partial(exact, form=Curvature(width=0), epoch=EPOCH, cosine=False),
     "product, kfac, exact, 3 checkpoints": partial(several, form=Curvature(), cosine=False),
-    "product, kfac, K 5120": partial(projected, form=Curvature(), dim=5120, normalize="none", task_normalize="none"),
+    "product, kfac, K 5120": partial(
+        projected, form=Curvature(root=True), dim=5120, normalize="none", task_normalize="none"
+    ),
+    "product, kfac, K 1024": partial(
+        projected, form=Curvature(root=True), dim=1024, normalize="none", task_normalize="none"
+    ),
+    "product, kfac, not its root, K 5120": partial(
+        projected, form=Curvature(), dim=5120, normalize="none", task_normalize="none"
+    ),
+    "cosine, kfac, K 5120": partial(projected, form=Curvature(root=True), dim=5120),
     "cosine, kfac, exact": partial(exact, form=Curvature(), epoch=EPOCH, cosine=True),
     "command line": partial(command_line, dim=5120),
     "cosine, Adam, K 5120": partial(projected, form="adam", dim=5120),

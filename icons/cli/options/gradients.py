@@ -59,7 +59,7 @@ class GradientsOptions(
     factors: Path | None = field(default=None, metadata=PROJECTION)
     """the Kronecker factors of --preconditioner kfac, from `icons factors`"""
     damping: float | None = field(default=None, metadata=PROJECTION)
-    """of --preconditioner kfac: added to each factor, as a share of its mean eigenvalue; default: 0.01"""
+    """of --preconditioner kfac: added to each factor, as a share of its mean eigenvalue; default: 0.1"""
     max_tokens: int | None = field(default=MAX_TOKENS, metadata=SPEED)
     """most tokens per batch, padding included; null: no limit. With the default a 7B model in bfloat16 fits an 80
     GB GPU, and with --gradient-checkpointing one of 48 GB"""

@@ -63,7 +63,7 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     factors: list[Path] | None = field(default=None, metadata=MODEL)
     """the Kronecker factors of --preconditioner kfac, from `icons factors`, one file for each checkpoint"""
     damping: float | None = None
-    """of --preconditioner kfac: added to each factor, as a share of its mean eigenvalue; default: 0.01"""
+    """of --preconditioner kfac: added to each factor, as a share of its mean eigenvalue; default: 0.1"""
     chunk_rows: int | None = None
     """rows per unit of writing and resuming; default: 1,024"""
     model_dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata=SPEED)
