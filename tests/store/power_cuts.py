@@ -15,8 +15,8 @@ Event = tuple[Any, ...]
 
 
 class Recording:
-    """Every change below a folder, in order: `("name", folder, name, file or None)` gives or takes a name, `("bytes",
-    file, content)` makes a file's bytes durable, `("folder", str(path))` a folder's names."""
+    """Every change below a folder, in order: `("names", folder, {name: file or None})` gives and takes names at once,
+    `("bytes", file, content)` makes a file's bytes durable, `("folder", str(path))` a folder's names."""
 
     def __init__(self, root: Path) -> None:
         self.root = str(root)
@@ -26,10 +26,14 @@ class Recording:
     def inside(self, path: Any) -> bool:
         return str(path).startswith(self.root)
 
-    def name(self, path: Any, inode: int | None) -> None:
-        if self.inside(path):
-            folder, name = os.path.split(str(path))
-            self.events.append(("name", folder, name, inode))
+    def name(self, path: Any, inode: int | None, former: Any = None) -> None:
+        """`path` is the name of a file now (None: of none any more), which was `former`'s."""
+        folders: dict[str, dict[str, int | None]] = {}
+        for given, file in ((former, None), (path, inode)):
+            if given is not None and self.inside(given):
+                folder, name = os.path.split(str(given))
+                folders.setdefault(folder, {})[name] = file
+        self.events += [("names", folder, names) for folder, names in folders.items()]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -44,8 +48,7 @@ class Recording:
         def replace(source: Any, target: Any) -> None:
             inode = keep(source) if self.inside(source) else None
             kept["replace"](source, target)
-            self.name(source, None)
-            self.name(target, inode)
+            self.name(target, inode, former=source)
 
         def link(source: Any, target: Any, **options: Any) -> None:
             kept["link"](source, target, **options)
@@ -81,14 +84,16 @@ class Recording:
         events = self.events[:length]
         durable: dict[int, bytes] = {event[1]: event[2] for event in events if event[0] == "bytes"}
         names: dict[str, dict[str, int | None]] = {}
-        pending: dict[str, list[tuple[str, int | None]]] = {}
+        pending: dict[str, list[dict[str, int | None]]] = {}
         for event in events:
-            if event[0] == "name":
-                pending.setdefault(event[1], []).append((event[2], event[3]))
+            if event[0] == "names":
+                pending.setdefault(event[1], []).append(event[2])
             elif event[0] == "folder":
-                names.setdefault(event[1], {}).update(pending.pop(event[1], []))
+                for change in pending.pop(event[1], []):
+                    names.setdefault(event[1], {}).update(change)
         for folder, changes in pending.items():
-            names.setdefault(folder, {}).update(changes[: choose.randint(0, len(changes))])
+            for change in changes[: choose.randint(0, len(changes))]:
+                names.setdefault(folder, {}).update(change)
         self.build(self.root, out, names, durable, choose)
 
     def build(self, folder: str, out: Path, names: Any, durable: dict[int, bytes], choose: random.Random) -> None:

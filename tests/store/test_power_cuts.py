@@ -13,11 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from lightning import LightningModule, Trainer
 from lightning.fabric import Fabric
 from power_cuts import Recording
+from torch.utils.data import DataLoader
 
 from icons.cli import main
 from icons.consensus.selection_file import open_selection
+from icons.modules.fit import check_resumable
+from icons.modules.fit_checkpoint import FitCheckpoint, checkpoint_of
 from icons.modules.scoring import Scoring
 from icons.store import GradientStore, ScoreStore
 from icons.store.unit_writer import UnitWriter, statuses_of
@@ -161,6 +166,54 @@ def test_whenever_the_power_goes_a_selection_is_the_former_or_the_new_one_or_say
             assert files(tmp_path / "cut") == expected
             shutil.rmtree(tmp_path / "cut")
     assert unfinished > 0
+
+
+class Fitted(LightningModule):
+    """A fit of eight steps on one batch, whose dropout makes every step another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        return self.layers(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(torch.ones(2, 4), batch_size=2)  # type: ignore[arg-type]
+
+
+def fit(folder: Path, begun: Path | None = None) -> Fitted:
+    """What `icons warmup` does, with a checkpoint after every step."""
+    quiet: Any = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+    trainer = Trainer(accelerator="cpu", max_epochs=8, callbacks=[FitCheckpoint(folder, minutes=0.0)], **quiet)
+    trainer.fit(module := Fitted(), ckpt_path=begun)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_whenever_the_power_goes_a_fit_goes_on_from_a_checkpoint_that_can_be_read(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    recording = Recording(whole)
+    with recording.running():
+        expected = fit(whole).state_dict()
+    named = [event[0] == "names" and "last.ckpt" in event[2] for event in recording.events].index(True)
+    first = recording.events.index(("folder", str(whole)), named)
+    steps = set()
+    for number in range(0, len(recording.events) + 1, max(1, 100 // CUTS)):
+        for seed in range(max(1, CUTS // 50)):
+            cut = tmp_path / "cut"
+            recording.cut(number, cut, random.Random(seed))
+            found = checkpoint_of(cut, lambda said: None, check_resumable)
+            assert found is not None or number <= first, "once there was one, there is one"
+            steps.add(torch.load(found, weights_only=True)["global_step"] if found else 0)
+            resumed = fit(cut, found).state_dict()
+            assert all(torch.equal(value, expected[name]) for name, value in resumed.items()), number
+            shutil.rmtree(cut)
+    assert len(steps) > 4
 
 
 def test_the_recording_would_show_what_is_not_durable(tmp_path: Path) -> None:
