@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 Target: TypeAlias = Literal["lora", "trainable"]
 """Which parameters are differentiated: the adapter's, or all that the warm-up trained."""
 ModelDtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+WrittenDtype: TypeAlias = Literal["stored", "float32", "bfloat16", "float16"]
+"""Of an exported model; stored: as the base model's."""
 Attention: TypeAlias = Literal["sdpa", "eager", "flash_attention_2"]
 Quantize: TypeAlias = Literal["4bit", "8bit"]
 Preset: TypeAlias = Literal["llava-train", "icons-release"]

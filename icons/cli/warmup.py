@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
+from icons.choices import Target
 from icons.cli.console import bars, console, warn
 from icons.cli.estimate import Plan, estimate_warmup, evenly
 from icons.cli.options.warmup import WarmupOptions
@@ -43,7 +44,7 @@ def warmup(options: WarmupOptions) -> int:
     ranks, computed_in = ranks_of(options.trainer), resolved_dtype(options.dtype)
     folder = ModelFolder.open(options.model, vision_tower=options.vision_tower, mm_projector=options.mm_projector)
     lora = LoraSettings(options.lora_rank, options.lora_alpha, options.lora_dropout, options.lora_targets, options.seed)
-    target: Literal["lora", "trainable"] = "trainable" if options.train_projector else "lora"
+    target: Target = "trainable" if options.train_projector else "lora"
     tasks = files_of(options.task)
     check_output(
         options.out,

@@ -5,7 +5,7 @@ import importlib.util
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from icons.choices import Attention, ModelDtype, Quantize, Target, WrittenDtype
 from icons.gradients.packing import keep_unpacked
 from icons.models.base_weights import AUTO, PROJECTOR, language_config, load_huggingface, load_original
 from icons.models.folder import ModelFolder, own_code
@@ -31,10 +32,7 @@ MERGED = "icons_export.json"
 NEVER_QUANTIZED = ["lm_head", r".*vision_tower", r".*vision_model", r".*visual", r".*multi_modal_projector"]
 """Matched from a module's whole name's start to a dot: LLaVA's tower lies under `model.` in Hugging Face's layout."""
 
-Dtype = Literal["auto", "stored", "float32", "bfloat16", "float16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Quantize = Literal["4bit", "8bit"]
-Target = Literal["lora", "trainable"]
+Dtype: TypeAlias = ModelDtype | WrittenDtype
 
 
 def load_model(

@@ -14,6 +14,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
+from icons.choices import ModelDtype
 from icons.models.tensor_files import load_data
 from icons.models.warmup_folder import MANIFEST
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of, remove
@@ -31,7 +32,6 @@ TRAINER: dict[str, Any] = {
     "enable_checkpointing": False,  # FitCheckpoint does it
     "enable_model_summary": False,
 }
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 log = logging.getLogger(__name__)
 
 
@@ -41,7 +41,7 @@ def say(text: str) -> None:
     log.info(text)
 
 
-def resolved_dtype(dtype: Dtype) -> Literal["float32", "bfloat16", "float16"]:
+def resolved_dtype(dtype: ModelDtype) -> Literal["float32", "bfloat16", "float16"]:
     """`auto` is bfloat16 on a GPU, and float32 on a CPU, where half precision is slower and not tested as well."""
     if dtype != "auto":
         return dtype

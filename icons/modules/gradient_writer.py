@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
+from icons.choices import StoreDtype
 from icons.modules.store_writer import StoreWriter, Writing
 from icons.store import GradientStore
-
-StoredDtype = Literal["float16", "float32", "int8"]
 
 
 class GradientWriting(Writing, total=False):
     """What a `GradientWriter` may be told."""
 
     dim: int | None
-    dtype: StoredDtype
+    dtype: StoreDtype
     codec: str | Mapping[str, Any] | None
 
 
@@ -39,7 +38,7 @@ class GradientWriter(StoreWriter):
         path: str | Path,
         *,
         dim: int | None = None,
-        dtype: StoredDtype = "float16",
+        dtype: StoreDtype = "float16",
         codec: str | Mapping[str, Any] | None = None,
         **options: Unpack[Writing],
     ) -> None:

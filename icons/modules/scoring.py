@@ -9,11 +9,12 @@ import torch
 from lightning.fabric import Fabric
 
 from icons.agreement import PLACES, SCORES, check_compatible
+from icons.choices import Normalize, Reduce
 from icons.manifest import versions
 from icons.modules.ranks import Run
 from icons.partition import UnitPlan, assign
-from icons.scores import Reduce, Scorer
-from icons.scores.task_means import Normalize, check_plain
+from icons.scores import Scorer
+from icons.scores.task_means import check_plain
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
 from icons.store.lease import Leases

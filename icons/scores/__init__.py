@@ -8,6 +8,6 @@ rows.py             blocks of rows from a store or an array;
 stderr.py           the standard error that the projection leaves
 """
 
-from icons.scores.scorer import Reduce, ScoredRows, Scorer, influence
+from icons.scores.scorer import ScoredRows, Scorer, influence
 
-__all__ = ["Reduce", "ScoredRows", "Scorer", "influence"]
+__all__ = ["ScoredRows", "Scorer", "influence"]

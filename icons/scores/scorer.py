@@ -7,16 +7,16 @@ vector per task, whatever the number of validation rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from icons.choices import Normalize, Reduce
 from icons.scores.rows import Block, Source, StoredRows, as_rows, blocks, ranges
 from icons.scores.stderr import covariance, standard_error
 from icons.scores.task_means import (
-    Normalize,
     TaskVectors,
     check_agree,
     check_plain,
@@ -26,7 +26,6 @@ from icons.scores.task_means import (
 )
 from icons.terminal import counted
 
-Reduce: TypeAlias = Literal["max", "mean"]
 Sources: TypeAlias = Source | Sequence[Source]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeAlias
+from typing import get_args
 
 import torch
 from jaxtyping import Float
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from icons.agreement import MULTIPLIED, check_compatible, lookup
 from icons.batch import Status
+from icons.choices import Normalize
 from icons.kronecker import ROOT
 from icons.scores.axes import leading_axes, without
 from icons.scores.rows import Block, StoredRows, blocks, ranges
 from icons.scores.span import Span, span_of
 from icons.scores.stderr import mean_squared_cosine
 
-Normalize: TypeAlias = Literal["projected", "exact", "none"]
-_NORMALIZE = ("projected", "exact", "none")
+_NORMALIZE = get_args(Normalize)
 SAMPLE_ROWS = 256
 """Validation rows, evenly spaced, from which the mean squared cosine between a task's rows is estimated."""
 

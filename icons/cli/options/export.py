@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from icons.choices import Layout
+from icons.choices import Layout, WrittenDtype
 from icons.cli.options.groups import CheckpointOptions
 
 
@@ -20,7 +19,7 @@ class ExportOptions(CheckpointOptions):
     """a new folder; for LLaVA's own scripts its name must contain `llava`"""
     format: Layout = "huggingface"
     """huggingface, for transformers, vLLM and lmms-eval; llava, for LLaVA's own evaluation scripts"""
-    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    dtype: WrittenDtype = "stored"
     """number format of the written weights; stored: as in the base model"""
     overwrite: bool = False
     """write --out even if it holds something other than an earlier export; its weights are replaced"""

@@ -55,7 +55,7 @@ def _watched(environment: Environment, template: str) -> jinja2.Template:
 
 
 def _look() -> nodes.Call:
-    return nodes.Call(nodes.ImportedName(f"{__name__}._check_time"), [], [], None, None)
+    return nodes.Call(nodes.ImportedName(f"{__name__}.{_check_time.__name__}"), [], [], None, None)
 
 
 def _check_time() -> str:

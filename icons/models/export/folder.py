@@ -3,7 +3,7 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -11,15 +11,15 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration
 
+from icons.choices import Layout, WrittenDtype
 from icons.models.base_weights import quiet
 from icons.models.export.old_settings import old_rope, with_old_settings
 from icons.models.export.processor import write_processor
 from icons.models.folder import ModelFolder, read_config
 from icons.models.llava import Llava
-from icons.models.loading import MERGED, Dtype, adapter_fingerprint, load_model, merged_adapters
+from icons.models.loading import MERGED, adapter_fingerprint, load_model, merged_adapters
 from icons.output import check_output, read_object, whole_folder
 
-Layout = Literal["huggingface", "llava"]
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 )  # fmt: skip
@@ -32,7 +32,7 @@ def export_model(
     adapter: Path | None,
     out: Path,
     layout: Layout = "huggingface",
-    dtype: Dtype = "stored",
+    dtype: WrittenDtype = "stored",
     trust_remote_code: bool = False,
     overwrite: bool = False,
 ) -> None:
