@@ -11,9 +11,10 @@ FIRST, LEAST, STEP = 10, -14, 6  # exponents: of the first try's gradient of a l
 
 def needs_scale(model: nn.Module) -> bool:
     """Whether anything in the pass is float16: weights, or what autocast makes."""
-    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+    found = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
+    if any(dtype == torch.float16 for dtype, _ in found):
         return True
-    kinds = {parameter.device.type for parameter in model.parameters()}
+    kinds = {kind for _, kind in found}
     return any(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16 for kind in kinds)
 
 

@@ -164,7 +164,8 @@ def is_linear(module: nn.Module, kind: str) -> bool:
 
 def parts_of(model: nn.Module, parameters: Mapping[str, nn.Parameter], known: Paths) -> dict[nn.Module, list[Part]]:
     """The modules to tap, with the parameters that each serves."""
-    modules = dict(model.named_modules())
+    inside = any(known.path(name) == ENCLOSING for name in parameters)
+    modules = dict(model.named_modules()) if inside else {}
     found: dict[nn.Module, list[Part]] = {}
     for name, places in owners_of(model, parameters).items():
         for module, place, kind in places if known.path(name) != SLOW else ():

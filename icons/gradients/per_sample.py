@@ -297,4 +297,5 @@ def layout(model: nn.Module) -> dict[str, torch.Size]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    return next(iter(trainable_parameters(model).values())).device
+    first = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
+    return next(iter(trainable_parameters(model).values())).device if first is None else first.device

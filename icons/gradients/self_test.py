@@ -52,8 +52,9 @@ def refuse_unknown(model: nn.Module) -> None:
             "expected a causal or image-text model"
         )
     keep_unpacked(model)
-    refuse_pieces(model)
-    empty = next((name for name, parameter in model.named_parameters() if parameter.is_meta), None)
+    named = dict(model.named_parameters())  # once: to go through thousands of modules takes milliseconds
+    refuse_pieces(model, named)
+    empty = next((name for name, parameter in named.items() if parameter.is_meta), None)
     if empty is not None:
         raise ValueError(
             f"per-sample gradients: {kind} has no weights ({empty} is on the meta device); expected a model that is "
@@ -61,15 +62,20 @@ def refuse_unknown(model: nn.Module) -> None:
         )
 
 
-def refuse_pieces(model: nn.Module) -> None:
+def refuse_pieces(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
     """Frozen weights may be sharded by FSDP2, which gathers a layer's before it is called.
+
+    Args:
+        model: any.
+        named: all its parameters.
 
     Raises:
         ValueError: what is trained is sharded, or a layer runs on pieces of its weights.
     """
+    modules = dict(model.named_modules())
     whole_when_called = {
         id(parameter)
-        for module in model.modules()
+        for module in modules.values()
         if isinstance(module, FSDPModule) and isinstance(module, nn.Module)
         for parameter in module.parameters()
         if not parameter.requires_grad and sum(map(is_shard, getattr(parameter, "placements", ()))) < 2
@@ -77,12 +83,12 @@ def refuse_pieces(model: nn.Module) -> None:
     pieces = next(
         (
             name
-            for name, parameter in model.named_parameters()
+            for name, parameter in named.items()
             if hasattr(parameter, "device_mesh") and id(parameter) not in whole_when_called
         ),
         None,
     )
-    kinds = {type(part).__name__: name for name, part in model.named_modules()}
+    kinds = {type(part).__name__: name for name, part in modules.items()}
     pieces = pieces or kinds.get("FullyShardedDataParallel")
     if pieces is not None:
         raise ValueError(
