@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from icons.cli.command_line import COMMANDS, options_of
-from icons.cli.parser import accepts, choices_of, dashed, typed
+from icons.cli.parser import choices_of, typed
+from icons.cli.words import accepts, dashed
 
 SHELLS = ("bash", "zsh", "tcsh")
 

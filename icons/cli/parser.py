@@ -5,8 +5,6 @@ stands for every flag of Lightning's Trainer (`--trainer.devices 8`).
 """
 
 import inspect
-import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -16,14 +14,13 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import docstring_parser
 import jsonargparse
-import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import restricted_string_type
 
-from icons.cli.tables import PACKAGE, TABLES
+from icons.cli.option_file import LOADER
+from icons.cli.tables import TABLES
+from icons.cli.words import accepts, dashed, shipped_recipes, spelled
 
-LOADER = "icons"
-LARGEST_YAML = 100_000
 LOUDNESS = {
     "--quiet": "print warnings and results alone",
     "--verbose": "add on stderr what helps to find a fault: the options as they were understood, what is opened and "
@@ -183,11 +180,6 @@ def choices_of(hint: Any) -> tuple[Any, ...] | None:
     return next(named, None)
 
 
-def accepts(hint: Any, kind: type) -> bool:
-    """Whether an annotation takes `kind`: `list` for `list[str]` and for `list[str] | None`."""
-    return hint is kind or get_origin(hint) is kind or any(accepts(part, kind) for part in get_args(hint))
-
-
 def _add_trainer(parser: jsonargparse.ArgumentParser, defaults: Mapping[str, Any] | None = None) -> None:
     """Adds the flags of Lightning's Trainer, as `--trainer.*`."""
     from lightning import Trainer  # seconds of imports, needed only where a Trainer is
@@ -201,90 +193,6 @@ def trainer_help(name: str, defaults: Mapping[str, Any]) -> str:
     parser = jsonargparse.ArgumentParser(prog=f"icons {name}", usage=f"icons {name} [options] [--trainer.FLAG VALUE]")
     _add_trainer(parser, defaults)
     return parser.format_help()
-
-
-def shipped_recipes(words: Sequence[str]) -> list[str]:
-    """`--config NAME` is a recipe of the package (`icons/configs/NAME.yaml`) unless there is a file of that name."""
-    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    for position, word in enumerate(parts[1:], start=1):
-        recipe = PACKAGE / "configs" / f"{word}.yaml"
-        if parts[position - 1] == "--config" and not Path(word).is_file() and recipe.is_file():
-            parts[position] = str(recipe)
-    return parts
-
-
-def dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def spelled(words: Sequence[str], hints: Mapping[str, Any]) -> list[str]:
-    """The words as jsonargparse takes them: a repeated option is one JSON list, a flag alone is true, and names have
-    the dashes or underscores that they are registered with.
-
-    >>> spelled(["--task", "a=1", "--dry_run", "--task=b=2"], {"task": list[str], "dry_run": bool})
-    ['--dry-run=true', '--task=["a=1", "b=2"]']
-    """
-    rest: list[str] = []
-    gathered: dict[str, list[Any]] = {}
-    stream = list(words)
-    while stream:
-        word = stream.pop(0)
-        option, equals, value = word.partition("=")
-        name = option.removeprefix("--").replace("-", "_")
-        if not re.match(r"--[A-Za-z]", option):
-            rest.append(word)
-        elif name in hints and accepts(hints[name], list):
-            value = value if equals else stream.pop(0) if stream else ""
-            gathered.setdefault(name, []).extend(listed(value))
-        elif name in hints:
-            if hints[name] is bool and not equals:
-                known = stream and stream[0].lower() in ("true", "false", "yes", "no")
-                equals, value = "=", stream.pop(0) if known else "true"
-            rest.append(f"--{dashed(name)}{equals}{value}")
-        else:
-            # --trainer.max_steps and the like go into objects, whose names have underscores
-            rest.append(f"--{name if '.' in name or name == 'print_config' else dashed(name)}{equals}{value}")
-    return rest + [f"--{dashed(name)}={json.dumps(values)}" for name, values in gathered.items()]
-
-
-def listed(value: str) -> list[Any]:
-    """One value of a repeated option, or a JSON list of several.
-
-    >>> listed("a=1"), listed('["a=1", "b=2"]'), listed("[a=b")
-    (['a=1'], ['a=1', 'b=2'], ['[a=b'])
-    """
-    try:
-        values = json.loads(value) if value.startswith("[") else value
-    except json.JSONDecodeError:
-        values = value
-    return values if isinstance(values, list) else [values]
-
-
-def load(text: str) -> Any:
-    """YAML whose keys may be spelled as the options are: `chunk-rows: 4`."""
-    try:
-        if size_of(yaml.compose(text, Loader=yaml.SafeLoader)) > LARGEST_YAML:
-            raise yaml.YAMLError(f"has more than {LARGEST_YAML:,} entries once its aliases are written out")
-        content = jsonargparse.get_loader("yaml")(text)
-    except RecursionError:
-        raise yaml.YAMLError("is nested too deep") from None
-    return (
-        {key.replace("-", "_") if isinstance(key, str) else key: value for key, value in content.items()}
-        if isinstance(content, dict)
-        else content
-    )
-
-
-def size_of(node: yaml.Node | None, known: dict[int, float] | None = None) -> float:
-    """Entries of a YAML document with every alias written out; infinite where one holds itself."""
-    known = {} if known is None else known
-    if node is None or isinstance(node, yaml.ScalarNode):
-        return 1.0
-    if id(node) not in known:
-        known[id(node)] = math.inf  # until it is counted: whoever meets it meanwhile is inside of it
-        parts = [part for entry in node.value for part in (entry if isinstance(entry, tuple) else [entry])]
-        known[id(node)] = 1.0 + sum(size_of(part, known) for part in parts)
-    return known[id(node)]
 
 
 KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "dict": "NAME: VALUE pairs"}
@@ -338,6 +246,3 @@ class _Help(jsonargparse.DefaultHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         fill = super()._fill_text
         return "\n\n".join(part if part.startswith("$") else fill(part, width, indent) for part in text.split("\n\n"))
-
-
-jsonargparse.set_loader(LOADER, load, exceptions=(yaml.YAMLError,))

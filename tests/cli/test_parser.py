@@ -9,8 +9,9 @@ import pytest
 from icons.cli import parser
 from icons.cli.command_line import COMMANDS, options_of
 from icons.cli.options.groups import TrainerOptions
-from icons.cli.parser import parse, shipped_recipes
-from icons.cli.tables import TABLES
+from icons.cli.parser import parse
+from icons.cli.tables import PACKAGE, TABLES
+from icons.cli.words import shipped_recipes
 from icons.consensus.rules import RULES
 from icons.projection import PROJECTORS
 
@@ -180,7 +181,7 @@ def test_the_trainers_flags_are_shown_with_our_defaults() -> None:
 
 def test_a_recipe_of_the_package_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    recipe = str(parser.PACKAGE / "configs" / "warmup.yaml")
+    recipe = str(PACKAGE / "configs" / "warmup.yaml")
     assert shipped_recipes(["--config", "warmup", "--out", "warmup"]) == ["--config", recipe, "--out", "warmup"]
     assert shipped_recipes(["--config=warmup"]) == ["--config", recipe]
     (tmp_path / "warmup").write_text("")  # a file of that name comes first
