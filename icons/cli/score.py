@@ -13,7 +13,7 @@ from icons.agreement import SUMMED_SCORES, check_compatible
 from icons.batch import Status
 from icons.cli.console import console, warn
 from icons.cli.gradients import TRAINER as TRAINER
-from icons.cli.gradients import check_curvature, predict_flags, replaces, shared, summary
+from icons.cli.gradients import check_curvature, chosen, predict_flags, replaces, shared, summary
 from icons.cli.model_source import ModelSource
 from icons.cli.options.groups import CheckpointOptions
 from icons.cli.options.score import ScoreOptions
@@ -39,7 +39,8 @@ def score(options: ScoreOptions) -> int:
     states: list[Path | None] = (
         [*options.optimizer_state] if options.optimizer_state else [None] * len(options.checkpoint)
     )
-    check_curvature(options.preconditioner, options.factors, options.damping)
+    preconditioner = chosen(options.preconditioner, False, bool(options.factors))
+    check_curvature(preconditioner, options.factors, options.damping)
     factors: list[Path | None] = [*options.factors] if options.factors else [None] * len(options.checkpoint)
     if len(factors) != len(options.checkpoint):
         raise ValueError(
@@ -50,7 +51,7 @@ def score(options: ScoreOptions) -> int:
             f"--checkpoint: got {len(options.checkpoint)}, with {len(parts)} --weights and {len(states)} "
             "--optimizer-state; expected one of each for every checkpoint"
         )
-    if options.keep_gradients is not None and options.preconditioner == "kfac":
+    if options.keep_gradients is not None and preconditioner == "kfac":
         raise ValueError(
             f"--keep-gradients {options.keep_gradients}: got --preconditioner kfac, whose whole updates a projection "
             "drowns in noise; expected another: `icons gradients --factors` stores rows that can be multiplied"
@@ -118,7 +119,7 @@ def score(options: ScoreOptions) -> int:
         scorer = InfluenceScorer(
             model,
             tasks,
-            source.preconditioner(options.preconditioner, model, factors[place], options.damping),
+            source.preconditioner(preconditioner, model, factors[place], options.damping),
             unit=options.normalize == "exact",
             projector=None
             if options.keep_gradients is None

@@ -1,4 +1,4 @@
-"""Would a curvature of the tasks' side predict better? An experiment on the common task's adapter, in memory.
+"""What do eigenvalues of their own add to `--preconditioner kfac`? On the common task's adapter, in memory.
 
     python scripts/peers/kfac.py --task peers_task --out peers_run/ours
 

@@ -87,7 +87,7 @@ def test_scores_are_mean_cosines_of_whole_gradients(warmup: Path, tmp_path: Path
 def test_scores_are_products_with_gradients_divided_by_a_curvature(warmup: Path, tmp_path: Path) -> None:
     file, words = tmp_path / "factors.safetensors", ["--data", DATA / "data.json", "--images", DATA]
     assert cli.main(["factors", "--checkpoint", *map(str, [warmup, *words, "--out", file]), *CPU]) == 0
-    kfac = ["--preconditioner", "kfac", "--factors", file, "--normalize", "none"]
+    kfac = ["--factors", file, "--normalize", "none"]
     assert score(warmup, tmp_path / "scores.zarr", *both_tasks(), *kfac) == 0
     plain, step, _ = gradients(warmup, "kfac", file)
     expected = step.double() @ plain.double().mean(dim=0)

@@ -57,9 +57,9 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     of their energy (0.9: nine tenths); each direction takes the memory of a task vector"""
     normalize: Literal["exact", "none"] = "exact"
     """exact: divide every gradient by its norm (cosine similarity); none: do not (inner product)"""
-    preconditioner: Preconditioning = "adam"
+    preconditioner: Preconditioning | None = None
     """preconditioner of the training rows; tasks are always plain. kfac divides by a curvature (--factors), and is
-    meant for --normalize none"""
+    meant for --normalize none; default: adam, kfac with --factors"""
     factors: list[Path] | None = field(default=None, metadata=MODEL)
     """the Kronecker factors of --preconditioner kfac, from `icons factors`, one file for each checkpoint"""
     damping: float | None = None
