@@ -1,5 +1,6 @@
 """What a command writes: never over what is not its own, and whole or not at all."""
 
+import errno
 import json
 import os
 import re
@@ -169,7 +170,7 @@ def _is_dead_partial(name: str) -> bool:
 
 def sweep_partials(folder: Path) -> None:
     """Removes what processes that have ended left half-written in a folder, and nothing below it."""
-    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
         for entry in [entry for entry in entries if _is_dead_partial(entry.name)]:
             if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
@@ -251,10 +252,18 @@ def put(path: Path, content: str | bytes) -> None:
 
 
 def flush_path(path: Path) -> None:
-    """Makes a file's content durable, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Makes a file's content durable, or a folder's names where its file system can say so (CIFS cannot)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():  # one that may be written and not read
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
 

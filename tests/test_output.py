@@ -208,3 +208,27 @@ def unguarded(node: ast.AST) -> Iterator[str]:
 def is_copy_of_memory(call: ast.Call) -> bool:
     """`array.copy()`, unlike `shutil.copy(a, b)`."""
     return isinstance(call.func, ast.Attribute) and call.func.attr == "copy" and len(call.args) < 2
+
+
+def test_a_file_system_that_cannot_make_names_durable_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, asked = os.fsync, []
+
+    def of_files_alone(descriptor: int) -> None:
+        asked.append(descriptor)
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(22, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    put(tmp_path / "a.txt", "whole")
+    assert (tmp_path / "a.txt").read_text() == "whole" and len(asked) == 2
+
+    def broken(descriptor: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        put(tmp_path / "a.txt", "other")
+    assert (tmp_path / "a.txt").read_text() == "whole" and [path.name for path in tmp_path.iterdir()] == ["a.txt"]
