@@ -111,9 +111,9 @@ def is_manifest(path: Path) -> bool:
 def is_written_by(selection: Path, name: str, file: Path) -> bool:
     """Whether `file` is what the selection's manifest calls its `data`, `table`, `rows.npy` or `ids.txt`, with not a
     byte changed since; or what a run that did not end was about to write there."""
+    known = noted(selection).get(name, [])  # first: it goes when the manifest has come
     manifest = read_object(manifest_path(selection))
     written = manifest.get("written")
-    known = noted(selection).get(name, [])
     if manifest.get("kind") == "selection" and isinstance(written, dict):
         known.append(written.get(name, ""))
     return bool(known) and file.is_file() and digest(file) in known
