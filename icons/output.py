@@ -164,7 +164,7 @@ def _is_dead_partial(name: str) -> bool:
     >>> _is_dead_partial(beside(Path("a.json")).name), _is_dead_partial("a.json")
     (False, False)
     """
-    found = _MARKED.search(name)
+    found = _MARKED.search(name) if PARTIAL in name else None
     return found is not None and is_gone(found[1])
 
 

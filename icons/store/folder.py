@@ -137,9 +137,8 @@ class DurableLocalStore(LocalStore):
         for array in folders_in(self.root):
             for part in ("", "c", "lease", "digest"):
                 sweep_partials(array / part)
-            for folder in folders_in(array / "c"):  # a unit's own, where an array has several dimensions
-                if folder.name in wanted:
-                    sweep_partials(folder)
+            for name in wanted.intersection(folder.name for folder in folders_in(array / "c")):
+                sweep_partials(array / "c" / name)  # a unit's own, where an array has several dimensions
 
     def delete_sync(self, key: str) -> None:
         self._check_writable()
