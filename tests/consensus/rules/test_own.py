@@ -24,7 +24,7 @@ def test_a_function_orders_the_rows_and_failed_ones_are_passed_over() -> None:
         ([0, 4], "gave row 4; expected 0 to 3"),
         ([-1], "gave row -1"),
         ([0, 2, 0], "gave row 0 more than once"),
-        ([1, 2], "gave 1 rows that can be selected; expected 2 or more"),
+        ([1, 2], "gave 1 row that can be selected; expected 2 or more"),
     ],
 )
 def test_what_is_no_order_of_rows_is_refused(order: list, message: str) -> None:
