@@ -1,4 +1,4 @@
-"""ConversationDataset: a record -> tokens, labels and pixels; a batch of them -> tensors."""
+"""ConversationDataset: a record -> tokens, labels and pixels."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch.utils.data import Dataset
 
-from icons.batch import IGNORE_INDEX, OWN_FIELDS, Status
+from icons.batch import IGNORE_INDEX, Status
 from icons.datamodules.chat.own_template import OwnTemplate
-from icons.datamodules.chat.processor import ProcessorSamples, join
+from icons.datamodules.chat.processor import ProcessorSamples
 from icons.datamodules.chat.reader import describe_reader
 from icons.datamodules.chat.rendering import ChatTemplate
 from icons.datamodules.chat.skeleton import TemplateError
@@ -26,6 +26,7 @@ from icons.datamodules.chat.templates import (
     put_image_first,
 )
 from icons.datamodules.chat.tokenizer import load_tokenizer
+from icons.datamodules.collation import collated
 from icons.datamodules.conversation import IMAGE, Conversation
 from icons.datamodules.dialects import Dialect, detect, dialect_named, read_conversation
 from icons.datamodules.failed_row import FailedRowError, bad_record
@@ -290,38 +291,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `icons.batch` describes it; `pixel_values [images, 3, H, W]` in the order of rows and marks."""
-        good = [sample for sample in samples if "failed" not in sample]
-        failed = [sample for sample in samples if "failed" in sample]
-        length = max((len(sample["input_ids"]) for sample in good), default=0)
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.full((len(good), length), pad)
-        mask = torch.zeros(len(good), length, dtype=torch.int64)
-        labels = torch.full((len(good), length), IGNORE_INDEX)
-        for index, sample in enumerate(good):
-            size = len(sample["input_ids"])
-            ids[index, :size], labels[index, :size], mask[index, :size] = sample["input_ids"], sample["labels"], 1
-        batch: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "labels": labels,
-            "row": torch.tensor([sample["row"] for sample in good], dtype=torch.int64),
-            "failed_row": torch.tensor([sample["row"] for sample in failed], dtype=torch.int64),
-            "failed_status": torch.tensor([int(sample["failed"]) for sample in failed], dtype=torch.uint8),
-            "failed_reason": [sample["reason"] for sample in failed],
-            "failed_id": [sample["id"] for sample in failed],
-        }
-        for name in {name: None for sample in good for name in sample if name not in (*OWN_FIELDS, "input_ids")}:
-            parts = [sample[name] for sample in good if name in sample]
-            if parts[0].dim() > 1:
-                batch[name] = join(parts)
-                counts = [len(sample[name]) if name in sample else 0 for sample in good]
-                batch.setdefault("entries_per_row", {})[name] = torch.tensor(counts, dtype=torch.int64)
-            else:  # one value per token
-                batch[name] = ids.new_zeros(ids.shape, dtype=parts[0].dtype)
-                for index, sample in enumerate(good):
-                    if name in sample:
-                        batch[name][index, : len(sample[name])] = sample[name]
-        return batch
+        return collated(samples, self.tokenizer.pad_token_id or 0)
 
 
 @contextmanager
