@@ -205,7 +205,9 @@ class KroneckerPreconditioner:
                     f"{len(self.factors.square)} others: make them with this very model and --target"
                 )
             sides = [
-                None if name not in side else damped_inverse(side[name], self.damping, self.root).to(device)
+                None
+                if name not in side or not square
+                else damped_inverse(side[name], self.damping, self.root).to(device)
                 for side in (self.factors.left, self.factors.right)
             ]
             scale = square ** (-0.5 if self.root else -1) if square else 0.0

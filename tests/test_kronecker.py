@@ -33,6 +33,9 @@ def slow(model: nn.Module, batch: dict[str, Tensor], factors: KroneckerFactors, 
         for name, shape in shapes.items():
             block = row[begin : begin + shape.numel()].reshape(shape)
             begin += shape.numel()
+            if name in factors.silent:
+                parts.append(block.reshape(-1))
+                continue
             if name in factors.left:
                 for side in (factors.left[name], factors.right[name]):
                     moment = side.double().numpy() if side.ndim == 2 else np.diag(side.double().numpy())
@@ -116,6 +119,18 @@ def test_rows_with_a_gradient_where_the_factors_have_none_are_not_finite() -> No
     found = KroneckerPreconditioner(factors).apply("w", torch.tensor([[0.0, 0.0], [0.0, 1.0]]))
     assert found[0].tolist() == [0.0, 0.0]
     assert found[1].isnan().any()
+
+
+def test_layers_without_any_gradient_stay_without() -> None:
+    """A fresh adapter's A has none, since its B is zero."""
+    model, batch = with_lora(llama()), text_batch()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    factors = factors_of(model)
+    assert factors.silent == [name for name in shapes_of(model) if "lora_A" in name]
+    found = projected_gradients(model, batch, Identity(), KroneckerPreconditioner(factors))
+    assert_near(found.gradient, slow(model, batch, factors, 0.1))
 
 
 def test_a_factor_of_all_blocks_makes_no_difference_between_them() -> None:
