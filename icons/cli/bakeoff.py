@@ -57,7 +57,7 @@ class Pool:
             raise ValueError(
                 f"scores {self.scores}: lacks {counted(len(store.missing()), 'unit')}; finish the store first"
             )
-        found = {}
+        planned = {}
         for seed in seeds:
             for fraction in fractions:
                 for rule in rules:
@@ -68,8 +68,8 @@ class Pool:
                             "least to train on"
                         )
                     name = re.sub(r"[^\w.-]", "_", f"{rule}-{fraction:g}-{seed}")
-                    found[rule, fraction, seed] = Retraining(name, rows, seed)
-        return found
+                    planned[rule, fraction, seed] = Retraining(name, rows, seed)
+        return planned
 
 
 def bakeoff(
@@ -135,15 +135,15 @@ def bakeoff(
     part = (0, 1) if shard is None else parse_shard(shard)
     for pool, trainings in planned.items():
         ordered = list(trainings.values())
-        mine = [ordered[place] for place in assign(range(len(ordered)), part[1], part[0])]
+        mine = [ordered[number] for number in assign(range(len(ordered)), part[1], part[0])]
         if status := side_by_side(retrainers[pool], mine, workers):
             return status
     if shard is not None:
         return 0
-    found = {
+    each = {
         (pool, *key): retrainers[pool].measured(one, measure) for pool in pools for key, one in planned[pool].items()
     }
-    if left := sum(values is None for values in found.values()):
+    if left := sum(values is None for values in each.values()):
         console.print(
             f"{counted(left, 'model')} {'is' if left == 1 else 'are'} being trained by other processes; the same line "
             "then makes the table"
@@ -151,7 +151,7 @@ def bakeoff(
         return RESUME
     measured = {
         (rule, fraction): np.array(
-            [[[(found[pool, rule, fraction, seed] or {})[name] for name in files] for seed in seeds] for pool in pools]
+            [[[(each[pool, rule, fraction, seed] or {})[name] for name in files] for seed in seeds] for pool in pools]
         )
         for fraction in fractions
         for rule in names
@@ -174,12 +174,12 @@ def pools_of(data: Path, scores: Sequence[str], images: Path | None, more: Seque
     (name, store), *others = parse(scores, "--scores").items()
     if others:
         raise ValueError(f"--rule: got {1 + len(others)} --scores; expected one, which every rule selects by")
-    found = [Pool(name if more else "", data, store, images)]
+    pools = [Pool(name if more else "", data, store, images)]
     for other, value in parse(more, "--pool").items():
         parts = several(value, f"--pool {other}")
         if len(parts) not in (2, 3):
             raise ValueError(f"--pool {other}={value}: expected NAME=DATA,SCORES or NAME=DATA,SCORES,IMAGES")
         if other == name or not re.fullmatch(r"[\w.-]+", other):
             raise ValueError(f"--pool {other}: expected a name of its own, of letters, digits, . _ and -")
-        found.append(Pool(other, Path(parts[0]), parts[1], Path(parts[2]) if len(parts) == 3 else images))
-    return found
+        pools.append(Pool(other, Path(parts[0]), parts[1], Path(parts[2]) if len(parts) == 3 else images))
+    return pools

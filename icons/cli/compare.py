@@ -23,24 +23,24 @@ MADE_BY = "icons compare"
 def compare(options: CompareOptions) -> int:
     """Prints the overlap of two selections, and of the tasks that voted for them."""
     if options.out is not None:
-        sides = [place for side in (options.a, options.b) for place in (side, manifest_path(side))]
+        sides = [path for side in (options.a, options.b) for path in (side, manifest_path(side))]
         inputs = {"A or B": sides, "--scores": options.scores}
         check_output(options.out, kind="file", inputs=inputs, ours=_is_comparison, overwrite=options.overwrite)
     one, other = _Listed.open(options.a), _Listed.open(options.b)
     key = options.by if options.by != "auto" else ("row" if one.same_rows(other) else "id")
-    found = overlap(one.entries(key), other.entries(key))
+    common = overlap(one.entries(key), other.entries(key))
     pool = one.num_rows or other.num_rows
-    show(found, one, other, key, pool)
+    show(common, one, other, key, pool)
     numbers: dict[str, Any] = {
         "made_by": MADE_BY,
         "a": str(options.a), "b": str(options.b), "by": key,
-        "num_a": found.num_a, "num_b": found.num_b, "shared": found.shared,
-        "share_of_a": found.share_of_a, "share_of_b": found.share_of_b, "jaccard": found.jaccard,
-        "shared_by_chance": found.by_chance(pool) if pool else None,
+        "num_a": common.num_a, "num_b": common.num_b, "shared": common.shared,
+        "share_of_a": common.share_of_a, "share_of_b": common.share_of_b, "jaccard": common.jaccard,
+        "shared_by_chance": common.by_chance(pool) if pool else None,
     }  # fmt: skip
-    place = options.scores or one.scores_path
-    if place is not None and (options.scores is not None or Path(place).is_dir()):
-        store = ScoreStore.open(place)
+    scores = options.scores or one.scores_path
+    if scores is not None and (options.scores is not None or Path(scores).is_dir()):
+        store = ScoreStore.open(scores)
         share = options.fraction if options.fraction is not None else float(one.manifest.get("fraction", 0.2))
         matrix, tasks = matrix_of(store)
         shared = task_overlap(matrix, share)
@@ -110,13 +110,13 @@ class _Listed:
         return ids
 
 
-def show(found: Overlap, a: _Listed, b: _Listed, key: str, pool: int | None) -> None:
+def show(common: Overlap, a: _Listed, b: _Listed, key: str, pool: int | None) -> None:
     table = Table("", key + "s", "shared", "share", title=f"overlap by {key}")
-    table.add_row(a.path.name, f"{found.num_a:,}", f"{found.shared:,}", f"{100 * found.share_of_a:.1f} %")
-    table.add_row(b.path.name, f"{found.num_b:,}", f"{found.shared:,}", f"{100 * found.share_of_b:.1f} %")
+    table.add_row(a.path.name, f"{common.num_a:,}", f"{common.shared:,}", f"{100 * common.share_of_a:.1f} %")
+    table.add_row(b.path.name, f"{common.num_b:,}", f"{common.shared:,}", f"{100 * common.share_of_b:.1f} %")
     console.print(table)
-    chance = f"; chance would share {found.by_chance(pool):,.0f}" if pool else ""
-    console.print(f"Jaccard {found.jaccard:.3f}{chance}")
+    chance = f"; chance would share {common.by_chance(pool):,.0f}" if pool else ""
+    console.print(f"Jaccard {common.jaccard:.3f}{chance}")
 
 
 def _show_tasks(tasks: list[str], shared: np.ndarray, fraction: float) -> None:

@@ -72,18 +72,18 @@ def _software() -> dict[str, str]:
 
 def _hardware(folder: Path) -> dict[str, str]:
     """Accelerators, processor cores, attention kernels and free disk space."""
-    found = {"cpu": f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}"}
+    facts = {"cpu": f"{counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')}"}
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
-        found[f"gpu {index}"] = (
+        facts[f"gpu {index}"] = (
             f"{device.name}, {device.total_memory / 2**30:.0f} GiB, compute {device.major}.{device.minor}"
         )
     if not torch.cuda.is_available():
-        found["gpu"] = "none: everything runs on the CPU"
+        facts["gpu"] = "none: everything runs on the CPU"
     flash = "flash_attention_2, " if importlib.util.find_spec("flash_attn") and torch.cuda.is_available() else ""
-    found["attention"] = f"{flash}sdpa, eager"
-    found["disk"] = f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB free in {folder.resolve()}"
-    return found
+    facts["attention"] = f"{flash}sdpa, eager"
+    facts["disk"] = f"{shutil.disk_usage(folder).free / 2**30:.0f} GiB free in {folder.resolve()}"
+    return facts
 
 
 def _tiny_model() -> torch.nn.Module:
@@ -105,13 +105,13 @@ def _tiny_batch() -> dict[str, torch.Tensor]:
 def _check_gradients() -> str | None:
     """One batched backward pass against one backward pass per sample."""
     model, batch = _tiny_model(), _tiny_batch()
-    found = per_sample_gradients(model, batch)
+    batched = per_sample_gradients(model, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for sample in range(2):
         ids = batch["input_ids"][sample : sample + 1]
         loss = sample_losses(model(input_ids=ids, use_cache=False).logits, ids).sum()
         alone = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
-        error = float((found[sample] - alone).norm() / alone.norm())
+        error = float((batched[sample] - alone).norm() / alone.norm())
         if not error < 1e-4:
             return f"sample {sample} differs from its own backward pass by {error:.1e}, expected below 1e-4"
     return None
@@ -121,8 +121,8 @@ def _check_projection() -> str | None:
     """Inner products survive the projection."""
     model, batch = _tiny_model(), _tiny_batch()
     gradient = per_sample_gradients(model, batch)
-    found = projected_gradients(model, batch, CountSketch(2048)).gradient
-    cosine, kept = (torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0) for rows in (gradient, found))
+    projected = projected_gradients(model, batch, CountSketch(2048)).gradient
+    cosine, kept = (torch.nn.functional.cosine_similarity(rows[0], rows[1], dim=0) for rows in (gradient, projected))
     error = float((cosine - kept).abs())
     return None if error < 0.15 else f"a cosine of {cosine:.3f} became {kept:.3f}"
 
@@ -138,8 +138,8 @@ def _check_store() -> str | None:
         scalars["status"] = one.astype(np.uint8)
         for unit in range(2):
             store.write_unit(unit, {"gradient": rows[2 * unit : 2 * unit + 2], **scalars})
-        found = GradientStore.open(path).rows(slice(0, 4))
-    return None if np.array_equal(found, rows) else f"got {found.tolist()}, expected {rows.tolist()}"
+        read = GradientStore.open(path).rows(slice(0, 4))
+    return None if np.array_equal(read, rows) else f"got {read.tolist()}, expected {rows.tolist()}"
 
 
 SELF_TEST: dict[str, Callable[[], str | None]] = {

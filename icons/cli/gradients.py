@@ -52,9 +52,9 @@ def gradients(options: GradientsOptions) -> int:
         "--mm-projector": options.mm_projector, "--adapter": options.adapter,
         "--optimizer-state": options.optimizer_state, "--factors": options.factors,
     }  # fmt: skip
-    for place in outs:
+    for out in outs:
         check_output(
-            place,
+            out,
             kind="folder",
             inputs=inputs,
             searched={"--images": options.images},

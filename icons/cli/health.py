@@ -85,14 +85,14 @@ def _found_kinds(
 
 def _task_files(facts: ScoreManifest, task: str) -> list[Path]:
     """The data files of a task's validation rows, as the manifest names them."""
-    found: list[Path] = []
+    files: list[Path] = []
     for member in facts.members(task):
         entry = facts.tasks.get(member)
         entry = entry[0] if isinstance(entry, list) and entry else entry
         data = entry.get("data") if isinstance(entry, Mapping) else None
         path = data.get("path") if isinstance(data, Mapping) else None
-        found += [Path(path)] if path else []
-    return found
+        files += [Path(path)] if path else []
+    return files
 
 
 def _task_traits(file: Path, source_field: str | None, generator: np.random.Generator) -> Mapping[str, np.ndarray]:
@@ -133,12 +133,12 @@ def said(part: Compared) -> str:
 
 def _differing(kinds: Sequence[Kind]) -> list[str]:
     """The kinds that differ most from the pool, a line each; only those that a random draw would hardly give."""
-    found = []
+    lines = []
     for kind in [kind for kind in kinds if abs(kind.deviation) > 4][:MOST_KINDS]:
         asked = "" if kind.tasks is None else f", {100 * kind.tasks:.1f} % of the tasks' rows"
         change = "more" if kind.selected > kind.pool else "less"
-        found.append(
+        lines.append(
             f"{change} of {kind.trait} “{kind.value}”: {100 * kind.selected:.1f} % of the selection, "
             f"{100 * kind.pool:.1f} % of the pool{asked}"
         )
-    return found
+    return lines

@@ -87,11 +87,11 @@ def report(scores: ScoreStore) -> None:
     table = Table("task", *(["validation rows"] if facts.num_validation else []))
     for heading in ("mean influence", "spread", "standard error"):
         table.add_column(heading, justify="right")
-    for place, name in enumerate(scores.tasks):
-        spread = np.sqrt(max(square[place] - mean[place] ** 2, 0))
-        unknown = facts.subspace is not None and error[place] == 0
-        cells = [f"{mean[place]:.4f}", f"{spread:.4f}", "unknown" if unknown else f"{np.sqrt(error[place]):.4f}"]
-        table.add_row(name, f"{facts.num_validation[place]:,}", *cells)
+    for index, name in enumerate(scores.tasks):
+        spread = np.sqrt(max(square[index] - mean[index] ** 2, 0))
+        unknown = facts.subspace is not None and error[index] == 0
+        cells = [f"{mean[index]:.4f}", f"{spread:.4f}", "unknown" if unknown else f"{np.sqrt(error[index]):.4f}"]
+        table.add_row(name, f"{facts.num_validation[index]:,}", *cells)
     console.print(table)
     for text in facts.warnings:
         warn(text)

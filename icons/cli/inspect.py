@@ -55,7 +55,7 @@ def spread(rows: int, count: int) -> list[int]:
     [0, 4, 9]
     """
     count = min(rows, count)
-    return [round(place * (rows - 1) / max(1, count - 1)) for place in range(count)]
+    return [round(index * (rows - 1) / max(1, count - 1)) for index in range(count)]
 
 
 def show(dataset: ConversationDataset, row: int) -> None:
@@ -114,8 +114,8 @@ def runs(ids: Sequence[int], labels: Sequence[int], image: int | None) -> Iterat
     def kind(pair: tuple[int, int]) -> str:
         return IMAGE if pair[0] == image else PLAIN if pair[1] == IGNORE_INDEX else LEARNED
 
-    for found, pairs in groupby(zip(ids, labels, strict=True), kind):
-        yield found, [token for token, _ in pairs]
+    for style, pairs in groupby(zip(ids, labels, strict=True), kind):
+        yield style, [token for token, _ in pairs]
 
 
 def summary(samples: Sequence[Mapping[str, Any]]) -> int:

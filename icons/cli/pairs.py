@@ -13,15 +13,15 @@ def parse(pairs: Sequence[str], option: str, example: str = "gqa=gqa.zarr") -> d
     >>> parse(["gqa=gqa.zarr"], "--task")
     {'gqa': 'gqa.zarr'}
     """
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
         if not name or not value:
             raise ValueError(f"{option} {pair}: expected NAME=VALUE, for example {option} {example}")
-        if name in found:
+        if name in values:
             raise ValueError(f"{option} {pair}: {name} is given twice; expected different names")
-        found[name] = value
-    return found
+        values[name] = value
+    return values
 
 
 def several(value: str, option: str) -> list[str]:
@@ -55,7 +55,7 @@ def files_of(pairs: Sequence[str] | None, option: str = "--task") -> dict[str, t
     return {name: _file_and_images(value, f"{option} {name}") for name, value in named.items()}
 
 
-def _file_and_images(place: str, option: str) -> tuple[Path, Path | None]:
+def _file_and_images(value: str, option: str) -> tuple[Path, Path | None]:
     """FILE or FILE:IMAGES -> the data (a file, a folder, or a pattern of files) and the image folder.
 
     The data end at the last colon before which something lies, so that colons in names (`C:\\gqa.json`) do no harm.
@@ -66,12 +66,12 @@ def _file_and_images(place: str, option: str) -> tuple[Path, Path | None]:
     >>> _file_and_images(f"{__file__}:images", "--task a")[1]
     PosixPath('images')
     """
-    ends = [len(place), *(at for at in range(len(place) - 1, 0, -1) if place[at] == ":")]
+    ends = [len(value), *(at for at in range(len(value) - 1, 0, -1) if value[at] == ":")]
     for end in ends:
-        if Path(place[:end]).exists() or _has_match(place[:end]):
-            images = place[end + 1 :]
-            return Path(place[:end]), Path(images) if images else None
-    raise FileNotFoundError(f"{option}: no file {place}; expected NAME=FILE or NAME=FILE:IMAGES")
+        if Path(value[:end]).exists() or _has_match(value[:end]):
+            images = value[end + 1 :]
+            return Path(value[:end]), Path(images) if images else None
+    raise FileNotFoundError(f"{option}: no file {value}; expected NAME=FILE or NAME=FILE:IMAGES")
 
 
 def _has_match(pattern: str) -> bool:

@@ -87,10 +87,10 @@ def check_data(chosen: Chosen, index: RecordSource) -> None:
 def record(index: RecordSource, row: int) -> Mapping[str, Any] | None:
     """A row's record; None for one that is not a JSON object."""
     try:
-        found = index[row]
+        content = index[row]
     except RecordError:
         return None
-    return found if isinstance(found, Mapping) else None
+    return content if isinstance(content, Mapping) else None
 
 
 def open_image(images: ImageSource, image: ImageRef) -> Image.Image:

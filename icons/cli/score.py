@@ -84,11 +84,11 @@ def score(options: ScoreOptions) -> int:
     check_output(kept, "--task-vectors", inputs={**inputs, "--out": options.out}, ours=own, **common)
     mark(kept, "score")
     outs = [
-        options.out if single else options.out.with_name(f"{options.out.name}.checkpoint-{place}")
-        for place in range(len(options.checkpoint))
+        options.out if single else options.out.with_name(f"{options.out.name}.checkpoint-{index}")
+        for index in range(len(options.checkpoint))
     ]
-    for place, folder in enumerate(options.checkpoint):
-        source = ModelSource.resolve(CheckpointOptions(checkpoint=folder), states[place])
+    for index, folder in enumerate(options.checkpoint):
+        source = ModelSource.resolve(CheckpointOptions(checkpoint=folder), states[index])
         if source.warning:
             warn(source.warning)
         model = source.load(options.target, dtype=options.model_dtype, **options.loading)
@@ -96,7 +96,7 @@ def score(options: ScoreOptions) -> int:
         manifests = describe_vectors(model, modules, options.normalize == "exact")
         columns, former = columns_of(files, groups), None
         if options.reuse is not None:
-            path = options.reuse if single else options.reuse.with_name(f"{options.reuse.name}.checkpoint-{place}")
+            path = options.reuse if single else options.reuse.with_name(f"{options.reuse.name}.checkpoint-{index}")
             former = FormerScores.of(ScoreStore.open(path), columns, manifests, options.reduce)
             columns = {name: members for name, members in columns.items() if name not in former.taken}
             said = f"taken over from {path}: {', '.join(former.taken) or 'no task'}"
@@ -109,7 +109,7 @@ def score(options: ScoreOptions) -> int:
                 model,
                 scored,
                 manifests,
-                kept if single else kept / str(place),
+                kept if single else kept / str(index),
                 options.normalize == "exact",
                 options.drop_axes,
                 options.subspace,
@@ -119,7 +119,7 @@ def score(options: ScoreOptions) -> int:
         scorer = InfluenceScorer(
             model,
             tasks,
-            source.preconditioner(preconditioner, model, factors[place], options.damping),
+            source.preconditioner(preconditioner, model, factors[index], options.damping),
             unit=options.normalize == "exact",
             projector=None
             if options.keep_gradients is None
@@ -144,7 +144,7 @@ def score(options: ScoreOptions) -> int:
                 len(datamodule.dataset), options.dim, options.dtype
             )
             runner.callbacks.append(GradientWriter(options.keep_gradients, dtype=options.dtype, **writing))  # type: ignore[attr-defined]
-        writer = ScoreWriter(outs[place], former=former, groups=groups, **writing)
+        writer = ScoreWriter(outs[index], former=former, groups=groups, **writing)
         runner.callbacks.append(writer)  # type: ignore[attr-defined]
         with quiet():
             runner.predict(scorer, datamodule=datamodule, return_predictions=False)

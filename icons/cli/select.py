@@ -94,7 +94,7 @@ def select(options: SelectOptions) -> int:
             f"selection: has none of {store.num_rows:,} rows; expected one or more: raise --fraction, --num-rows or "
             "--max-tokens"
         )
-    found = border(chosen, loaded.influence, loaded.stderr, store.facts.dim)
+    edge = border(chosen, loaded.influence, loaded.stderr, store.facts.dim)
     given = {
         "source_field": options.source_field,
         "max_tokens": options.max_tokens,
@@ -106,7 +106,7 @@ def select(options: SelectOptions) -> int:
         "include": str(options.include) if options.include else None,
         "exclude": str(options.exclude) if options.exclude else None,
     }
-    made_from = manifest(chosen, store, index, found, given)
+    made_from = manifest(chosen, store, index, edge, given)
     if health is not None:
         made_from["health"] = health.plain()
     beside = list_paths(options.out) | ({"table": options.table} if options.table is not None else {})
@@ -120,11 +120,11 @@ def select(options: SelectOptions) -> int:
         else:
             about: dict[str, Any] = {"dialect": dialect, "card": facts_of(made_from)}
             about["image_root"] = options.images.absolute() if options.images else None
-            rows, place = chosen.rows.tolist(), new.partials["data"]
-            write_training_data(index, rows, place, options.format, named=options.out, **about)
+            rows, folder = chosen.rows.tolist(), new.partials["data"]
+            write_training_data(index, rows, folder, options.format, named=options.out, **about)
         save_lists(new.partials, chosen.rows, ids_of(index, chosen.rows.tolist()))
         new.publish(chosen.rows, made_from)
-    summary(chosen, store, options.out, found, num_near)
+    summary(chosen, store, options.out, edge, num_near)
     if health is not None:
         show(health)
     return 0
@@ -205,13 +205,13 @@ def numbers(pairs: Sequence[str] | None, option: str) -> dict[str, float]:
     >>> numbers(["gqa=2"], "--weight")
     {'gqa': 2.0}
     """
-    found = {}
+    values = {}
     for name, value in parse(pairs or [], option, "gqa=2").items():
         try:
-            found[name] = float(value)
+            values[name] = float(value)
         except ValueError:
             raise ValueError(f"{option} {name}={value}: expected NAME=NUMBER") from None
-    return found
+    return values
 
 
 def _opened_gradients(store: ScoreStore, given: Sequence[str] | None) -> GradientStore:
@@ -261,22 +261,22 @@ def columns(chosen: Selection, loaded: _Loaded, index: RecordSource) -> dict[str
     parts = [chosen.rows, np.flatnonzero(is_scored & ~is_selected)]
     order = np.concatenate([ordered(part, chosen.score, chosen.percentile_rank) for part in parts])
     order = np.concatenate([order, np.setdiff1d(np.arange(len(is_scored)), order)])
-    found: dict[str, np.ndarray] = {"rank": np.arange(1, len(order) + 1), "row": order, "selected": is_selected[order]}
+    table: dict[str, np.ndarray] = {"rank": np.arange(1, len(order) + 1), "row": order, "selected": is_selected[order]}
     names = {status.value: status.name.lower() for status in Status}
-    found["status"] = np.array([names.get(code, str(code)) for code in loaded.statuses()[order].tolist()], dtype=object)
-    found |= {"id": np.array(ids_of(index, order.tolist()), dtype=object), "votes": chosen.votes[order]}
-    found |= {"score": chosen.score[order], "percentile_rank": chosen.percentile_rank[order]}
-    return found | {f"influence_{task}": loaded.influence[order, place] for place, task in enumerate(loaded.tasks)}
+    table["status"] = np.array([names.get(code, str(code)) for code in loaded.statuses()[order].tolist()], dtype=object)
+    table |= {"id": np.array(ids_of(index, order.tolist()), dtype=object), "votes": chosen.votes[order]}
+    table |= {"score": chosen.score[order], "percentile_rank": chosen.percentile_rank[order]}
+    return table | {f"influence_{task}": loaded.influence[order, column] for column, task in enumerate(loaded.tasks)}
 
 
 def manifest(
-    chosen: Selection, store: ScoreStore, index: RecordSource, found: Border | None, settings: Mapping[str, Any]
+    chosen: Selection, store: ScoreStore, index: RecordSource, edge: Border | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What the selection was made from and with."""
     uncertain: dict[str, Any] = {}
-    if found is not None:
-        uncertain = {"certain": found.certain, "may_leave": found.may_leave, "may_enter": found.may_enter}
-        uncertain |= {"certain_at_4_dim": found.certain_at_4_dim, "dim": found.dim, "verdict": found.verdict()}
+    if edge is not None:
+        uncertain = {"certain": edge.certain, "may_leave": edge.may_leave, "may_enter": edge.may_enter}
+        uncertain |= {"certain_at_4_dim": edge.certain_at_4_dim, "dim": edge.dim, "verdict": edge.verdict()}
     return {
         "num_rows": len(chosen.votes),
         "num_selected": len(chosen.rows),
@@ -291,7 +291,7 @@ def manifest(
     }
 
 
-def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | None, num_near: int) -> None:
+def summary(chosen: Selection, store: ScoreStore, out: Path, edge: Border | None, num_near: int) -> None:
     """Prints the votes, and what is certain."""
     pool = np.bincount(chosen.votes[np.isfinite(chosen.score)], minlength=len(chosen.tasks) + 1)
     taken = np.bincount(chosen.votes[chosen.rows], minlength=len(chosen.tasks) + 1)
@@ -305,11 +305,11 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, found: Border | Non
     console.print(said, markup=False, soft_wrap=True)
     if num_near:
         console.print(f"near-duplicates: {counted(num_near, 'row')} left out, the next best taken")
-    if found is not None:
+    if edge is not None:
         console.print(
-            f"certain at 95 %: {100 * found.share:.1f} % of the selection ({counted(found.certain, 'row')}); "
-            f"{counted(found.may_leave, 'selected row')} could swap places with {counted(found.may_enter, 'other')}. "
-            f"{found.verdict()}",
+            f"certain at 95 %: {100 * edge.share:.1f} % of the selection ({counted(edge.certain, 'row')}); "
+            f"{counted(edge.may_leave, 'selected row')} could swap places with {counted(edge.may_enter, 'other')}. "
+            f"{edge.verdict()}",
             soft_wrap=True,
         )
     for text in store.facts.warnings:

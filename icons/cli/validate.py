@@ -99,9 +99,9 @@ def validate(options: ValidateOptions) -> int:
     methods |= baselines(stores[first], len(tasks), options.seed)
     drawn = draw_subsets(len(index), options.subsets, options.share, options.seed)
     trainings = [
-        Retraining(numbered(f"subset-{place:03d}", again), rows, options.seed + again)
+        Retraining(numbered(f"subset-{number:03d}", again), rows, options.seed + again)
         for again in range(options.seeds)
-        for place, rows in enumerate(drawn)
+        for number, rows in enumerate(drawn)
     ]
     if options.counterfactual:
         for again in range(options.counterfactual_seeds):
@@ -128,21 +128,21 @@ def validate(options: ValidateOptions) -> int:
     }
     retrainer = Retrainer(options.data, options.out, start | settings | fixed, retrain)
     part = (0, 1) if options.shard is None else parse_shard(options.shard)
-    mine = [trainings[place] for place in assign(range(len(trainings)), part[1], part[0])]
+    mine = [trainings[number] for number in assign(range(len(trainings)), part[1], part[0])]
     status = side_by_side(retrainer, mine, options.workers)
     if status or options.shard is not None:
         return status
-    found = {one.name: retrainer.losses(one) for one in trainings}
-    left = [name for name, loss in found.items() if loss is None]
+    kept = {one.name: retrainer.losses(one) for one in trainings}
+    left = [name for name, loss in kept.items() if loss is None]
     if left:
         console.print(
             f"{counted(len(left), 'model')} {'is' if len(left) == 1 else 'are'} being trained by other processes; "
             "the same line then makes the table"
         )
         return RESUME
-    losses = {name: np.array([loss[task] for task in tasks]) for name, loss in found.items() if loss is not None}
+    losses = {name: np.array([loss[task] for task in tasks]) for name, loss in kept.items() if loss is not None}
     measured = np.stack(
-        [together(losses, f"subset-{place:03d}", options.seeds).mean(axis=0) for place in range(len(drawn))]
+        [together(losses, f"subset-{number:03d}", options.seeds).mean(axis=0) for number in range(len(drawn))]
     )
     is_bad = provenance(index, options.source_field) == options.bad
     content = table(methods, measured, drawn, is_bad, f"{options.source_field}={options.bad}")
@@ -249,10 +249,10 @@ def changes(losses: Losses, tasks: Sequence[str], method: str, share: float) -> 
     change = {name: losses[name] - losses["all"] for name in PARTS}
     seeds = len(losses["all"])
     rows: list[list[Any]] = []
-    for place, task in enumerate([*tasks, "mean"]):
-        several = [part.mean(axis=1) if place == len(tasks) else part[:, place] for part in change.values()]
-        found = [[round(value, 4) for value in mean_interval(part)] for part in several]
-        rows.append([task, *(found if seeds > 1 else [mean for mean, _, _ in found])])
+    for column, task in enumerate([*tasks, "mean"]):
+        several = [part.mean(axis=1) if column == len(tasks) else part[:, column] for part in change.values()]
+        means = [[round(value, 4) for value in mean_interval(part)] for part in several]
+        rows.append([task, *(means if seeds > 1 else [mean for mean, _, _ in means])])
     note = (
         f"Change of each task's loss (above zero: worse) when {100 * share:.3g} % of the rows are left out, by the "
         f"mean score of {method}; the mean over {counted(seeds, 'seed')}"
