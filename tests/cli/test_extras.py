@@ -75,6 +75,7 @@ def test_every_command_runs_without_extras_or_names_them(tmp_path: Path) -> None
         ["warmup", *model, *given, "--lora-rank", "2", "--held-out", "0", "--out", str(start)],
         ["gradients", "--checkpoint", str(start), *given, "--dim", "32", "--out", str(train)],
         ["gradients", "--checkpoint", str(start), *given, *plain, "--out", str(task)],
+        ["factors", "--checkpoint", str(start), *given, "--out", str(tmp_path / "factors.safetensors")],
         ["influence", "--train", str(train), "--task", f"a={task}", "--accelerator", "cpu", "--out", str(scores)],
         ["score", "--checkpoint", str(start), *given, *tasks, "--out", str(tmp_path / "x.zarr")],
         choose,
