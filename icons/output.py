@@ -123,10 +123,11 @@ def is_empty(here: Path) -> bool:
 
 
 def _first_entry(folder: Path) -> str:
-    return min((entry.name for entry in folder.iterdir() if not _is_partial(entry.name)), default="")
+    return min((entry.name for entry in folder.iterdir() if not is_partial(entry.name)), default="")
 
 
-def _is_partial(name: str) -> bool:
+def is_partial(name: str) -> bool:
+    """Whether a file or folder is called as what is half-written."""
     return name.startswith(".") and PARTIAL in name
 
 

@@ -21,10 +21,13 @@ from icons.consensus.duplicates import NearDuplicates
 from icons.consensus.origin import scorer_of
 from icons.consensus.ranking import ordered
 from icons.consensus.selection_file import (
+    foreign_files,
     is_manifest,
+    is_note,
     is_written_by,
     list_paths,
     manifest_path,
+    note_path,
     save_lists,
     write_table,
 )
@@ -33,7 +36,7 @@ from icons.datamodules.dialects import dialect_named
 from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
 from icons.datamodules.training_formats import MADE_BY, facts_of, write_training_data
-from icons.output import check_output, is_marked, mark
+from icons.output import check_output, inside, is_marked, mark
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
 from icons.terminal import counted
@@ -139,6 +142,19 @@ def _check_outputs(options: SelectOptions, inputs: Mapping[str, Any], index: Rec
     else:
         folder = {**common, "kind": "folder", "searched": {"--images": options.images}}
         check_output(out, inputs=inputs, ours=lambda path: is_marked(path, MADE_BY), **folder)
+        if not options.overwrite and is_marked(out, MADE_BY) and (foreign := foreign_files(out)):
+            raise ValueError(
+                f"--out {out}: holds {foreign[0].relative_to(out)}, which is not as this command wrote it; expected a "
+                "former output as it was: move that file, or --overwrite to write there all the same"
+            )
+    if manifest_path(out) == out:
+        raise ValueError(
+            f"--out {out}: is called as the manifest of a selection; expected the name of the data: leave "
+            "'.manifest.json' out"
+        )
+    if table is not None and inside(table, out):
+        raise ValueError(f"--table {table}: lies in {out}, which --out makes; expected another place: give one")
+    check_output(note_path(out), "the note of --out", inputs=inputs, ours=is_note, **common)
     check_output(manifest_path(out), "the manifest of --out", inputs=inputs, ours=is_manifest, **common)
     for name, path in list_paths(out).items():
         check_output(path, f"{name} of --out", inputs=inputs, ours=partial(is_written_by, out, name), **common)

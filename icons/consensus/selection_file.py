@@ -13,10 +13,12 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from icons.manifest import DataEntry, Manifest, versions
-from icons.output import put, read_object, whole_file
+from icons.output import MARK, is_partial, put, read_object, whole_file
 
 _FORMAT = 1
 _SUFFIX = ".manifest.json"
+_DATA = "data/"
+NOTE = "unfinished selection"
 
 
 class SelectionManifest(Manifest, frozen=True, kw_only=True):
@@ -72,7 +74,7 @@ def save_manifest(selection: Path, rows: Int[np.ndarray, " selected"], manifest:
     """Writes the manifest of a selection beside its data and lists, which are there; where it is."""
     path = manifest_path(selection)
     files = {"data": selection, **list_paths(selection)}
-    written = {name: digest(file) for name, file in files.items() if file.is_file()}
+    written = {of: found for name, file in files.items() for of, found in digests(name, file).items()}
     put(path, manifest_text(rows, manifest, written))
     return path
 
@@ -108,15 +110,50 @@ def is_manifest(path: Path) -> bool:
     return read_object(path).get("kind") == "selection"
 
 
+def is_note(path: Path) -> bool:
+    """Whether a file is the note of a selection that is being written."""
+    return read_object(path).get("kind") == NOTE
+
+
 def is_written_by(selection: Path, name: str, file: Path) -> bool:
     """Whether `file` is what the selection's manifest calls its `data`, `table`, `rows.npy` or `ids.txt`, with not a
     byte changed since; or what a run that did not end was about to write there."""
-    known = noted(selection).get(name, [])  # first: it goes when the manifest has come
+    known = _known(selection).get(name, [])
+    return bool(known) and file.is_file() and digest(file) in known
+
+
+def foreign_files(selection: Path) -> list[Path]:
+    """Files that the selection, a folder, did not write or that were changed since, where the next one would replace
+    them: at its top, and in folders that it made."""
+    known = {name.removeprefix(_DATA): found for name, found in _known(selection).items() if name.startswith(_DATA)}
+    made = {Path(name).parts[0] for name in known}
+    found = []
+    for file in sorted(file for file in selection.rglob("*") if not file.is_dir()):
+        inner = file.relative_to(selection)
+        own = inner.name == MARK or is_partial(inner.name)
+        at_risk = len(inner.parts) == 1 or inner.parts[0] in made
+        if at_risk and not own and not (file.is_file() and digest(file) in known.get(inner.as_posix(), [])):
+            found.append(file)
+    return found
+
+
+def digests(name: str, path: Path) -> dict[str, str]:
+    """Of a file under its name in the manifest; of a folder of each file in it, under `name/` and its place there."""
+    if path.is_file():
+        return {name: digest(path)}
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != MARK]
+    return {f"{name}/{file.relative_to(path).as_posix()}": digest(file) for file in files}
+
+
+def _known(selection: Path) -> dict[str, list[str]]:
+    """The digests of each file of a selection: those that the note and the manifest state."""
+    known = noted(selection)  # first: it goes when the manifest has come
     manifest = read_object(manifest_path(selection))
     written = manifest.get("written")
     if manifest.get("kind") == "selection" and isinstance(written, dict):
-        known.append(written.get(name, ""))
-    return bool(known) and file.is_file() and digest(file) in known
+        for name, content in written.items():
+            known.setdefault(name, []).append(content)
+    return known
 
 
 def digest(file: Path) -> str:

@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Int
 
 from icons.consensus.selection_file import (
-    digest,
+    NOTE,
+    digests,
     manifest_path,
     manifest_text,
     note_path,
@@ -58,13 +59,13 @@ class SelectionOutput:
 
         Runs that publish into one folder at once do so one after the other: none mixes its files with another's.
         """
-        written = {name: digest(partial) for name, partial in self.partials.items() if partial.is_file()}
+        written = {of: found for name, partial in self.partials.items() for of, found in digests(name, partial).items()}
         note = note_path(self.selection)
         with _alone_in(self.selection.parent):
             accepted = {name: set(several) for name, several in noted(self.selection).items()}
             for name, content in written.items():
                 accepted.setdefault(name, set()).add(content)
-            stated = {"kind": "unfinished selection", "written": {name: sorted(accepted[name]) for name in accepted}}
+            stated = {"kind": NOTE, "written": {name: sorted(accepted[name]) for name in accepted}}
             put(note, json.dumps(stated) + "\n")
             for name, partial in self.partials.items():
                 if partial.exists():

@@ -262,7 +262,7 @@ def test_rules_of_ones_own_and_options_of_rules_reach_the_selection(
     assert "--num-rows 5 and --fraction 0.1: each says how many rows to select" in capsys.readouterr().err
 
 
-def test_another_tools_form_is_a_folder_with_a_card(folder: Path) -> None:
+def test_another_tools_form_is_a_folder_with_a_card(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
     records = [{"id": f"r{row}", "image": f"{row}.jpg", "conversations": turns} for row in range(60)]
     (folder / "talk.json").write_text(json.dumps(records))
@@ -277,3 +277,35 @@ def test_another_tools_form_is_a_folder_with_a_card(folder: Path) -> None:
     (folder / "mine" / "letter.txt").write_text("")
     assert run(folder, *words, data="talk.json", out="mine") == 1
     assert [path.name for path in (folder / "mine").iterdir()] == ["letter.txt"]
+    (folder / "swift" / "notes").mkdir()
+    (folder / "swift" / "notes" / "mine.txt").write_text("stays")
+    for name in ("mine.txt", "data.jsonl"):  # a file of the user's, and one that the user has changed
+        with (folder / "swift" / name).open("a") as file:
+            file.write("mine")
+        capsys.readouterr()
+        assert run(folder, *words, data="talk.json", out="swift") == 1
+        assert f"swift: holds {name}, which is not as this command wrote it" in capsys.readouterr().err
+        assert (folder / "swift" / name).read_text().endswith("mine")
+        assert run(folder, *words, "--overwrite", data="talk.json", out="swift") == 0
+    assert run(folder, *words[:1], "trl", *words[2:], data="talk.json", out="swift") == 0
+    assert (folder / "swift" / "notes" / "mine.txt").read_text() == "stays"
+    table = ["--table", str(folder / "new" / "table.csv")]
+    assert run(folder, *words, *table, "--overwrite", data="talk.json", out="new") == 1
+    assert "new/table.csv: lies in " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("out", "file", "said"),
+    [
+        ("a.manifest.json", "", "is called as the manifest of a selection"),
+        ("a.json", ".a.json.unfinished", "the note of --out"),
+    ],
+)
+def test_no_name_of_a_selection_takes_anothers_place(
+    folder: Path, capsys: pytest.CaptureFixture[str], out: str, file: str, said: str
+) -> None:
+    if file:
+        (folder / file).write_text("mine")
+    assert run(folder, out=out) == 1
+    assert said in capsys.readouterr().err
+    assert not (folder / out).exists() and (not file or (folder / file).read_text() == "mine")
