@@ -8,6 +8,7 @@ see docs/peers.md.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,7 +178,7 @@ class KroneckerPreconditioner:
         root: divide by the square root of the curvature.
 
     Raises:
-        ValueError: damping is not above 0.
+        ValueError: damping is not a finite number above 0, or so small that a factor has no inverse.
     """
 
     factors: KroneckerFactors
@@ -188,7 +189,7 @@ class KroneckerPreconditioner:
     )
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
+        if not 0 < self.damping < math.inf:
             raise ValueError(f"KroneckerPreconditioner: damping {self.damping}; expected a number above 0")
 
     def inverses(self, name: str, device: torch.device) -> tuple[Tensor | None, Tensor | None, float]:
@@ -247,6 +248,9 @@ def damped_inverse(moment: Tensor, damping: float, root: bool = False) -> Tensor
 
     float32, computed in float64.
 
+    Raises:
+        ValueError: the matrix has no inverse to float64's precision.
+
     >>> damped_inverse(torch.tensor([1.0, 3.0]), 0.5).tolist()
     [1.0, 0.5]
     """
@@ -258,4 +262,10 @@ def damped_inverse(moment: Tensor, damping: float, root: bool = False) -> Tensor
         values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
         return ((vectors * (values.clamp(min=0) + damping).rsqrt()) @ vectors.T).float()
     wide.diagonal().add_(damping)
-    return torch.cholesky_inverse(torch.linalg.cholesky((wide + wide.T) / 2)).float()
+    root_of, failed = torch.linalg.cholesky_ex((wide + wide.T) / 2)
+    if failed:
+        raise ValueError(
+            f"KroneckerPreconditioner: damping {damping:g} is too small for factors of few rows, which have no "
+            "inverse; expected a larger one: 0.1 is the default"
+        )
+    return torch.cholesky_inverse(root_of).float()

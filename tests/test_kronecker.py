@@ -105,6 +105,15 @@ def test_what_is_no_linear_layer_is_divided_by_its_mean_square_alone() -> None:
     assert_near(found.gradient, slow(model, batch, factors, 0.1))
 
 
+def test_a_weight_that_is_an_embedding_too_has_no_factors() -> None:
+    """What the output layer shows of it is not all that its gradient is made of."""
+    model, batch = trainable(llama(tie_word_embeddings=True), "embed_tokens v_proj"), text_batch()
+    factors = factors_of(model)
+    assert factors.unfactored == [name for name in shapes_of(model) if "embed_tokens" in name]
+    found = projected_gradients(model, batch, Identity(), KroneckerPreconditioner(factors))
+    assert_near(found.gradient, slow(model, batch, factors, 0.1))
+
+
 def test_a_weight_that_one_batch_has_not_shown_has_no_factors() -> None:
     model = trainable(llama(), "v_proj")
     sums, shapes = covariance_sums(model, text_batch()), shapes_of(model)
@@ -183,8 +192,12 @@ def test_factors_of_no_row_and_settings_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="none of 2 rows has a finite gradient"):
         KroneckerFactors.of(CovarianceSums(left_out=2), {})
     factors = KroneckerFactors({}, {}, {"a": 1.0}, rows=1)
-    with pytest.raises(ValueError, match=re.escape("damping 0.0; expected a number above 0")):
-        KroneckerPreconditioner(factors, damping=0.0)
+    for damping in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=re.escape(f"damping {damping}; expected a number above 0")):
+            KroneckerPreconditioner(factors, damping=damping)
+    singular = KroneckerFactors({"a": torch.ones(2, 2)}, {}, {"a": 1.0}, rows=1)
+    with pytest.raises(ValueError, match="damping 1e-20 is too small for factors of few rows, which have no inverse"):
+        KroneckerPreconditioner(singular, damping=1e-20).apply("a", torch.ones(1, 2, 2))
     with pytest.raises(ValueError, match="no factors for the trainable parameter b; got those of 1 others"):
         KroneckerPreconditioner(factors).apply("b", torch.zeros(1, 2))
 

@@ -1,5 +1,6 @@
 """`icons gradients`: per-sample gradients of a data file into a gradient store, through `Trainer.predict`."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -167,7 +168,7 @@ def check_curvature(preconditioner: Preconditioning, factors: object, damping: f
     given = {"--factors": factors, "--damping": damping}
     for option in [name for name, value in given.items() if value is not None and preconditioner != "kfac"]:
         raise ValueError(f"{option}: belongs to --preconditioner kfac; got {preconditioner}: leave one of them out")
-    if damping is not None and not damping > 0:
+    if damping is not None and not 0 < damping < math.inf:
         raise ValueError(f"--damping {damping:g}: expected a number above 0")
 
 

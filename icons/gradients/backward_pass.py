@@ -31,8 +31,9 @@ from icons.gradients.tap import NarrowInputs, Tap
 Receiver = Callable[[str, Tensor, slice], None]
 """Parameter name, its per-sample gradients [b, *shape] in float32, and which b samples of the batch these are."""
 Watcher = Callable[[str, Tensor, Tensor, Tensor, bool], None]
-"""Of a linear layer's weight, once for each of its uses: name, inputs [entries, in] as they were kept, output gradients
-[entries, out] in float32, whose each entry is [entries], and whether entries are the B x L positions of the text."""
+"""Of a weight that linear layers alone use, once for each of its uses: name, inputs [entries, in] as they were kept,
+output gradients [entries, out] in float32, whose each entry is [entries], and whether entries are the B x L positions
+of the text."""
 
 
 class UnprovenError(Exception):
@@ -86,6 +87,8 @@ class BackwardPass:
         self.parts = parts_of(model, parameters, known)
         for parts in self.parts.values():
             parts[:] = [part for part in parts if part.name not in self.slow]
+        # an embedding's use of a tied weight has no inputs to show
+        self.hidden = {part.name for parts in self.parts.values() for part in parts if not part.linear}
         self.uses = dict.fromkeys(parameters, 0)  # calls in the forward pass that still owe their gradient
         self.met: dict[str, set[Layout]] = {name: set() for name in parameters}
         self.size_of: dict[str, Tensor] = {}  # |x| |g| of each sample, summed over uses: what rounding is measured by
@@ -227,7 +230,7 @@ class BackwardPass:
                 if self.proving:
                     size = call.lengths(kept[0]).to(gradient.device) * call.lengths(gradient)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
-                elif self.watch is not None and part.linear and part.kind == "weight":
+                elif self.watch is not None and part.name not in self.hidden and part.kind == "weight":
                     self.show(part.name, call, kept[0], gradient)
                 pieces = self.pieces(part, call)
                 if len(pieces) == 1:

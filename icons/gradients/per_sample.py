@@ -97,8 +97,9 @@ def projected_gradients(
     """
     size, device = len(batch["labels"]), device_of(model)
     total = square = torch.zeros(0)
-    # a dense matrix is made anew for each call; and a matrix product of one sample could have other last bits
-    by_entry = isinstance(projector, CountSketch) and isinstance(preconditioner, AdamPreconditioner | Sign | None)
+    # a dense matrix is made anew for each call; and a matrix product of one sample could have other last bits. What is
+    # derived from these may count on whole blocks
+    by_entry = type(projector) is CountSketch and type(preconditioner) in (AdamPreconditioner, Sign, type(None))
     by_entry = by_entry and not getattr(preconditioner, "compiled", False)
 
     def begin() -> Receiver:

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from icons.agreement import FACTORS, check_compatible
@@ -22,11 +21,12 @@ from icons.gradients.covariances import CovarianceSums, covariance_sums, with_dr
 from icons.kronecker import KroneckerFactors
 from icons.manifest import versions
 from icons.models.fingerprint import adapter_fingerprint, base_description
+from icons.models.tensor_files import write_tensors
 from icons.modules.progress import RowProgress
 from icons.modules.ranks import Run, launched_by, own_signals
 from icons.modules.sharding import ShardedModule, end_lockstep
 from icons.modules.store_writer import ask_to_stop, batches_of, broadcast, check_trainer, computation
-from icons.output import is_empty, is_marked, mark, whole_file
+from icons.output import is_empty, is_marked, mark
 from icons.partition import Partition, UnitPlan, assign
 from icons.store.failures import failures_in
 
@@ -199,8 +199,7 @@ class FactorWriter(Callback):
         if seen + came == len(self.plan.partition.unit_rows(unit)):
             tensors = sums.tensors()
             about = {"key": self.key(), "reason": self.reason, "digest": digest(tensors)}
-            with whole_file(self.part(unit)) as partial:
-                save_file(tensors, partial, about)
+            write_tensors(self.part(unit), tensors, about)
             self.open, self.finished = None, self.finished + 1
         self.stop_between_parts(trainer)
 

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from small_models import llama, text_batch, trainable
+from torch import Tensor
 
 from icons.gradients import projected_gradients, sums
 from icons.gradients.sums import PART, inner_products, samples_at_a_time, squared_norm
@@ -66,3 +67,20 @@ def test_blocks_in_pieces_give_the_same_bits(form: Any, monkeypatch: pytest.Monk
         monkeypatch.setattr(sums, "CACHED", cached)
         pieces = projected_gradients(model, batch, CountSketch(97), state)
         assert torch.equal(pieces.gradient, whole.gradient) and torch.equal(pieces.norm, whole.norm)
+
+
+class Centred(AdamPreconditioner):
+    """Of a user: asks for whole blocks."""
+
+    def apply(self, name: str, gradient: Tensor, sign: Tensor | None = None) -> Tensor:
+        return super().apply(name, gradient - gradient.mean(dim=0), sign)
+
+
+def test_what_is_derived_from_a_preconditioner_gets_whole_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = trainable(llama(), "q_proj"), text_batch()
+    moments = {name: torch.ones_like(value) for name, value in model.named_parameters() if value.requires_grad}
+    state = Centred(moments, moments, 10)
+    whole = projected_gradients(model, batch, CountSketch(97), state)
+    monkeypatch.setattr(sums, "LARGE", 0)
+    monkeypatch.setattr(sums, "CACHED", 1)
+    assert torch.equal(projected_gradients(model, batch, CountSketch(97), state).gradient, whole.gradient)
