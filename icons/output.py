@@ -63,9 +63,9 @@ def check_output(
             if not overwrite:
                 raise _refusal(f"{option} {out}: is the file that {given} names")
         elif not overwrite:
-            if Path(place).is_dir() and inside(here, Path(place)) and given not in (searched or {}):
+            if inside(here, Path(place)) and given not in (searched or {}):
                 raise _refusal(f"{option} {out}: lies in the folder {place} that {given} names")
-            if here.is_dir() and inside(Path(place), here):
+            if inside(Path(place), here):
                 raise _refusal(f"{option} {out}: is around {place}, which {given} names")
     if not is_url(out) and not overwrite and not is_empty(here) and not ours(here):
         what = f"holds {_first_entry(here)}, and is" if here.is_dir() else "is there already, and is"

@@ -94,6 +94,13 @@ def test_an_output_lies_in_no_input_and_around_none(user: Path) -> None:
     check(user / "model" / "out", inputs={}, searched={"--images": user / "model"})
 
 
+def test_of_two_new_outputs_none_lies_in_the_other(user: Path) -> None:
+    with pytest.raises(ValueError, match=r"lies in the folder .*new that --out names"):
+        check(user / "new" / "kept", inputs={"--out": user / "new"})
+    with pytest.raises(ValueError, match=r"is around .*kept, which --out names"):
+        check(user / "new", inputs={"--out": user / "new" / "kept"})
+
+
 def test_object_stores_are_compared_by_name(user: Path) -> None:
     check("s3://bucket/out", inputs={"--train": ["s3://bucket/train"]})
     with pytest.raises(ValueError, match="is what --train names; expected another place"):

@@ -7,7 +7,8 @@ bfloat16, over thirty layers, a row then moves by a per cent, and a resumed run'
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -50,11 +51,36 @@ def repeatable(model: nn.Module, device: torch.device, compute: Callable[[], Res
     return compute()
 
 
+class _Deterministic:
+    """The process's settings, which all its threads share: made by the first that needs them, and as they were after
+    the last."""
+
+    def __init__(self) -> None:
+        self.lock, self.users, self.former = Lock(), 0, ExitStack()
+
+    @contextmanager
+    def __call__(self, device: torch.device) -> Iterator[None]:
+        if device.type not in DRIFTING:
+            yield
+            return
+        with self.lock:
+            if not self.users:
+                self.former.enter_context(_settings())
+            self.users += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.users -= 1
+                if not self.users:
+                    self.former.close()
+
+
+_deterministic = _Deterministic()
+
+
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    if device.type not in DRIFTING:
-        yield
-        return
+def _settings() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     environment = {name: os.environ.get(name) for name in SETTINGS}
@@ -68,6 +94,6 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         for name, value in environment.items():
             if value is None:
-                del os.environ[name]
+                os.environ.pop(name, None)
             else:
                 os.environ[name] = value

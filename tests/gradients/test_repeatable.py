@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -114,3 +115,33 @@ def test_other_errors_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def broken() -> None:
     raise RuntimeError("my own")
+
+
+def test_settings_are_as_before_when_the_last_of_several_threads_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that overlap, the one that began second ends last: what it found was the other's."""
+    monkeypatch.setattr(repeatable, "DRIFTING", ("cpu",))
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    first_is_in, second_is_in, first_is_out = Event(), Event(), Event()
+    seen = []
+
+    def first() -> None:
+        first_is_in.set()
+        second_is_in.wait(10)
+
+    def second() -> None:
+        second_is_in.set()
+        first_is_out.wait(10)
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    cpu = torch.device("cpu")
+    one = Thread(target=repeatable.repeatable, args=(nn.Linear(1, 1), cpu, first))
+    other = Thread(target=repeatable.repeatable, args=(nn.Linear(1, 1), cpu, second))
+    one.start()
+    first_is_in.wait(10)
+    other.start()
+    one.join()
+    first_is_out.set()
+    other.join()
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
