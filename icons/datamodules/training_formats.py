@@ -81,7 +81,8 @@ def write_training_data(
         if not any(images.iterdir()):
             images.rmdir()
         np.save(partial / "rows.npy", np.asarray(rows, np.int64))
-        (partial / "ids.txt").write_text("".join(f"{records.id(row)}\n" for row in rows), encoding="utf-8")
+        ids = (" ".join(str(records.id(row)).splitlines()) for row in rows)  # one a line, whatever they hold
+        (partial / "ids.txt").write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
         mark(partial, MADE_BY)
         (partial / _CARD).write_text(_data_card(len(rows), form, card or {}), encoding="utf-8")
 

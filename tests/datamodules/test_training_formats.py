@@ -115,6 +115,11 @@ def test_a_record_that_is_no_conversation_is_named(data: Path) -> None:
     assert not (data.parent / "out").exists()
 
 
+def test_ids_are_one_a_line_whatever_they_hold(data: Path) -> None:
+    data.write_text(json.dumps([{**TEXT, "id": "a\nb"}, TEXT]))
+    assert (written(data, "trl", [0, 1]) / "ids.txt").read_text() == "a b\nb\n"
+
+
 def test_an_unknown_form_is_refused(data: Path) -> None:
     with pytest.raises(ValueError, match="format 'csv': expected one of llamafactory, trl, swift, datasets"):
         written(data, "csv", [0])
