@@ -70,15 +70,6 @@ def noted(selection: Path) -> dict[str, list[str]]:
     return {name: list(several) for name, several in written.items()} if isinstance(written, dict) else {}
 
 
-def save_manifest(selection: Path, rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any]) -> Path:
-    """Writes the manifest of a selection beside its data and lists, which are there; where it is."""
-    path = manifest_path(selection)
-    files = {"data": selection, **list_paths(selection)}
-    written = {of: found for name, file in files.items() for of, found in digests(name, file).items()}
-    put(path, manifest_text(rows, manifest, written))
-    return path
-
-
 def manifest_text(rows: Int[np.ndarray, " selected"], manifest: Mapping[str, Any], written: Mapping[str, str]) -> str:
     """The content of a manifest.
 

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -51,8 +50,8 @@ def per_sample_blocks(
     watch: Watcher | None = None,
     in_pieces: bool = False,
 ) -> Float[Tensor, " batch"]:
-    """Runs the pass; the last receiver gets every trainable parameter's whole block exactly
-    once, in no particular order.
+    """Runs the pass; the last receiver gets every trainable parameter's whole block exactly once, in no particular
+    order.
 
     Args:
         model: in eval mode (gradient-checkpointed layers may be in train mode; nothing may depend on chance).
@@ -110,8 +109,17 @@ def run(
         this_time = prove(model, batch, parameters, known)
     while True:
         try:
-            options: Any = {"scale": scale, "slow": this_time, "watch": watch, "in_pieces": in_pieces}
-            return BackwardPass(model, batch, parameters, known, begin(), **options).run()
+            return BackwardPass(
+                model,
+                batch,
+                parameters,
+                known,
+                begin(),
+                scale=scale,
+                slow=this_time,
+                watch=watch,
+                in_pieces=in_pieces,
+            ).run()
         except OverflowedError:
             continue
         except UnprovenError as error:

@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from icons.consensus.selection_file import open_selection, save_manifest, write_table
+from icons.consensus.selection_file import manifest_path, manifest_text, open_selection, write_table
 
 ROWS = np.array([1, 5, 7])
 COLUMNS = {"row": ROWS, "id": np.array(["a", "b,c", 'd"'], dtype=object), "score": np.array([0.5, 1.0, 0.1])}
 
 
 def test_a_manifest_is_found_through_the_selected_data(tmp_path: Path) -> None:
-    path = save_manifest(tmp_path / "selected.json", ROWS, {"method": "vote", "num_rows": 9})
+    path = manifest_path(tmp_path / "selected.json")
+    path.write_text(manifest_text(ROWS, {"method": "vote", "num_rows": 9}, {}))
     assert path.name == "selected.json.manifest.json"
     for name in (tmp_path / "selected.json", path):
         saved = open_selection(name)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from icons.consensus import select
-from icons.consensus.selection_file import open_selection, save_manifest
+from icons.consensus.selection_file import manifest_path, manifest_text, open_selection
 from icons.report.build import Chosen, Pool
 from icons.store import ScoreStore
 
@@ -75,7 +75,7 @@ def selection(run: Path, scores: ScoreStore) -> Path:
         "scores": {"path": "scores.zarr", **scores.manifest},
         "warnings": ["the warm-up's loss has hardly moved"],
     }
-    save_manifest(run / "selected.json", chosen.rows, manifest)
+    manifest_path(run / "selected.json").write_text(manifest_text(chosen.rows, manifest, {}))
     return run / "selected.json"
 
 
