@@ -8,7 +8,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable, Sequence
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from icons.cli.console import ConsoleHandler, console
 from icons.models.folder import ModelFolder
 
 DATA = Path(__file__).parent / "data" / "original_llava"
@@ -27,6 +30,39 @@ DATA = Path(__file__).parent / "data" / "original_llava"
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def of_the_process() -> dict[str, Any]:
+    """What belongs to the whole process, and so to every test that comes later."""
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    return {
+        "working directory": Path.cwd(),
+        "signal handlers": [signal.getsignal(one) for one in signals],
+        "default dtype": torch.get_default_dtype(),
+        "gradient mode": torch.is_grad_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "process group": torch.distributed.is_initialized(),
+        "root logger": (logging.root.level, list(logging.root.handlers)),
+    }
+
+
+@pytest.fixture(autouse=True)
+def leaves_the_process_as_it_was() -> Iterator[None]:
+    """No test depends on those before it: the order in which workers take them is not ours.
+
+    What a command sets for its process, which ends with it, is put back: the environment, its console on the library's
+    log. What only a fault leaves behind fails.
+    """
+    before, environment, logger = of_the_process(), dict(os.environ), logging.getLogger("icons")
+    told = logger.level, list(logger.handlers), console.quiet
+    yield
+    left = [one for one in logger.handlers if one not in told[1] and not isinstance(one, ConsoleHandler)]
+    logger.setLevel(told[0])
+    logger.handlers, console.quiet = told[1:]
+    os.environ.clear()
+    os.environ.update(environment)
+    assert of_the_process() == before
+    assert not left, f"left on the library's log: {left}"
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import multiprocessing
 import signal
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import numpy as np
 import torch
@@ -185,7 +185,7 @@ def side_by_side(retrainer: Retrainer, retrainings: Sequence[Retraining], worker
 
 
 @contextlib.contextmanager
-def _forwarded(processes: Sequence[Any]) -> Any:
+def _forwarded(processes: Sequence[Any]) -> Iterator[None]:
     """While it lasts, SIGTERM goes on to the processes, which save and end."""
     interruption = Interruption(lambda: [process.terminate() for process in processes])
     interruption.watch()
@@ -204,16 +204,28 @@ def work(retrainer: Retrainer, retrainings: list[Retraining], worker: int, threa
         (retrainer.out / f"worker-{worker}.log").open("w", buffering=1) as output,
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(output),
+        _logged_to(output),
     ):
-        logger = logging.getLogger("icons")
-        logger.setLevel(logging.INFO)
-        logger.addHandler(logging.StreamHandler(output))
         try:
             status = replace(retrainer, settings=settings).run(retrainings, f" (worker {worker})")
         except (ValueError, TypeError, OSError) as error:
             print(error)
             status = 1
     raise SystemExit(status)
+
+
+@contextlib.contextmanager
+def _logged_to(output: TextIO) -> Iterator[None]:
+    """While it lasts, what the library does is written to a file."""
+    logger, handler = logging.getLogger("icons"), logging.StreamHandler(output)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def own_device(flags: Mapping[str, Any], place: int, num_gpus: int) -> dict[str, Any]:

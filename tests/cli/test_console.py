@@ -4,7 +4,6 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,6 @@ from icons.cli.console import ConsoleHandler, console, listen, warn
 from icons.store import GradientStore
 
 log = logging.getLogger("icons.modules.sample")
-
-
-@pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
-    logger = logging.getLogger("icons")
-    before = logger.level, list(logger.handlers), console.quiet
-    yield
-    logger.level, logger.handlers, console.quiet = before
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
