@@ -184,8 +184,14 @@ class Pairs:
 
     def rows(self, rows: Sequence[int] | Int[np.ndarray, " some"]) -> Float[np.ndarray, "some validation"]:
         """Products of the given rows, float32."""
-        mapped = np.memmap(self.path, self.dtype, "r", shape=(self.num_rows, self.width))
-        return mapped[np.asarray(rows, np.int64)].astype(np.float32)
+        # read, not mapped: a mapped file's neighbouring pages count as this process's memory, up to the whole file
+        wanted = np.asarray(rows, np.int64)
+        products = np.empty((len(wanted), self.width), self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            for index in np.argsort(wanted).tolist():
+                file.seek(int(wanted[index]) * products.itemsize * self.width)
+                assert file.readinto(products[index]) == products.itemsize * self.width, "the file of products is short"
+        return products.astype(np.float32)
 
     def total(self, rows: Int[np.ndarray, " some"], positive: bool = False) -> Float[np.ndarray, " validation"]:
         """Sum of the given rows' products (or of their positive parts), float64."""

@@ -80,7 +80,8 @@ def _choose(
 
     `served` is brought up to date.
     """
-    products = np.maximum(pairs.rows(pool), 0)
+    products = pairs.rows(pool)
+    np.maximum(products, 0, out=products)
     bound = outside * (1 + 1e-4) if np.isfinite(outside) else outside  # float32's, where all rows were looked at
     root = np.sqrt(served)
 
