@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -25,6 +26,10 @@ from icons.cli.console import ConsoleHandler, console
 from icons.models.folder import ModelFolder
 
 DATA = Path(__file__).parent / "data" / "original_llava"
+
+# a busy machine fails nothing, and one commit has one result
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from lightning import Callback, Trainer
 from safetensors.torch import load_file
 
 from icons.cli import call, main
+from icons.cli.console import listen
 from icons.cli.warmup import draw
 from icons.models.adam_state import load_adam_state
 from icons.models.loading import load_model
@@ -137,6 +138,7 @@ def test_a_warmup_that_learns_nothing_says_so(data: Path, tmp_path: Path, capsys
 
 
 def test_a_small_share_is_raised_and_said(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    listen()
     assert call("warmup", **options(data, tmp_path, fraction=0.05, min_rows=8, dry_run=True)) == 0
     text = capsys.readouterr().out.replace("\n", " ")
     assert "5.0% of 24 rows is little to learn from: taking 8 of 24 rows (33.3%)" in text
@@ -154,6 +156,7 @@ def test_a_terminated_fit_goes_on_to_the_same_adapter(
 ) -> None:
     fit: dict[str, Any] = {"epochs": 3, "lora_dropout": 0.3}
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    listen()
     assert call("warmup", **options(data, whole, **fit)) == 0
     callbacks: dict[str, Any] = {"callbacks": [Terminate()]}
     assert call("warmup", **options(data, parts, **fit, trainer=callbacks)) == 75
