@@ -149,7 +149,7 @@ class AdamPreconditioner:
                 first = self.exp_avg[name].to(device, torch.float32) * (beta1 / (1 - beta1))
                 constants = (
                     first if sign is None else first * sign,
-                    second * (beta2 / (1 - beta2 ** (step + 1))),
+                    second * (beta2 / (1 - beta2 ** (step + 1)) / self._scale(name) ** 2),
                 )
             self.ready[name, device] = (sign, constants)  # the sign itself: an id could be another tensor's later
         return constants
@@ -178,13 +178,18 @@ class AdamPreconditioner:
         if self.form == "diagonal":
             return gradient.mul_(constants[0])
         first, second = constants
-        (beta1, beta2), step = self.betas, self.step_of(name) + 1
-        scale1, scale2 = (1 - beta1) / (1 - beta1**step), (1 - beta2) / (1 - beta2**step)
+        beta2, step, scale = self.betas[1], self.step_of(name) + 1, self._scale(name)
+        share, eps = (1 - beta2) / (1 - beta2**step) / scale**2, self.eps / scale
         if self.compiled and sign is not None:
-            return fused_step(gradient, sign, first, second, scale1, scale2, self.eps)
-        denominator = torch.addcmul(second, gradient, gradient, value=scale2).sqrt_().add_(self.eps)
+            return fused_step(gradient, sign, first, second, share, eps)
+        denominator = torch.addcmul(second, gradient, gradient, value=share).sqrt_().add_(eps)
         numerator = gradient.add_(first) if sign is None else torch.addcmul(first, gradient, sign, out=gradient)
-        return numerator.mul_(scale1).div_(denominator)
+        return numerator.div_(denominator)
+
+    def _scale(self, name: str) -> float:
+        """What the numerator `beta1 / (1 - beta1) m + g` lacks; the denominator is divided by it instead."""
+        beta1 = self.betas[0]
+        return (1 - beta1) / (1 - beta1 ** (self.step_of(name) + 1))
 
     def describe(self) -> dict[str, Any]:
         """The manifest's part: form, settings, and a fingerprint of the moments (SHA-256, 16 hex digits)."""
@@ -209,11 +214,9 @@ class UnfusedWarning(UserWarning):
     """Fusing was asked for, and there is no compiler: the same steps run one by one."""
 
 
-def step(
-    gradient: Tensor, sign: Tensor, first: Tensor, second: Tensor, scale1: float, scale2: float, eps: float
-) -> Tensor:
+def step(gradient: Tensor, sign: Tensor, first: Tensor, second: Tensor, share: float, eps: float) -> Tensor:
     """What `AdamPreconditioner` computes, on `[batch, entries]`."""
-    return (gradient * sign + first) * scale1 / ((second + scale2 * gradient * gradient).sqrt() + eps)
+    return (gradient * sign + first) / ((second + share * gradient * gradient).sqrt() + eps)
 
 
 def fused_step(
@@ -221,24 +224,23 @@ def fused_step(
     sign: Float[Tensor, "*shape"],
     first: Float[Tensor, "*shape"],
     second: Float[Tensor, "*shape"],
-    scale1: float,
-    scale2: float,
+    share: float,
     eps: float,
 ) -> Float[Tensor, "batch *shape"]:
     """Adam's step with the projector's signs; compiled once for all weights, once for biases."""
     flat = gradient[:, None].flatten(1), sign.flatten(), first.flatten(), second.flatten()
     device = gradient.device.type
     if device in UNCOMPILED:
-        return step(*flat, scale1, scale2, eps).view_as(gradient)
+        return step(*flat, share, eps).view_as(gradient)
     try:
-        return compiled()(*flat, scale1, scale2, eps).view_as(gradient)
+        return compiled()(*flat, share, eps).view_as(gradient)
     except RuntimeError as error:  # what torch.compile raises where a compiler is missing or broken
         if isinstance(error, torch.OutOfMemoryError):
             raise
         UNCOMPILED.add(device)
         reason = str(error).strip().splitlines()[0]
         warnings.warn(f"torch.compile: runs unfused on {device}: {reason}", UnfusedWarning, stacklevel=2)
-        return step(*flat, scale1, scale2, eps).view_as(gradient)
+        return step(*flat, share, eps).view_as(gradient)
 
 
 @cache

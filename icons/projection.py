@@ -98,44 +98,46 @@ class CountSketch(Seeded):
 
     def __init__(self, dim: int, seed: int = 0) -> None:
         super().__init__(dim, seed)
-        self.signs: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
-        self.places: dict[tuple[str, torch.Size], tuple[int, int]] = {}
+        self._signs: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
+        self._folds: dict[tuple[str, torch.Size], tuple[int, int]] = {}
 
-    def place(self, name: str, shape: torch.Size) -> tuple[int, int]:
+    def _fold(self, name: str, shape: torch.Size) -> tuple[int, int]:
         """The fold's length and first bucket of one parameter."""
-        if (name, shape) not in self.places:
+        if (name, shape) not in self._folds:
             begin = int(stream(self.seed, name, "start").integers(self.dim))
-            self.places[name, shape] = self.fold(shape), begin
-        return self.places[name, shape]
+            self._folds[name, shape] = self._length(shape), begin
+        return self._folds[name, shape]
 
-    def fold(self, shape: torch.Size) -> int:
+    def _length(self, shape: torch.Size) -> int:
         """The length at which a flattened parameter of this shape is folded."""
         row = shape[1:].numel() if len(shape) > 1 else 1
         return next((length for length in range(self.dim, 0, -1) if length % 2 and math.gcd(length, row) == 1), 1)
 
     def sign(self, name: str, shape: torch.Size, device: torch.device) -> Tensor:
         key = (name, shape, device)
-        if key not in self.signs:
+        if key not in self._signs:
             generator = stream(self.seed, name, "sign")
             rows, columns = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
-            if len(shape) > 1 and self.fold(shape) > max(rows, columns):
+            if len(shape) > 1 and self._length(shape) > max(rows, columns):
                 sign = random_signs(generator, rows)[:, None] * random_signs(generator, columns)
             else:
                 sign = random_signs(generator, shape.numel())
-            self.signs[key] = sign.reshape(shape).to(device)
-        return self.signs[key]
+            self._signs[key] = sign.reshape(shape).to(device)
+        return self._signs[key]
 
     def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
-        length, begin = self.place(name, block.shape[1:])
+        length, begin = self._fold(name, block.shape[1:])
         flat = block[:, None].flatten(1)
         whole = flat.shape[1] // length * length
-        rest = flat.shape[1] - whole
-        folded = flat[:, :whole].unflatten(1, (-1, length)).sum(dim=1) if whole else flat.new_zeros(len(flat), length)
-        if rest:
-            folded[:, :rest] += flat[:, whole:]
-        first = min(length, self.dim - begin)  # up to the last bucket, then on from the first
-        total[:, begin : begin + first] += folded[:, :first]
-        total[:, : length - first] += folded[:, first:]
+        folded = flat[:, :whole].unflatten(1, (-1, length)).sum(dim=1) if whole else flat
+        if 0 < whole < flat.shape[1]:
+            rest = flat[:, whole:]
+            folded[:, : rest.shape[1]].add_(rest)
+        first = self.dim - begin  # up to the last bucket, then on from the first
+        head = folded[:, :first]
+        total[:, begin : begin + head.shape[1]].add_(head)
+        if first < folded.shape[1]:
+            total[:, : folded.shape[1] - first].add_(folded[:, first:])
 
 
 class Dense(Seeded):
@@ -193,7 +195,7 @@ class Identity:
 
     def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
         flat = block[:, None].flatten(1)
-        total[:, self.begin[name] : self.begin[name] + flat.shape[1]] += flat
+        total[:, self.begin[name] : self.begin[name] + flat.shape[1]].add_(flat)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": self.kind, "dim": self.dim, "seed": self.seed}

@@ -10,8 +10,9 @@ No tap is trusted unseen: `icons.gradients.proof` compares it with autograd in t
 same graph: exact, slower, and announced once.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from icons.batch import Batch
 from icons.gradients.chance import without_chance
 from icons.gradients.layers import TEXT, Call, Part, widen
-from icons.gradients.loss_scale import LossScale, needs_scale
+from icons.gradients.loss_scale import LossScale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
-from icons.gradients.paths import Paths, parts_of
+from icons.gradients.paths import Paths, Socket
+from icons.gradients.structure import Members
 from icons.gradients.sums import samples_at_a_time
 from icons.gradients.tap import NarrowInputs, Tap
 
@@ -54,10 +56,10 @@ class BackwardPass:
     Args:
         model: with its weights as they are trained.
         batch: B above 0.
-        parameters: the trainable ones.
+        members: of the model.
         known: of this model.
         receive: gets the blocks.
-        scale: of float16 losses.
+        scale: of float16 losses; None: nothing in the pass is float16.
         slow: these take one backward pass per sample; default: those known to.
         proving: whether to accept what is not proven; parameters on the slow path are then left out.
         watch: shown what the blocks of linear layers are made of.
@@ -68,7 +70,7 @@ class BackwardPass:
         self,
         model: nn.Module,
         batch: Batch,
-        parameters: dict[str, nn.Parameter],
+        members: Members,
         known: Paths,
         receive: Receiver,
         *,
@@ -78,31 +80,31 @@ class BackwardPass:
         watch: Watcher | None = None,
         in_pieces: bool = False,
     ) -> None:
-        self.model, self.batch, self.parameters, self.known, self.receive = model, batch, parameters, known, receive
+        self.model, self.batch, self.members, self.known, self.receive = model, batch, members, known, receive
+        self.parameters = parameters = members.trainable
         self.shape = (batch["labels"].shape[0], batch["labels"].shape[1])
-        self.proving, self.scale, self.watch = proving, scale if needs_scale(model) else None, watch
+        self.proving, self.scale, self.watch = proving, scale, watch
         self.in_pieces = in_pieces
-        self.slow = set() if proving else known.slow(parameters) | (slow or set())
+        self.plan = known.plan(members)
+        self.slow = set() if proving else self.plan.slow | (slow or set())
         self.ownership = Ownership(model, batch)
-        self.parts = parts_of(model, parameters, known)
-        for parts in self.parts.values():
-            parts[:] = [part for part in parts if part.name not in self.slow]
-        # an embedding's use of a tied weight has no inputs to show
-        self.hidden = {part.name for parts in self.parts.values() for part in parts if not part.linear}
+        self.sockets = self.plan.sockets
+        if slow:
+            self.sockets = [few for socket in self.sockets if (few := socket.without(slow)).parts]
         self.uses = dict.fromkeys(parameters, 0)  # calls in the forward pass that still owe their gradient
         self.met: dict[str, set[Layout]] = {name: set() for name in parameters}
         self.size_of: dict[str, Tensor] = {}  # |x| |g| of each sample, summed over uses: what rounding is measured by
         self.partial: dict[str, Tensor] = {}
         self.sent: set[str] = set()
         self.loud: dict[str, Tensor] = {}  # silent parameters that are not: a flag each
-        self.finite = torch.ones(self.shape[0], dtype=torch.bool, device=device_of(parameters))
+        self.finite = torch.ones(self.shape[0], dtype=torch.bool, device=members.device)
         self.factors: Tensor | None = None
         self.forward_pass = self.listening = True
         self.inside = False  # a module that runs once more is not tapped
-        self.inputs = NarrowInputs(model, self.parts, known.narrow)
+        self.inputs = NarrowInputs(owners_in(members, self.sockets), known.narrow)
         # asked before the weights are frozen: an output layer that is trained sees every position
         self.positions = SupervisedPositions(model, batch["labels"], known.narrows)
-        self.autocast = autocast_of(self.finite.device.type)
+        self.autocast = _autocast_of(self.finite.device.type)
 
     def run(self) -> Float[Tensor, " batch"]:
         """The pass: blocks to the receiver; the losses.
@@ -135,8 +137,7 @@ class BackwardPass:
         return losses.detach()
 
     def forward(self) -> Float[Tensor, " batch"]:
-        for name in self.uses:
-            self.uses[name] = 0
+        self.uses = dict.fromkeys(self.uses, 0)
         with torch.enable_grad(), without_chance(self.model):
             return self.positions.run(self.model, self.batch)
 
@@ -147,7 +148,7 @@ class BackwardPass:
         What no proof has met does need one: that it has none then is how one knows that it took no part.
         """
         grads = {name: parameter.grad for name, parameter in self.parameters.items()}
-        unmet = set() if self.proving else {name for name in self.parameters if not self.known.met(name)}
+        unmet = set() if self.proving else self.plan.unmet
         try:
             for name, parameter in self.parameters.items():
                 parameter.grad = None
@@ -168,11 +169,10 @@ class BackwardPass:
         with ExitStack() as stack:
             for handle in self.inputs.hooks():
                 stack.callback(handle.remove)
-            for module in self.parts:
-                stack.callback(module.register_forward_hook(self.tap, with_kwargs=True).remove)
-            if any(
-                getattr(module, "gradient_checkpointing", False) and module.training for module in self.model.modules()
-            ):
+            for socket in self.sockets:
+                module = self.members.modules[socket.module]
+                stack.callback(module.register_forward_hook(partial(self.tap, socket), with_kwargs=True).remove)
+            if any(getattr(module, "gradient_checkpointing", False) for module in self.members.training):
                 # reentrant checkpointing differentiates nothing unless an input requires a gradient
                 embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
                 stack.callback(
@@ -181,56 +181,55 @@ class BackwardPass:
             stack.callback(self.inputs.forget)
             yield
 
-    def tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def tap(self, socket: Socket, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.inside:
             return None
-        parts = self.parts[module]
+        linear = socket.linear
         stranger = not self.known.sees_text.get(module, True)
-        owned = (self.ownership, self.known.refuses(parts)) if stranger else ()
-        call = Call(module, args, kwargs, output, self.shape, *owned)
+        owned = (self.ownership, self.known.refuses(socket.parts)) if stranger else ()
+        call = Call(module, args, kwargs, output, self.shape, linear, *owned)
         if self.forward_pass:
-            self.meet(parts, call.layout)
+            self.meet(socket.parts, call.layout)
         if call.layout == FOREIGN or not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
             output = output.detach().requires_grad_()  # the graph begins at the first trainable layer
         kept = call.tensors
-        if all(part.linear for part in parts):
+        if linear:
             kept = [self.inputs.of(module, kept[0])]
         call.forget()
-
-        def see(kept: tuple[Tensor, ...], gradient: Tensor) -> None:
-            self.arrive(parts, call, kept, gradient)
-
-        return Tap.apply(output, see, *kept)  # type: ignore[no-untyped-call]
+        return Tap.apply(output, partial(self.arrive, socket, call), *kept)  # type: ignore[no-untyped-call]
 
     def meet(self, parts: list[Part], layout: Layout) -> None:
         size = self.shape[0]
-        unknown = {part.name for part in parts if not self.known.covers(part.name, layout, size)}
-        if unknown and not self.proving:
-            raise UnprovenError(unknown)
+        unknown: set[tuple[str, Layout, bool]] = set()
         for part in parts:
+            use = part.name, layout, size > 1
+            if not self.proving and use not in self.plan.covered:
+                (self.plan.covered if self.known.covers(part.name, layout, size) else unknown).add(use)
             self.met[part.name].add(layout)
             self.uses[part.name] += layout != FOREIGN
+        if unknown:
+            raise UnprovenError({name for name, *_ in unknown})
 
-    def arrive(self, parts: list[Part], call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
+    def arrive(self, socket: Socket, call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
         if not self.listening:
             return
         blocks: dict[str, Tensor] = {}
-        odd = {part.kind: self.parameters[part.name] for part in parts if not part.linear}
-        if odd:
+        if not socket.linear:
+            odd = {part.kind: self.parameters[part.name] for part in socket.parts if not part.linear}
             self.inside = True
             try:
                 with self.autocast():
                     blocks = call.again(odd, kept, gradient)
             finally:
                 self.inside = False
-        with torch.autocast(gradient.device.type, enabled=False):  # sums are float32, whatever the precision
-            for part in parts:
+        with whole_precision(gradient):
+            for part in socket.parts:
                 if self.proving:
                     size = call.lengths(kept[0]).to(gradient.device) * call.lengths(gradient)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
-                elif self.watch is not None and part.name not in self.hidden and part.kind == "weight":
+                elif self.watch is not None and part.name not in self.plan.hidden and part.kind == "weight":
                     self.show(part.name, call, kept[0], gradient)
                 pieces = self.pieces(part, call)
                 if len(pieces) == 1:
@@ -273,7 +272,7 @@ class BackwardPass:
             self.finite[rows] &= block[:, None].flatten(1).isfinite().all(dim=1)
         if name in self.known.silent and name not in self.slow and not self.proving:
             self.loud[name] = block.any() | self.loud.get(name, False)
-        with torch.autocast(block.device.type, enabled=False):
+        with whole_precision(block):
             self.receive(name, block, rows)
 
     def slow_blocks(self, losses: Tensor) -> None:
@@ -287,8 +286,8 @@ class BackwardPass:
                 torch.autograd.backward(losses, chosen, retain_graph=True)
             for name in self.slow:
                 parameter = self.parameters[name]
-                found = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                blocks[name].append(widen(found if whole else torch.full_like(found, torch.nan)))
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                blocks[name].append(widen(gradient if whole else torch.full_like(gradient, torch.nan)))
             for parameter in self.parameters.values():
                 parameter.grad = None
         for name, samples in blocks.items():
@@ -300,7 +299,7 @@ class BackwardPass:
         for name, parameter in self.parameters.items():
             if name in self.partial:
                 self.send(name, self.partial.pop(name))
-            elif name not in self.sent and not (self.proving and self.known.slow([name])):
+            elif name not in self.sent and not (self.proving and name in self.plan.slow):
                 zeros = torch.zeros(self.shape[0], *parameter.shape, device=parameter.device, dtype=torch.float32)
                 self.send(name, zeros)
 
@@ -310,11 +309,19 @@ def finite(value: Tensor) -> Tensor:
     return value.nan_to_num(0, 0, -torch.inf) if value.is_floating_point() else value
 
 
-def device_of(parameters: dict[str, nn.Parameter]) -> torch.device:
-    return next(iter(parameters.values())).device
+def owners_in(members: Members, sockets: Iterable[Socket]) -> dict[nn.Module, tuple[str, nn.Module]]:
+    """See `NarrowInputs`."""
+    modules = members.modules
+    return {modules[socket.module]: (socket.path, modules[socket.around]) for socket in sockets}
 
 
-def autocast_of(kind: str) -> Callable[[], Any]:
+def whole_precision(value: Tensor) -> AbstractContextManager[None]:
+    """Sums are float32, whatever autocast says."""
+    kind = value.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _autocast_of(kind: str) -> Callable[[], Any]:
     """The autocast that is on now, to be entered again in the backward pass."""
     if not torch.is_autocast_enabled(kind):
         return nullcontext

@@ -14,7 +14,6 @@ from icons.gradients.backward_pass import (
     Receiver,
     UnprovenError,
     Watcher,
-    device_of,
 )
 from icons.gradients.chance import refuse_dropout
 from icons.gradients.loss_scale import LossScale
@@ -22,6 +21,7 @@ from icons.gradients.paths import Paths, paths_of
 from icons.gradients.proof import prove
 from icons.gradients.repeatable import repeatable
 from icons.gradients.self_test import refuse_unknown, self_test
+from icons.gradients.structure import Members, members_of
 
 
 class SlowerPathWarning(UserWarning):
@@ -34,19 +34,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     Raises:
         ValueError: there are none.
     """
-    found = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if not found:
-        raise ValueError(
-            "per-sample gradients: the model has no trainable parameter; expected at least one with "
-            "requires_grad=True: PeftModel.from_pretrained freezes everything unless is_trainable=True"
-        )
-    return found
+    return members_of(model).trainable
 
 
 def per_sample_blocks(
     model: nn.Module,
     batch: Batch,
-    begin: Callable[[], Receiver],
+    begin: Callable[[Members], Receiver],
     watch: Watcher | None = None,
     in_pieces: bool = False,
 ) -> Float[Tensor, " batch"]:
@@ -73,48 +67,48 @@ def per_sample_blocks(
             "per-sample gradients: inference mode is on, where every gradient is a silent zero; leave "
             "torch.inference_mode(), and give the Trainer inference_mode=False"
         )
-    refuse_dropout(model)
-    parameters = trainable_parameters(model)
+    members = members_of(model)
+    refuse_dropout(model, members.training)
     if len(batch["labels"]) == 0:
-        device, receive = device_of(parameters), begin()
-        for name, parameter in parameters.items():
-            receive(name, torch.zeros(0, *parameter.shape, device=device, dtype=torch.float32), slice(0, 0))
-        return torch.zeros(0, device=device, dtype=torch.float32)
-    refuse_unknown(model)
-    known = paths_of(model, parameters, batch)
-    slow = known.slow(parameters)
+        receive = begin(members)
+        for name, parameter in members.trainable.items():
+            receive(name, torch.zeros(0, *parameter.shape, device=members.device, dtype=torch.float32), slice(0, 0))
+        return torch.zeros(0, device=members.device, dtype=torch.float32)
+    refuse_unknown(model, members)
+    known = paths_of(model, members, batch)
+    slow = known.plan(members).slow
 
     def compute() -> Float[Tensor, " batch"]:
         self_test(model, batch, known)
-        return run(model, batch, parameters, known, begin, watch, in_pieces)
+        return _run(model, batch, members, known, begin, watch, in_pieces)
 
     try:
-        return repeatable(model, device_of(parameters), compute)
+        return repeatable(model, members.device, compute)
     finally:
-        announce(known.slow(parameters) - slow)
+        _announce(known.plan(members).slow - slow)
 
 
-def run(
+def _run(
     model: nn.Module,
     batch: Batch,
-    parameters: dict[str, nn.Parameter],
+    members: Members,
     known: Paths,
-    begin: Callable[[], Receiver],
-    watch: Watcher | None = None,
-    in_pieces: bool = False,
+    begin: Callable[[Members], Receiver],
+    watch: Watcher | None,
+    in_pieces: bool,
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
-    scale, unproven, this_time = LossScale(batch["labels"]), set[str](), set[str]()
+    scale, unproven, this_time = LossScale.of(batch, members), set[str](), set[str]()
     if not known.proven:
-        this_time = prove(model, batch, parameters, known)
+        this_time = prove(model, batch, members, known)
     while True:
         try:
             return BackwardPass(
                 model,
                 batch,
-                parameters,
+                members,
                 known,
-                begin(),
+                begin(members),
                 scale=scale,
                 slow=this_time,
                 watch=watch,
@@ -127,11 +121,11 @@ def run(
             for name in again:
                 known.leave(name)
             if not again:
-                this_time = prove(model, batch, parameters, known)
+                this_time = prove(model, batch, members, known)
             unproven |= error.names
 
 
-def announce(slow: set[str]) -> None:
+def _announce(slow: set[str]) -> None:
     if slow:
         warnings.warn(
             f"{len(slow)} trainable parameters ({min(slow)}, ...) take one backward pass per sample: what goes in and "

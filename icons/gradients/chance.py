@@ -1,6 +1,6 @@
 """Chance, which must have no part: a row that depends on it can be neither resumed nor compared."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -9,15 +9,20 @@ from torch import Tensor, nn
 from icons.terminal import counted
 
 
-def refuse_dropout(model: nn.Module) -> None:
+def refuse_dropout(model: nn.Module, training: Iterable[nn.Module]) -> None:
     """Checks that no module drops out (gradient-checkpointed layers may be in train mode).
+
+    Args:
+        model: any.
+        training: its modules in train mode.
 
     Raises:
         ValueError: the first module that does, with its rate.
     """
-    for name, module in model.named_modules():
+    for module in training:
         rate = module.p if isinstance(module, nn.Dropout) else getattr(module, "attention_dropout", 0)
-        if module.training and isinstance(rate, float) and rate > 0:
+        if isinstance(rate, float) and rate > 0:
+            name = next(name for name, other in model.named_modules() if other is module)
             raise ValueError(
                 f"per-sample gradients: {name} drops out at random (rate {rate}), so a row would depend on chance; "
                 "expected eval mode: call model.eval()"
@@ -31,9 +36,9 @@ def without_chance(model: nn.Module) -> Iterator[None]:
     Raises:
         ValueError: random numbers were drawn.
     """
-    before = states()
+    before = _states()
     yield
-    if any(not torch.equal(one, two) for one, two in zip(before, states(), strict=True)):
+    if any(not torch.equal(one, two) for one, two in zip(before, _states(), strict=True)):
         training = [name or "the model itself" for name, module in model.named_modules() if module.training]
         blame = (
             f"{counted(len(training), 'module')} in train mode, {training[0]} first"
@@ -46,7 +51,7 @@ def without_chance(model: nn.Module) -> Iterator[None]:
         )
 
 
-def states() -> list[Tensor]:
+def _states() -> list[Tensor]:
     """Where torch's generators stand."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)]

@@ -20,6 +20,7 @@ from icons.gradients.backward_pass import Receiver
 from icons.gradients.capture import per_sample_blocks
 from icons.gradients.chance import without_chance
 from icons.gradients.output_layer import SupervisedPositions, chunks
+from icons.gradients.structure import Members
 from icons.projection import stream
 
 KINDS = ("left", "right", "square", "unseen")
@@ -116,7 +117,7 @@ class OneBatch:
         self.covariances: dict[tuple[str, str], Tensor] = {}
         self.rows: dict[str, Float[Tensor, " batch"]] = {}
 
-    def begin(self) -> Receiver:
+    def begin(self, members: Members) -> Receiver:
         self.covariances, self.rows = {}, {}
 
         def receive(name: str, block: Tensor, rows: slice) -> None:

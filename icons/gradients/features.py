@@ -23,7 +23,7 @@ def losses(model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
     Raises:
         ValueError: the model drops out, or draws random numbers in whatever way.
     """
-    refuse_dropout(model)
+    refuse_dropout(model, [module for module in model.modules() if module.training])
     keep_unpacked(model)
     if len(batch["labels"]) == 0:
         return torch.zeros(0, device=batch["labels"].device, dtype=torch.float32)
@@ -41,7 +41,7 @@ def represented(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "batch wi
         ValueError: the model drops out, draws random numbers in whatever way, or does not tell its output layer.
     """
     width = width_of(model)
-    refuse_dropout(model)
+    refuse_dropout(model, [module for module in model.modules() if module.training])
     if len(batch["labels"]) == 0:
         device = batch["labels"].device
         return torch.zeros(0, width, device=device, dtype=torch.float32), torch.zeros(

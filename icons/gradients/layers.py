@@ -7,6 +7,7 @@ is one small module, not the model. Neither is trusted before `icons.gradients.p
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -46,6 +47,7 @@ class Call:
         kwargs: its keyword arguments.
         output: what it gave.
         shape: (B, L) of the batch.
+        linear: whether it is a linear layer that will not be called again, so that its first tensor is its input.
         ownership: of the batch's images, for a module that does not see the text; None: it is laid out as the text is.
         refused: maps of it that were found wrong.
     """
@@ -57,25 +59,29 @@ class Call:
         kwargs: Mapping[str, Any],
         output: Any,
         shape: tuple[int, int],
+        linear: bool = False,
         ownership: Ownership | None = None,
         refused: Set[str] = frozenset(),
     ) -> None:
         self.module, self.size = module, shape[0]
-        self.leaves: list[Any]
-        self.spec: TreeSpec
-        self.leaves, self.spec = tree_flatten((args, dict(kwargs)))
-        self.places = [
-            place
-            for place, leaf in enumerate(self.leaves)
+        self.leaves: list[Any] = [*args, *kwargs.values()]
+        self.spec: TreeSpec | None = None
+        if not linear:
+            self.leaves, self.spec = tree_flatten((args, dict(kwargs)))
+        self.numbers = [
+            number
+            for number, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
-        ]
-        self.tensors: list[Tensor] = [self.leaves[place] for place in self.places]
+        ][: 1 if linear else None]
+        self.tensors: list[Tensor] = [self.leaves[number] for number in self.numbers]
         self.layout, self.counts = FOREIGN, [0] * self.size  # entries of each sample
         if ownership is not None:
             self.layout, self.counts = ownership.share(self.tensors, output, refused)
         elif self.tensors and (kind := sample_layout(self.tensors[0], output, shape)):
             length = len(self.tensors[0])
-            self.layout = Layout(kind, tuple(tensor.ndim > 0 and len(tensor) == length for tensor in self.tensors))
+            self.layout = _text_layout(
+                kind, tuple(tensor.ndim > 0 and len(tensor) == length for tensor in self.tensors)
+            )
             self.counts = [length // self.size] * self.size
 
     def linear(
@@ -124,26 +130,32 @@ class Call:
         }
         axis, ends = self.layout.axis, list(accumulate(self.counts))
         for sample, (end, count) in enumerate(zip(ends, self.counts, strict=True)):
-            found: Sequence[Tensor | None] = [None] * len(free)
+            gradients: Sequence[Tensor | None] = [None] * len(free)
             if count:
                 leaves = list(self.leaves)
-                for place, tensor, split in zip(self.places, kept, self.layout.split, strict=True):
-                    leaves[place] = tensor.detach().narrow(axis, end - count, count) if split else tensor.detach()
+                for number, tensor, split in zip(self.numbers, kept, self.layout.split, strict=True):
+                    leaves[number] = tensor.detach().narrow(axis, end - count, count) if split else tensor.detach()
+                assert self.spec is not None
                 args, kwargs = tree_unflatten(leaves, self.spec)
                 with torch.enable_grad():
                     output = functional_call(self.module, free, args, kwargs)
                 if output.requires_grad:
                     part = gradient.narrow(axis, end - count, count)
-                    found = torch.autograd.grad(output, list(free.values()), part, allow_unused=True)
-            for kind, value in zip(free, found, strict=True):
+                    gradients = torch.autograd.grad(output, list(free.values()), part, allow_unused=True)
+            for kind, value in zip(free, gradients, strict=True):
                 blocks[kind][sample] = 0 if value is None else value
         return blocks
 
     def forget(self) -> None:
         """Lets go of the tensors: the tap keeps what it needs, so that checkpointing can drop it."""
-        for place in self.places:
-            self.leaves[place] = None
+        for number in self.numbers:
+            self.leaves[number] = None
         self.tensors = []
+
+
+@cache
+def _text_layout(kind: str, split: tuple[bool, ...]) -> Layout:
+    return Layout(kind, split)
 
 
 def sample_layout(x: Tensor, output: Any, shape: tuple[int, int]) -> str | None:

@@ -2,19 +2,20 @@
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from icons.batch import supervised_tokens
+from icons.batch import Batch, supervised_tokens
+from icons.gradients.structure import Members
 
 FIRST, LEAST, STEP = 10, -14, 6  # exponents: of the first try's gradient of a logit, of the last try's, between two
 
 
-def needs_scale(model: nn.Module) -> bool:
+def needs_scale(members: Members) -> bool:
     """Whether anything in the pass is float16: weights, or what autocast makes."""
-    found = {(parameter.dtype, parameter.device.type) for parameter in model.parameters()}
-    if any(dtype == torch.float16 for dtype, _ in found):
+    dtypes = members.structure.dtypes
+    if any(dtype == torch.float16 for dtype, _ in dtypes):
         return True
-    kinds = {kind for _, kind in found}
+    kinds = {kind for _, kind in dtypes}
     return any(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16 for kind in kinds)
 
 
@@ -27,6 +28,11 @@ class LossScale:
     Args:
         labels: `[B, L]`.
     """
+
+    @classmethod
+    def of(cls, batch: Batch, members: Members) -> "LossScale | None":
+        """The scale of a batch's losses; None if nothing in the pass is float16."""
+        return cls(batch["labels"]) if needs_scale(members) else None
 
     def __init__(self, labels: Tensor) -> None:
         self.tokens = supervised_tokens(labels).clamp(min=1)

@@ -40,6 +40,9 @@ class Layout:
     agreeing: frozenset[str] = frozenset()
     even: bool = True
 
+    def __hash__(self) -> int:
+        return hash((self.kind, self.axis))  # asked for in every call of a layer: fractions and sets take their time
+
     def covers(self, other: "Layout") -> bool:
         """Whether what holds for this one holds for `other`: the same map, where no further one tells against it, and
         rows that differ tell more than rows that are alike."""

@@ -1,15 +1,15 @@
 """What is known of a model's trainable parameters: which path serves each, and in which uses that path is proven."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from weakref import WeakKeyDictionary
+from collections.abc import Iterable, Set
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
 from icons.batch import OWN_FIELDS, Batch
 from icons.gradients.layers import Part
 from icons.gradients.ownership import FOREIGN, Layout
-from icons.gradients.tap import enclosing
+from icons.gradients.structure import Members, Owner, Structure
 
 LAYER, MODULE, ENCLOSING, SLOW = range(4)
 """Paths, quickest first: `g^T x` of linear layers (other modules run again); the parameter's own module run again; the
@@ -20,6 +20,54 @@ Kind = tuple[bool, frozenset[str]]  # of a batch: one row or more, and what it h
 
 
 @dataclass
+class Socket:
+    """A module to tap.
+
+    Attributes:
+        module: its number among the model's modules.
+        around: that of the nearest module around it that is called itself.
+        path: its name.
+        parts: the parameters that it serves.
+        linear: whether all of them are a linear layer's.
+    """
+
+    module: int
+    around: int
+    path: str
+    parts: list[Part] = field(default_factory=list)
+
+    linear: bool = True
+
+    def serve(self, part: Part) -> None:
+        self.parts.append(part)
+        self.linear &= part.linear
+
+    def without(self, names: Set[str]) -> "Socket":
+        """The socket with these parameters left out."""
+        parts = [part for part in self.parts if part.name not in names]
+        return replace(self, parts=parts, linear=all(part.linear for part in parts))
+
+
+@dataclass
+class Plan:
+    """What follows from the paths of all parameters for one kind of batch.
+
+    Attributes:
+        sockets: the modules to tap.
+        slow: parameters that no tap serves.
+        unmet: parameters of whose path no proof has met a call.
+        hidden: those with a use that has no inputs to show, as an embedding's of a tied weight.
+        covered: what `Paths.covers` was asked before, and affirmed.
+    """
+
+    sockets: list[Socket]
+    slow: set[str]
+    unmet: set[str]
+    hidden: set[str]
+    covered: set[tuple[str, Layout, bool]] = field(default_factory=set)
+
+
+@dataclass
 class Paths:
     """What passes over a model have shown.
 
@@ -27,7 +75,9 @@ class Paths:
     else decide the last bits of the next, and a run that is resumed begins with another batch.
 
     Attributes:
-        places: where each parameter stood, and among which hooks; what has changed is proven anew.
+        structure: of the model when it was last looked at.
+        stood: where each parameter stood, and among which hooks; what has changed is proven anew.
+        plans: by kind of batch, as long as they hold.
         first: the quickest path of each parameter.
         worsened: by kind of batch, the paths of parameters whose quicker ones were found wrong.
         kind: of the batch at hand.
@@ -41,7 +91,9 @@ class Paths:
         tested: sides of padding with which the model has passed its self-test.
     """
 
-    places: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    structure: Structure | None = None
+    stood: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    plans: dict[Kind, Plan] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
     worsened: dict[Kind, dict[str, int]] = field(default_factory=dict)
     kind: Kind = (False, frozenset())
@@ -60,8 +112,6 @@ class Paths:
     def covers(self, name: str, layout: Layout, size: int) -> bool:
         """Whether a parameter's path is proven for a call of this layout in a batch of `size` rows."""
         known = self.proven.get((name, self.path(name)), {})
-        if known.get(layout, 0) >= min(size, 2):
-            return True
         return any(good >= min(size, 2) and other.covers(layout) for other, good in known.items())
 
     def met(self, name: str) -> bool:
@@ -70,6 +120,7 @@ class Paths:
 
     def record(self, name: str, layouts: Iterable[Layout], size: int, silent: bool) -> None:
         """A path has agreed with autograd on a batch of `size` rows in which it met these layouts."""
+        self.plans.clear()
         known = self.proven.setdefault((name, self.path(name)), {})
         for layout in layouts:
             known[layout] = max(known.get(layout, 0), min(size, 2))
@@ -77,6 +128,7 @@ class Paths:
 
     def worsen(self, name: str, layouts: Iterable[Layout]) -> None:
         """The parameter's path was found wrong in these layouts: another map, or the next path, is to be proven."""
+        self.plans.clear()
         key = (name, self.path(name))
         self.proven.pop(key, None)
         maps = frozenset[str]().union(*(layout.agreeing for layout in layouts))
@@ -87,6 +139,7 @@ class Paths:
 
     def leave(self, name: str, path: int = SLOW) -> None:
         """From now on the parameter takes a slower path in batches of this kind."""
+        self.plans.clear()
         self.worsened.setdefault(self.kind, {})[name] = path
 
     def refuses(self, parts: Iterable[Part]) -> frozenset[str]:
@@ -95,10 +148,36 @@ class Paths:
             *(self.refused.get((part.name, self.path(part.name)), frozenset()) for part in parts)
         )
 
+    def plan(self, members: Members) -> Plan:
+        """The plan for batches of the kind at hand."""
+        plan = self.plans.get(self.kind)
+        if plan is None:
+            names = list(members.trainable)
+            slow, unmet = self.slow(names), {name for name in names if not self.met(name)}
+            sockets = self._sockets(members)
+            hidden = {part.name for socket in sockets for part in socket.parts if not part.linear}
+            plan = self.plans[self.kind] = Plan(sockets, slow, unmet, hidden)
+        return plan
+
     def slow(self, parameters: Iterable[str]) -> set[str]:
         return {name for name in parameters if self.path(name) == SLOW}
 
-    def forget(self, name: str) -> None:
+    def _sockets(self, members: Members) -> list[Socket]:
+        sockets: dict[int, Socket] = {}
+        for name, owners in members.structure.owners.items():
+            path = self.path(name)
+            for owner in owners if path != SLOW else ():
+                module = members.modules[owner.module]
+                socket = Socket(owner.module, owner.around, owner.path)
+                part = Part(owner.kind, name, path == LAYER and _is_linear(module, owner.kind))
+                if path == ENCLOSING:
+                    socket = Socket(owner.around, owner.around, owner.outer)
+                    inner = owner.path[len(owner.outer) :].removeprefix(".")
+                    part = Part(f"{inner}.{owner.kind}".removeprefix("."), name, False)
+                sockets.setdefault(socket.module, socket).serve(part)
+        return list(sockets.values())
+
+    def _forget(self, name: str) -> None:
         for path in range(SLOW):
             self.proven.pop((name, path), None)
             self.refused.pop((name, path), None)
@@ -108,26 +187,30 @@ class Paths:
 
 
 KNOWN: WeakKeyDictionary[nn.Module, Paths] = WeakKeyDictionary()
-Place = tuple[nn.Module, str, str]  # a module that holds a parameter, the module's name, the parameter's name in it
 
 
-def paths_of(model: nn.Module, parameters: Mapping[str, nn.Parameter], batch: Batch) -> Paths:
+def paths_of(model: nn.Module, members: Members, batch: Batch) -> Paths:
     """What is known of the model as it stands now, for batches of this kind. A parameter that is new, or whose modules
     are others than before or have other hooks, begins on its quickest path."""
     known = KNOWN.setdefault(model, Paths())
-    known.kind = kind_of(batch)
-    for name, places in owners_of(model, parameters).items():
-        now = tuple(
-            (id(module), type(module), len(module._forward_hooks), len(module._forward_pre_hooks), kind)
-            for module, _, kind in places
-        )
-        if known.places.get(name) != now:
-            known.places[name], known.first[name] = now, first_path(places)
-            known.forget(name)
+    known.kind = _kind_of(batch)
+    if known.structure is not members.structure:
+        known.structure = members.structure
+        known.plans.clear()
+        for name, owners in members.structure.owners.items():
+            now = tuple(_standing(members.modules[owner.module], owner) for owner in owners)
+            if known.stood.get(name) != now:
+                known.stood[name], known.first[name] = now, _first_path(members, owners)
+                known._forget(name)
     return known
 
 
-def kind_of(batch: Batch) -> Kind:
+def _standing(module: nn.Module, owner: Owner) -> tuple[object, ...]:
+    hooks = tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
+    return ref(module), type(module), id(module.__dict__.get("forward")), hooks, owner.kind
+
+
+def _kind_of(batch: Batch) -> Kind:
     shape = batch["labels"].shape
     tensors = ((name, value) for name, value in batch.items() if isinstance(value, Tensor) and name not in OWN_FIELDS)
     return shape[0] == 1, frozenset(name for name, value in tensors if not is_text(name, value, shape))
@@ -140,38 +223,12 @@ def is_text(name: str, value: object, shape: tuple[int, ...]) -> bool:
     return not value.is_floating_point() or name in ("inputs_embeds", "attention_mask")
 
 
-def owners_of(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[Place]]:
-    """Where each parameter stands: in one module, or in several that share it."""
-    name_of = {id(parameter): name for name, parameter in parameters.items()}
-    found: dict[str, list[Place]] = {name: [] for name in parameters}
-    for path, module in model.named_modules():
-        for kind, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            if id(parameter) in name_of:
-                found[name_of[id(parameter)]].append((module, path, kind))
-    return found
-
-
-def first_path(places: Iterable[Place]) -> int:
-    modules = [(module, kind) for module, _, kind in places]
+def _first_path(members: Members, owners: Iterable[Owner]) -> int:
+    modules = [(members.modules[owner.module], owner.kind) for owner in owners]
     if all(isinstance(module, nn.ParameterDict | nn.ParameterList) for module, _ in modules):
         return ENCLOSING
-    return LAYER if any(is_linear(module, kind) for module, kind in modules) else MODULE
+    return LAYER if any(_is_linear(module, kind) for module, kind in modules) else MODULE
 
 
-def is_linear(module: nn.Module, kind: str) -> bool:
+def _is_linear(module: nn.Module, kind: str) -> bool:
     return isinstance(module, nn.Linear) and kind in ("weight", "bias")
-
-
-def parts_of(model: nn.Module, parameters: Mapping[str, nn.Parameter], known: Paths) -> dict[nn.Module, list[Part]]:
-    """The modules to tap, with the parameters that each serves."""
-    inside = any(known.path(name) == ENCLOSING for name in parameters)
-    modules = dict(model.named_modules()) if inside else {}
-    found: dict[nn.Module, list[Part]] = {}
-    for name, places in owners_of(model, parameters).items():
-        for module, place, kind in places if known.path(name) != SLOW else ():
-            part = Part(kind, name, known.path(name) == LAYER and is_linear(module, kind))
-            if known.path(name) == ENCLOSING:
-                path, module = enclosing(modules, place)
-                part = Part(f"{place[len(path) :].removeprefix('.')}.{kind}".removeprefix("."), name, False)
-            found.setdefault(module, []).append(part)
-    return found

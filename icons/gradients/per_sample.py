@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
 from icons.gradients.backward_pass import Receiver
-from icons.gradients.capture import per_sample_blocks, trainable_parameters
+from icons.gradients.capture import per_sample_blocks
 from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import paths_of
 from icons.gradients.repeatable import repeatable
-from icons.gradients.sums import inner_products, samples_at_a_time, squared_norm
+from icons.gradients.structure import Members, members_of
+from icons.gradients.sums import SquaredNorms, inner_products, samples_at_a_time
 from icons.preconditioner import AdamPreconditioner, Preconditioner, Sign
 from icons.projection import CountSketch, Identity, Projector
 
@@ -63,9 +64,9 @@ def per_sample_gradients(model: nn.Module, batch: Batch) -> Float[Tensor, "batch
     identity = Identity()
     total = torch.zeros(0)
 
-    def begin() -> Receiver:
+    def begin(members: Members) -> Receiver:
         nonlocal total
-        total = identity.start(len(batch["labels"]), layout(model), device_of(model))
+        total = identity.start(len(batch["labels"]), layout(members), members.device)
 
         def receive(name: str, block: Tensor, rows: slice) -> None:
             identity.add(total[rows], name, block.float())
@@ -95,35 +96,35 @@ def projected_gradients(
     Raises:
         ValueError: in inference mode, with active dropout, without trainable parameters, or without their moments.
     """
-    size, device = len(batch["labels"]), device_of(model)
-    total = square = torch.zeros(0)
+    size = len(batch["labels"])
+    total, squares = torch.zeros(0), SquaredNorms(0, (), torch.device("cpu"))
     # a dense matrix is made anew for each call; and a matrix product of one sample could have other last bits. What is
     # derived from these may count on whole blocks
     by_entry = type(projector) is CountSketch and type(preconditioner) in (AdamPreconditioner, Sign, type(None))
     by_entry = by_entry and not getattr(preconditioner, "compiled", False)
 
-    def begin() -> Receiver:
-        nonlocal total, square
-        total = projector.start(size, layout(model), device)
-        square = torch.zeros(size, device=device, dtype=torch.float32)
+    def begin(members: Members) -> Receiver:
+        nonlocal total, squares
+        total = projector.start(size, layout(members), members.device)
+        squares = SquaredNorms(size, members.trainable, members.device)
 
         def receive(name: str, block: Tensor, rows: slice) -> None:
             block = block.float()
             sign = projector.sign(name, block.shape[1:], block.device)
-            pieces = samples_at_a_time(len(block), block.shape[1:].numel(), block.device) if by_entry else [slice(None)]
-            for piece in pieces:
-                part = block[piece]
+            for piece in samples_at_a_time(len(block), block.shape[1:].numel(), block.device) if by_entry else [None]:
+                part = block if piece is None else block[piece]
                 if preconditioner is not None:
                     part = preconditioner.apply(name, part, sign)
                 elif sign is not None:
                     part = part.mul_(sign)
-                square[rows][piece].add_(squared_norm(part))
-                projector.add(total[rows][piece], name, part)
+                here = rows if piece is None else slice(rows.start + piece.start, rows.start + piece.stop)
+                squares.put(name, part, here)
+                projector.add(total[here], name, part)
 
         return receive
 
     losses = per_sample_blocks(model, batch, begin, in_pieces=by_entry)
-    return ProjectedGradients(total, square.sqrt(), losses.float(), supervised_tokens(batch["labels"]))
+    return ProjectedGradients(total, squares.sum().sqrt(), losses.float(), supervised_tokens(batch["labels"]))
 
 
 def exact_influence(
@@ -173,7 +174,8 @@ class TaskMatrix:
         dtype: torch.dtype = torch.float32,
         offload: bool = False,
     ) -> None:
-        shapes = layout(model)
+        members = members_of(model)
+        shapes = layout(members)
         for number, vector in enumerate(task_vectors):
             for name, value in vector.items():
                 if name not in shapes or value.shape != shapes[name]:
@@ -183,7 +185,7 @@ class TaskMatrix:
                         "made for another model or adapter"
                     )
         self.tasks = len(task_vectors)
-        device = torch.device("cpu") if offload else device_of(model)
+        device = torch.device("cpu") if offload else members.device
         self.rows: dict[str, Tensor] = {}
         for name, shape in shapes.items() if task_vectors else ():
             rows = [vector.get(name, torch.zeros(shape, dtype=torch.float32)).flatten() for vector in task_vectors]
@@ -207,17 +209,16 @@ def scored_gradients(
         Products `[B, S]` (not divided by the norm), norms `[B]`, and the projected gradients if a projector is given
         (else an empty projection that still carries loss and tokens).
     """
-    size, device = len(batch["labels"]), device_of(model)
-    product = square = total = torch.zeros(0)
+    size = len(batch["labels"])
+    product, total, squares = torch.zeros(0), torch.zeros(0), SquaredNorms(0, (), torch.device("cpu"))
 
-    def begin() -> Receiver:
-        nonlocal product, square, total
-        product, square, total = (
-            torch.zeros(*shape, device=device, dtype=torch.float32)
-            for shape in ((size, tasks.tasks), (size,), (size, 0))
-        )
+    def begin(members: Members) -> Receiver:
+        nonlocal product, squares, total
+        product = torch.zeros(size, tasks.tasks, device=members.device, dtype=torch.float32)
+        total = product.new_zeros(size, 0)
+        squares = SquaredNorms(size, members.trainable, members.device)
         if projector is not None:
-            total = projector.start(size, layout(model), device)
+            total = projector.start(size, layout(members), members.device)
 
         def receive(name: str, block: Tensor, rows: slice) -> None:
             block = block.float()
@@ -225,7 +226,7 @@ def scored_gradients(
                 block = preconditioner.apply(name, block)
             if tasks.rows:
                 product.add_(tasks.product(name, block))
-            square.add_(squared_norm(block))
+            squares.put(name, block, rows)
             if projector is not None:
                 sign = projector.sign(name, block.shape[1:], block.device)
                 projector.add(total, name, block if sign is None else block.mul_(sign))
@@ -233,7 +234,7 @@ def scored_gradients(
         return receive
 
     losses = per_sample_blocks(model, batch, begin)
-    norm, tokens = square.sqrt(), supervised_tokens(batch["labels"])
+    norm, tokens = squares.sum().sqrt(), supervised_tokens(batch["labels"])
     return product, norm, ProjectedGradients(total, norm, losses.float(), tokens)
 
 
@@ -249,20 +250,21 @@ def weighted_gradient(
         Parameter name -> float32 tensor of its shape, zeros where a parameter has no influence. `.grad` is left as it
         was.
     """
-    parameters = trainable_parameters(model)
+    members = members_of(model)
+    parameters = members.trainable
     if len(weights) == 0:
         return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    if not bool((weights != 0).all()) or needs_scale(model):
+    if not bool((weights != 0).all()) or needs_scale(members):
         return {name: total[0] for name, total in combined_gradients(model, batch, weights[:, None]).items()}
 
     @torch.enable_grad()
     def compute() -> tuple[Tensor | None, ...]:
-        narrows = paths_of(model, parameters, batch).narrows
+        narrows = paths_of(model, members, batch).narrows
         losses = SupervisedPositions(model, batch["labels"], narrows).run(model, batch)
         total = (losses * weights.to(losses.device)).sum()
         return torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
 
-    gradients = repeatable(model, device_of(model), compute)
+    gradients = repeatable(model, members.device, compute)
     return {
         name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
         for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
@@ -282,7 +284,7 @@ def combined_gradients(
     kept = (coefficients != 0).any(dim=1)
     sums: dict[str, Tensor] = {}
 
-    def begin() -> Receiver:
+    def begin(members: Members) -> Receiver:
         def receive(name: str, block: Tensor, rows: slice) -> None:
             weights = coefficients.to(block.device)[kept].float()
             sums[name] = torch.einsum("bs,b...->s...", weights, block.float()[kept.to(block.device)])
@@ -290,13 +292,8 @@ def combined_gradients(
         return receive
 
     per_sample_blocks(model, batch, begin)
-    return {name: sums[name] for name in layout(model)}
+    return {name: sums[name] for name in members_of(model).trainable}
 
 
-def layout(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in trainable_parameters(model).items()}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    first = next((parameter for parameter in model.parameters() if parameter.requires_grad), None)
-    return next(iter(trainable_parameters(model).values())).device if first is None else first.device
+def layout(members: Members) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in members.trainable.items()}

@@ -19,13 +19,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, Batch
-from icons.gradients.backward_pass import BackwardPass, OverflowedError, finite
+from icons.gradients.backward_pass import BackwardPass, OverflowedError, finite, owners_in
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN
-from icons.gradients.paths import Paths, is_text, owners_of, parts_of
-from icons.gradients.tap import NarrowInputs, enclosing
+from icons.gradients.paths import Paths, is_text
+from icons.gradients.structure import Members
+from icons.gradients.tap import NarrowInputs
 
 WEIGHTS = (1.0, -2.0, 4.0, -1.0, 2.0, -4.0, 0.5, -0.5)
 FLOOR = 3e-6  # of |x| |g|: what float32 sums of such products are good for
@@ -49,7 +50,7 @@ class Truth:
         }
 
 
-def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> set[str]:
+def prove(model: nn.Module, batch: Batch, members: Members, known: Paths) -> set[str]:
     """Finds, for each parameter, the quickest path that is right on this batch, and writes it down.
 
     Costs one pass for the truth, and one for each path that has to be tried.
@@ -59,24 +60,24 @@ def prove(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], k
     """
     size = len(batch["labels"])
     if known.kind[1]:
-        look_for_strangers(model, batch, parameters, known)
-    truth, scale = truth_of(model, batch, parameters, known), LossScale(batch["labels"])
+        look_for_strangers(model, batch, members, known)
+    truth, scale = truth_of(model, batch, members, known), LossScale.of(batch, members)
     noise: dict[str, float] | None = None
     while True:
         verdict = Verdict(truth)
-        backward_pass = BackwardPass(model, batch, parameters, known, verdict.receive, scale=scale, proving=True)
+        backward_pass = BackwardPass(model, batch, members, known, verdict.receive, scale=scale, proving=True)
         try:
             backward_pass.run()
         except OverflowedError:
             continue
-        wrong, silent, unknown = verdict.of(backward_pass, parameters, noise or {})
+        wrong, silent, unknown = verdict.of(backward_pass, noise or {})
         if wrong and noise is None and is_half(backward_pass):
-            noise = truth.apart(truth_of(model, batch, parameters, known))
-            wrong, silent, unknown = verdict.of(backward_pass, parameters, noise)
+            noise = truth.apart(truth_of(model, batch, members, known))
+            wrong, silent, unknown = verdict.of(backward_pass, noise)
         for name in wrong:
             known.worsen(name, backward_pass.met[name])
         if not wrong:
-            for name in set(parameters) - known.slow(parameters) - unknown:
+            for name in set(members.trainable) - known.slow(members.trainable) - unknown:
                 known.record(name, backward_pass.met[name], size, name in silent)
             return unknown
 
@@ -98,14 +99,11 @@ class Verdict:
         spread = (weights[:, None] * flat).norm()
         self.found[name] = torch.stack([(total - true).norm(), true.norm(), spread])
 
-    def of(
-        self, backward_pass: BackwardPass, parameters: dict[str, nn.Parameter], noise: Mapping[str, float]
-    ) -> tuple[set[str], set[str], set[str]]:
+    def of(self, backward_pass: BackwardPass, noise: Mapping[str, float]) -> tuple[set[str], set[str], set[str]]:
         """Names found wrong; names without any gradient; names whose gradient is not finite.
 
         Args:
             backward_pass: which gave the blocks.
-            parameters: the trainable ones.
             noise: see `Truth.apart`.
         """
         wrong: set[str] = set()
@@ -119,7 +117,7 @@ class Verdict:
             rounding = FLOOR * 4 * sum(kept) + min(3 * noise.get(name, 0.0), size / 4)
             if not all(map(torch.isfinite, numbers.cpu())):
                 unknown.add(name)
-            elif not error <= tolerance(backward_pass, parameters[name]) * size + rounding:
+            elif not error <= tolerance(backward_pass, backward_pass.parameters[name]) * size + rounding:
                 wrong.add(name)
             elif true == spread == 0:
                 # a call that is not tapped would stay silent when it no longer is
@@ -136,25 +134,26 @@ def tolerance(backward_pass: BackwardPass, parameter: nn.Parameter) -> float:
 
 def is_half(backward_pass: BackwardPass) -> bool:
     """Whether anything in the pass is float16 or bfloat16."""
-    values = [value for value in backward_pass.model.parameters() if value.is_floating_point()]
-    if any(value.dtype in (torch.float16, torch.bfloat16) for value in values):
+    dtypes = backward_pass.members.structure.dtypes
+    if any(dtype in (torch.float16, torch.bfloat16) for dtype, _ in dtypes):
         return True
-    return any(torch.is_autocast_enabled(kind) for kind in {value.device.type for value in values})
+    return any(torch.is_autocast_enabled(kind) for kind in {kind for _, kind in dtypes})
 
 
-def truth_of(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> Truth:
+def truth_of(model: nn.Module, batch: Batch, members: Members, known: Paths) -> Truth:
     """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
     its activations in the CPU's."""
     try:
-        return ordinary_pass(model, batch, parameters, known)
+        return ordinary_pass(model, batch, members, known)
     except torch.OutOfMemoryError:
         with torch.autograd.graph.save_on_cpu():
-            return ordinary_pass(model, batch, parameters, known)
+            return ordinary_pass(model, batch, members, known)
 
 
-def ordinary_pass(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> Truth:
+def ordinary_pass(model: nn.Module, batch: Batch, members: Members, known: Paths) -> Truth:
+    parameters, scaled = members.trainable, needs_scale(members)
     grads = {name: parameter.grad for name, parameter in parameters.items()}
-    inputs = NarrowInputs(model, parts_of(model, parameters, known), known.narrow)
+    inputs = NarrowInputs(owners_in(members, known.plan(members).sockets), known.narrow)
     inputs.checking = True
     positions = SupervisedPositions(model, batch["labels"], known.narrows)
     try:
@@ -170,14 +169,14 @@ def ordinary_pass(model: nn.Module, batch: Batch, parameters: dict[str, nn.Param
             if not bool((weights != 0).all()):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite))
                 losses = positions.run(model, batch)
-            factor = float(LossScale(batch["labels"]).factors(losses).min()) / 64 if needs_scale(model) else 1.0
+            factor = float(LossScale(batch["labels"]).factors(losses).min()) / 64 if scaled else 1.0
             while True:
                 for parameter in parameters.values():
                     parameter.grad = None
                 if losses.requires_grad:
                     torch.autograd.backward(losses, weights * factor)
                 found = {name: parameter.grad for name, parameter in parameters.items()}
-                if factor < 2**-20 or not needs_scale(model) or all_finite(found):
+                if factor < 2**-20 or not scaled or all_finite(found):
                     break
                 factor /= 2**8  # it overflowed in float16
                 losses = positions.run(model, batch)
@@ -201,7 +200,7 @@ def watches(inputs: NarrowInputs) -> list[Any]:
         if args and isinstance(args[0], Tensor):
             inputs.of(module, args[0])
 
-    return [module.register_forward_hook(watch) for module in inputs.name]
+    return [module.register_forward_hook(watch) for module in inputs.owners]
 
 
 def sample_weights(losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -213,32 +212,27 @@ def sample_weights(losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     return torch.where(losses.detach().isfinite(), weights, 0)
 
 
-def look_for_strangers(model: nn.Module, batch: Batch, parameters: dict[str, nn.Parameter], known: Paths) -> None:
+def look_for_strangers(model: nn.Module, batch: Batch, members: Members, known: Paths) -> None:
     """Writes down which modules get the same when the text is moved by a token, or its embeddings are made longer:
     those of towers, whose rows are images."""
-    modules = dict(model.named_modules())
-    places = {
-        each
-        for owners in owners_of(model, parameters).values()
-        for module, place, _ in owners
-        for each in (module, enclosing(modules, place)[1])
-    }
-    if all(module in known.sees_text for module in places):
+    owners = [owner for owners in members.structure.owners.values() for owner in owners]
+    modules = {members.modules[number] for owner in owners for number in (owner.module, owner.around)}
+    if all(module in known.sees_text for module in modules):
         return
-    before = fingerprints(model, places, batch)
+    before = fingerprints(model, modules, batch)
     try:
-        after = fingerprints(model, places, moved(batch))
+        after = fingerprints(model, modules, moved(batch))
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever a model says to a text whose last token is gone
         embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
         if embeddings is None:
-            for name in parameters:
+            for name in members.trainable:
                 known.leave(name)
             return
         handle = embeddings.register_forward_hook(lambda _module, _args, output: output * 1.5)
         try:
-            after = fingerprints(model, places, batch)
+            after = fingerprints(model, modules, batch)
         finally:
             handle.remove()
     for module, value in before.items():
@@ -258,7 +252,7 @@ def moved(batch: Batch) -> Batch:
     return found
 
 
-def fingerprints(model: nn.Module, places: Iterable[nn.Module], batch: Batch) -> dict[nn.Module, Tensor]:
+def fingerprints(model: nn.Module, modules: Iterable[nn.Module], batch: Batch) -> dict[nn.Module, Tensor]:
     """A number for what each module gets, in which the order of its numbers counts."""
     found: dict[nn.Module, Tensor] = {}
 
@@ -270,7 +264,7 @@ def fingerprints(model: nn.Module, places: Iterable[nn.Module], batch: Batch) ->
             found[module] = found.get(module, torch.zeros((), dtype=torch.float64)) + (flat.abs() @ ramp).cpu()
 
     with ExitStack() as stack, torch.no_grad():
-        for module in places:
+        for module in modules:
             stack.callback(module.register_forward_pre_hook(watch, with_kwargs=True).remove)
         SupervisedPositions(model, batch["labels"]).run(model, batch)
     return found

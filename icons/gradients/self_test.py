@@ -17,6 +17,7 @@ from icons.gradients.chance import without_chance
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.packing import keep_unpacked
 from icons.gradients.paths import Paths, is_text
+from icons.gradients.structure import Members
 
 ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
 LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
@@ -34,8 +35,8 @@ class WholeLogitsWarning(UserWarning):
     """The output layer's results are changed afterwards: it runs on every position."""
 
 
-def refuse_unknown(model: nn.Module) -> None:
-    """Refuses what can be told without a pass.
+def refuse_unknown(model: nn.Module, members: Members) -> None:
+    """Refuses what can be told without a pass; what a structure tells is looked at once.
 
     Raises:
         ValueError: an encoder-decoder, outputs without names, or weights that are not there, not whole, or packed.
@@ -51,8 +52,10 @@ def refuse_unknown(model: nn.Module) -> None:
             f"per-sample gradients: {kind} is an encoder-decoder, whose labels are not its input's next tokens; "
             "expected a causal or image-text model"
         )
-    keep_unpacked(model)
-    named = dict(model.named_parameters())  # once: to go through thousands of modules takes milliseconds
+    keep_unpacked(model, members.modules)
+    if members.structure.accepted:
+        return
+    named = dict(model.named_parameters())
     refuse_pieces(model, named)
     empty = next((name for name, parameter in named.items() if parameter.is_meta), None)
     if empty is not None:
@@ -60,6 +63,7 @@ def refuse_unknown(model: nn.Module) -> None:
             f"per-sample gradients: {kind} has no weights ({empty} is on the meta device); expected a model that is "
             "loaded"
         )
+    members.structure.accepted = True
 
 
 def refuse_pieces(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:

@@ -4,6 +4,8 @@ A matrix product with few rows adds up one entry after the other on a CPU, in on
 3e-4 off, and an adapter of LLaVA's has millions.
 """
 
+from collections.abc import Collection
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -26,6 +28,32 @@ def samples_at_a_time(size: int, entries: int, device: torch.device) -> list[sli
     return [slice(begin, min(begin + rows, size)) for begin in range(0, size, rows)]
 
 
+class SquaredNorms:
+    """The squares of samples' norms over all parameters, put together from those of blocks.
+
+    Args:
+        size: samples.
+        names: of all parameters.
+        device: of the blocks.
+    """
+
+    def __init__(self, size: int, names: Collection[str], device: torch.device) -> None:
+        self._column = {name: number for number, name in enumerate(names)}
+        self._parts = torch.zeros(size, len(names), device=device, dtype=torch.float32)
+
+    def put(self, name: str, block: Float[Tensor, "rows *shape"], rows: slice) -> None:
+        """Of one parameter and some samples; what was put there before is forgotten."""
+        parts = self._parts[rows, self._column[name]]
+        if parts.device.type == "cpu":
+            parts.copy_(squared_norm(block))
+        else:
+            torch.linalg.vector_norm(block[:, None].flatten(1), dim=1, out=parts)
+
+    def sum(self) -> Float[Tensor, " batch"]:
+        parts = self._parts if self._parts.device.type == "cpu" else self._parts.square()
+        return parts.sum(dim=1)
+
+
 def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
     """The square of each sample's L2 norm; of a sample it is the same in any batch, to the last bit.
 
@@ -35,11 +63,12 @@ def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"
     flat = block[:, None].flatten(1)
     if flat.device.type != "cpu":
         return torch.linalg.vector_norm(flat, dim=1).square()  # a tree of sums, and no product is stored
-    found = [row_sums(part.square()) for part in flat.split(max(1, CACHED // max(1, flat.shape[1])))]
-    return found[0] if len(found) == 1 else torch.cat(found)
+    parts = flat.split(max(1, CACHED // max(1, flat.shape[1]))) if flat.numel() > CACHED else [flat]
+    sums = [_row_sums(part.square()) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.cat(sums)
 
 
-def row_sums(values: Float[Tensor, "batch entries"]) -> Float[Tensor, " batch"]:
+def _row_sums(values: Float[Tensor, "batch entries"]) -> Float[Tensor, " batch"]:
     """The sum of each row: its parts are summed where several threads cannot share a row out."""
     whole = values.shape[1] // PART * PART
     rest = values[:, whole:].sum(dim=1)

@@ -1,6 +1,6 @@
 """The tap: shows a layer's input and its output's gradient, and keeps no more of the input than it must."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,22 +31,18 @@ class NarrowInputs:
     share, has the same values in half the bytes. That they are the same is checked, for each layer, in the first pass.
 
     Args:
-        model: whose layers are tapped.
-        tapped: the layers.
+        owners: of each tapped layer, its name and the module around it.
         equal: by name, whether a layer was found to get nothing but its owner's input; learnt while `checking`.
     """
 
-    def __init__(self, model: nn.Module, tapped: Iterable[nn.Module], equal: dict[str, bool]) -> None:
-        self.equal, self.checking = equal, False
+    def __init__(self, owners: Mapping[nn.Module, tuple[str, nn.Module]], equal: dict[str, bool]) -> None:
+        self.owners, self.equal, self.checking = owners, equal, False
         self.given: tuple[nn.Module, Tensor] | None = None  # one alone: no tensor lives longer for it
-        modules = dict(model.named_modules())
-        wanted = set(tapped)
-        self.name = {module: name for name, module in modules.items() if module in wanted}
-        self.owner = {module: enclosing(modules, name)[1] for module, name in self.name.items()}
 
     def hooks(self) -> list[Any]:
-        """Registers what remembers the owners' inputs; the handles."""
-        return [owner.register_forward_pre_hook(self.remember) for owner in set(self.owner.values())]
+        """Registers what remembers the inputs of owners that may share one with a layer; the handles."""
+        wanted = {owner for name, owner in self.owners.values() if self.checking or self.equal.get(name, False)}
+        return [owner.register_forward_pre_hook(self.remember) for owner in wanted]
 
     def remember(self, owner: nn.Module, args: tuple[Any, ...]) -> None:
         self.given = (owner, args[0]) if args and isinstance(args[0], Tensor) else None
@@ -58,21 +54,14 @@ class NarrowInputs:
 
     def of(self, module: nn.Module, x: Tensor) -> Tensor:
         """What to keep of `module`'s input: `x`, or the narrower tensor of the same values."""
-        if self.given is None or self.given[0] is not self.owner[module]:
+        if self.given is None:
             return x
-        narrow, name = self.given[1], self.name[module]
+        (name, owner), (given, narrow) = self.owners[module], self.given
+        if given is not owner:
+            return x
         if narrow.shape != x.shape or not narrow.is_floating_point() or narrow.element_size() >= x.element_size():
             return x
         if self.checking:
             same = torch.allclose(narrow.to(x.dtype), x, rtol=0, atol=0, equal_nan=True)
             self.equal[name] = same and self.equal.get(name, True)
         return narrow if self.equal.get(name, False) else x
-
-
-def enclosing(modules: dict[str, nn.Module], name: str) -> tuple[str, nn.Module]:
-    """The nearest module around `name` that is called itself, not a list or dict of modules; its name before it."""
-    while name:
-        name = name.rpartition(".")[0]
-        if not isinstance(modules[name], nn.ModuleDict | nn.ModuleList):
-            return name, modules[name]
-    return "", modules[""]

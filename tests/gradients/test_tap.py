@@ -95,7 +95,7 @@ class Scaled(nn.Module):
 
 def test_a_layer_that_once_got_something_else_keeps_its_own_input() -> None:
     module, seen = nn.Sequential(Scaled()), []
-    inputs = NarrowInputs(module, [module[0].inner], {})
+    inputs = NarrowInputs({module[0].inner: ("0.inner", module[0])}, {})
     inputs.checking = True
     inputs.hooks()
     module[0].inner.register_forward_hook(lambda layer, args, _: seen.append(inputs.of(layer, args[0])))
@@ -109,7 +109,7 @@ def test_a_layer_that_once_got_something_else_keeps_its_own_input() -> None:
 def test_not_a_number_is_the_same_as_itself() -> None:
     module = nn.Sequential(Scaled())
     module[0].factors = [1.0]
-    inputs = NarrowInputs(module, [module[0].inner], {})
+    inputs = NarrowInputs({module[0].inner: ("0.inner", module[0])}, {})
     inputs.checking = True
     inputs.remember(module[0], (torch.full((1, 4), float("nan"), dtype=torch.bfloat16),))
     assert inputs.of(module[0].inner, torch.full((1, 4), float("nan"))).dtype == torch.bfloat16

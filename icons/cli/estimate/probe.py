@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from icons.cli.estimate.workload import Workload
 from icons.gradients.backward_pass import BackwardPass
-from icons.gradients.capture import trainable_parameters
 from icons.gradients.paths import paths_of
+from icons.gradients.structure import members_of
 from icons.models.loading import checkpoint_layers
 
 Kind = Literal["per-sample", "training", "forward"]
@@ -133,10 +133,10 @@ def run(
 def prepared(part: "_LanguagePart", kind: Kind, batch: dict[str, Any]) -> Callable[[], Any]:
     """What is to be run inside of the fake mode; made outside, since it looks at the labels."""
     if kind == "per-sample":
-        parameters = trainable_parameters(part)
-        known = paths_of(part, parameters, batch)
+        members = members_of(part)
+        known = paths_of(part, members, batch)
         known.narrow = dict.fromkeys(dict(part.named_modules()), True)
-        return _PassWithoutContents(part, batch, parameters, known, forget, proving=True).run
+        return _PassWithoutContents(part, batch, members, known, forget, proving=True).run
     for module in part.modules():
         if isinstance(module, nn.Dropout):  # as on a GPU, where a mask is a byte and not a float
             module.forward = partial(dropout, module)  # type: ignore[method-assign]

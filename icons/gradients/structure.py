@@ -1,0 +1,145 @@
+"""What a model consists of, seen in one quick walk: nothing else goes through its thousands of modules in a batch."""
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A module that holds a parameter.
+
+    Attributes:
+        module: its number among `Members.modules`.
+        around: that of the nearest module around it that is called itself.
+        path: its name.
+        outer: the name of the one around it.
+        kind: the parameter's name in it.
+    """
+
+    module: int
+    around: int
+    path: str
+    outer: str
+    kind: str
+
+
+@dataclass
+class Structure:
+    """What follows from a model's modules and parameters. It holds none of them: no model lives longer for it.
+
+    Attributes:
+        marks: what is compared in order to see that nothing has changed.
+        modules: those that the marks were made of.
+        names: of trainable parameters, each with its number in the walk.
+        dtypes: of all parameters, with the kind of their device.
+        owners: where each trainable parameter stands: in one module, or in several that share it.
+        accepted: whether all that can be told without a pass was looked at, and was fit for one.
+    """
+
+    marks: list[Any]
+    modules: list[weakref.ref[nn.Module]]
+    names: list[tuple[str, int]] = field(default_factory=list)
+    dtypes: frozenset[tuple[torch.dtype, str]] = frozenset()
+    owners: dict[str, list[Owner]] = field(default_factory=dict)
+    accepted: bool = False
+
+    def describes(self, marks: list[Any]) -> bool:
+        """Whether these are the same modules, of which none has gone: an id alone could be another's by now."""
+        return self.marks == marks and None not in [module() for module in self.modules]
+
+
+@dataclass(frozen=True)
+class Members:
+    """A model's modules and parameters as they are now.
+
+    Attributes:
+        modules: each once; the model itself is the first.
+        trainable: the parameters with `requires_grad`, in `named_parameters()` order: they define P and its order.
+        training: modules in train mode.
+        structure: the same object as before if nothing has changed.
+    """
+
+    modules: list[nn.Module]
+    trainable: dict[str, nn.Parameter]
+    training: list[nn.Module]
+    structure: Structure
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.trainable.values())).device
+
+
+_seen: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+
+
+def members_of(model: nn.Module) -> Members:
+    """Walks through the model.
+
+    Raises:
+        ValueError: nothing in it is trainable.
+    """
+    modules, parameters, marks = [model], list[nn.Parameter](), list[Any]()
+    met = {id(model)}
+    for module in modules:  # grows
+        marks += id(module), module.__class__, id(module.__dict__.get("forward"))
+        marks += *module._forward_hooks, -1, *module._forward_pre_hooks, *module._modules
+        for child in module._modules.values():
+            if child is not None and id(child) not in met:
+                met.add(id(child))
+                modules.append(child)
+        for kind, parameter in module._parameters.items():
+            if parameter is not None:
+                marks += kind, id(parameter), parameter.__class__
+                marks += parameter.requires_grad, parameter.dtype, parameter.device
+                parameters.append(parameter)
+    structure = _seen.get(model)
+    if structure is None or not structure.describes(marks):
+        structure = _seen[model] = _structure_of(model, marks, modules, parameters)
+    if not structure.names:
+        raise ValueError(
+            "per-sample gradients: the model has no trainable parameter; expected at least one with "
+            "requires_grad=True: PeftModel.from_pretrained freezes everything unless is_trainable=True"
+        )
+    trainable = {name: parameters[number] for name, number in structure.names}
+    return Members(modules, trainable, [module for module in modules if module.training], structure)
+
+
+def _structure_of(
+    model: nn.Module, marks: list[Any], modules: list[nn.Module], parameters: list[nn.Parameter]
+) -> Structure:
+    number_of = {id(parameter): number for number, parameter in enumerate(parameters)}
+    names = [(name, number_of[id(value)]) for name, value in model.named_parameters() if value.requires_grad]
+    return Structure(
+        marks,
+        [weakref.ref(module) for module in modules],
+        names,
+        frozenset((parameter.dtype, parameter.device.type) for parameter in parameters),
+        _owners_of(model, modules, {id(parameters[number]): name for name, number in names}),
+    )
+
+
+def _owners_of(model: nn.Module, modules: list[nn.Module], name_of: dict[int, str]) -> dict[str, list[Owner]]:
+    number_of, named = {id(module): number for number, module in enumerate(modules)}, dict(model.named_modules())
+    owners: dict[str, list[Owner]] = {name: [] for name in name_of.values()}
+    for path, module in named.items():
+        for kind, parameter in module._parameters.items():
+            if id(parameter) in name_of:
+                outer = _enclosing(named, path)
+                around = number_of[id(named[outer])]
+                owner = Owner(number_of[id(module)], around, path, outer, kind)
+                owners[name_of[id(parameter)]].append(owner)
+    return owners
+
+
+def _enclosing(named: dict[str, nn.Module], path: str) -> str:
+    """The nearest module around `path` that is called itself, not a list or dict of modules."""
+    while path:
+        path = path.rpartition(".")[0]
+        if not isinstance(named[path], nn.ModuleDict | nn.ModuleList):
+            break
+    return path
