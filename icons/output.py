@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from icons.process import is_gone, process_mark
 
@@ -144,13 +144,13 @@ def is_marked(folder: Path, command: str) -> bool:
     return read_object(folder / MARK).get("command") == command
 
 
-def read_object(file: Path) -> dict[str, object]:
+def read_object(file: Path) -> dict[str, Any]:
     """A small JSON file's object; an empty one for whatever is none."""
     try:
-        found = json.loads(file.read_bytes()) if file.is_file() else {}
+        content = json.loads(file.read_bytes()) if file.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def beside(path: Path, suffix: str | None = None) -> Path:
@@ -165,8 +165,8 @@ def _is_dead_partial(name: str) -> bool:
     >>> _is_dead_partial(beside(Path("a.json")).name), _is_dead_partial("a.json")
     (False, False)
     """
-    found = _MARKED.search(name) if PARTIAL in name else None
-    return found is not None and is_gone(found[1])
+    owner = _MARKED.search(name) if PARTIAL in name else None
+    return owner is not None and is_gone(owner[1])
 
 
 def sweep_partials(folder: Path) -> None:

@@ -2,30 +2,25 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from icons.cli.console import console
+from icons.cli.options.validate import ValidateOptions
 from icons.cli.pairs import files_of, parse, several
 from icons.cli.shown_tables import show
-from icons.cli.warmup import retrain
+from icons.cli.trainings import left_to_others, retrainer, share_of
 from icons.consensus import select
 from icons.datamodules.records import open_records
-from icons.interruption import RESUME
-from icons.models.folder import ModelFolder
-from icons.models.pinned_settings import claim
 from icons.output import mark, put
-from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 from icons.terminal import counted
-from icons.validation.bakeoff import REFERENCES, Measure, tables
-from icons.validation.retraining import Retrainer, Retraining, side_by_side
+from icons.validation.bakeoff import REFERENCES, tables
+from icons.validation.retraining import Retraining, side_by_side
 
-SETTINGS, TABLE = "settings.json", "bakeoff.json"
+TABLE = "bakeoff.json"
 
 
 @dataclass(frozen=True)
@@ -72,83 +67,34 @@ class Pool:
         return planned
 
 
-def bakeoff(
-    pools: Sequence[Pool],
-    rules: Sequence[str],
-    out: Path,
-    *,
-    start: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    reading: Mapping[str, Any],
-    task: list[str],
-    fractions: Sequence[float],
-    seeds: Sequence[int],
-    measure: Measure,
-    workers: int,
-    shard: str | None,
-    trainer: dict[str, Any] | None,
-) -> int:
+def bakeoff(options: ValidateOptions, pools: Sequence[Pool]) -> int:
     """Trains on every rule's selections and on the references'; prints the tables and writes them to OUT/bakeoff.json.
 
     Args:
+        options: of the command; `random` and the vote are added to its rules.
         pools: each trained and measured for itself.
-        rules: methods of `icons select`; random and the vote are added.
-        out: folder of the trainings; of several pools, of their folders.
-        start: model, vision_tower and mm_projector.
-        settings: of every training.
-        reading: how the records and their images are read.
-        task: files to measure on, as for `icons warmup`.
-        fractions: shares of the pool to select.
-        seeds: of the trainings and of the rules that draw.
-        measure: what is compared.
-        workers: trainings side by side.
-        shard: I/N: this share of each pool's trainings, and no table.
-        trainer: flags of Lightning's Trainer.
 
     Returns:
         0; or 75 when trainings are left to other processes or were interrupted.
     """
-    names = list(dict.fromkeys([*REFERENCES, *rules]))
-    files = files_of(task)
+    names = list(dict.fromkeys([*REFERENCES, *(options.rule or [])]))
+    fractions, files = options.fraction or [0.2], files_of(options.task)
+    seeds = range(options.seed, options.seed + options.seeds)
     planned = {pool: pool.trainings(names, fractions, seeds) for pool in pools}  # all refusals before any training
-    mark(out, "validate")
-    retrainers = {}
-    for pool in pools:
-        folder = pool.folder(out)
-        content = {
-            "data": open_records(pool.data).fingerprint,
-            "model": ModelFolder.open(**start).fingerprint(),
-            "tasks": {name: open_records(file).fingerprint for name, (file, _) in files.items()},
-        }
-        claim(folder / SETTINGS, {**settings, **content}, "trainings")
-        options = {
-            **start,
-            **settings,
-            **reading,
-            "images": pool.images,
-            "min_rows": 1,
-            "max_failed": 1.0,
-            "task": task,
-            "trainer": trainer,
-        }
-        retrainers[pool] = Retrainer(pool.data, folder, options, retrain)
-    part = (0, 1) if shard is None else parse_shard(shard)
+    mark(options.out, "validate")
+    retrainers = {pool: retrainer(options, pool.data, pool.images, pool.folder(options.out)) for pool in pools}
     for pool, trainings in planned.items():
-        ordered = list(trainings.values())
-        mine = [ordered[number] for number in assign(range(len(ordered)), part[1], part[0])]
-        if status := side_by_side(retrainers[pool], mine, workers):
+        if status := side_by_side(retrainers[pool], share_of([*trainings.values()], options.shard), options.workers):
             return status
-    if shard is not None:
+    if options.shard is not None:
         return 0
     each = {
-        (pool, *key): retrainers[pool].measured(one, measure) for pool in pools for key, one in planned[pool].items()
+        (pool, *key): retrainers[pool].measured(one, options.measure)
+        for pool in pools
+        for key, one in planned[pool].items()
     }
     if left := sum(values is None for values in each.values()):
-        console.print(
-            f"{counted(left, 'model')} {'is' if left == 1 else 'are'} being trained by other processes; the same line "
-            "then makes the table"
-        )
-        return RESUME
+        return left_to_others(left)
     measured = {
         (rule, fraction): np.array(
             [[[(each[pool, rule, fraction, seed] or {})[name] for name in files] for seed in seeds] for pool in pools]
@@ -156,8 +102,8 @@ def bakeoff(
         for fraction in fractions
         for rule in names
     }
-    content = tables(measured, list(files), measure)
-    put(out / TABLE, json.dumps(content, indent=1) + "\n")
+    content = tables(measured, list(files), options.measure)
+    put(options.out / TABLE, json.dumps(content, indent=1) + "\n")
     show(content)
     return 0
 

@@ -1,7 +1,9 @@
 """`icons influence`: gradient stores of training rows and tasks -> a score store, with error bars."""
 
+from dataclasses import fields
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 from lightning.fabric import Fabric
@@ -34,23 +36,9 @@ def influence(options: InfluenceOptions) -> int:
         ours=partial(holds_store, kind=ScoreStore.KIND),
         overwrite=options.overwrite,
     )
-    scoring = Scoring(
-        options.train,
-        tasks,
-        options.out,
-        options.normalize,
-        options.task_normalize,
-        options.weights,
-        groups,
-        options.reduce,
-        options.pairwise,
-        options.top_pairs,
-        options.chunk_rows,
-        options.overwrite,
-        options.drop_axes,
-        options.subspace,
-        options.preconditioned_tasks,
-    )
+    shared = {part.name for part in fields(Scoring)} & {part.name for part in fields(options)}
+    named: dict[str, Any] = {name: getattr(options, name) for name in shared}
+    scoring = Scoring(**named, tasks=tasks, groups=groups)
     fabric = Fabric(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy
     )

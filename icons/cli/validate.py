@@ -9,19 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from icons.cli.bakeoff import bakeoff, pools_of
-from icons.cli.console import console
 from icons.cli.options.validate import ValidateOptions
 from icons.cli.pairs import files_of, parse
 from icons.cli.shown_tables import show
-from icons.cli.warmup import retrain
+from icons.cli.trainings import left_to_others, retrainer, share_of
 from icons.datamodules.record_lists import readable, value_at
 from icons.datamodules.records import RecordSource, open_records
-from icons.interruption import RESUME
-from icons.models.folder import ModelFolder
-from icons.models.pinned_settings import claim
 from icons.modules.fit import TRAINER as TRAINER
 from icons.output import check_output, is_marked, mark, put
-from icons.partition import assign, parse_shard
 from icons.store import ScoreStore
 from icons.terminal import counted
 from icons.validation.datamodel import (
@@ -33,27 +28,15 @@ from icons.validation.datamodel import (
     separation_interval,
     share_in_lowest,
 )
-from icons.validation.retraining import Retrainer, Retraining, side_by_side
+from icons.validation.retraining import Retraining, side_by_side
 
 Scores = dict[str, Float[np.ndarray, "rows tasks"]]
 Losses = dict[str, Float[np.ndarray, "seeds tasks"]]
 PARTS = ("without-top", "without-bottom", "without-random")
-SETTINGS = "settings.json"
 
 
 def validate(options: ValidateOptions) -> int:
     """Trains the start on random subsets and on data without its best, worst and random rows; writes a table."""
-    settings = {
-        "epochs": options.epochs, "batch_size": options.batch_size, "learning_rate": options.learning_rate,
-        "lora_rank": options.lora_rank,
-        "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
-    }  # fmt: skip
-    start: dict[str, Any] = {
-        "model": options.model,
-        "vision_tower": options.vision_tower,
-        "mm_projector": options.mm_projector,
-    }
-    reading = {name: getattr(options, name) for name in ("dialect", "allow_paths", "web_images")}
     if options.seeds < 1 or options.counterfactual_seeds < 1:
         raise ValueError(
             f"--seeds {options.seeds}, --counterfactual-seeds {options.counterfactual_seeds}: expected at least 1 "
@@ -75,21 +58,7 @@ def validate(options: ValidateOptions) -> int:
         overwrite=options.overwrite,
     )  # fmt: skip
     if options.rule:
-        return bakeoff(
-            pools,
-            options.rule,
-            options.out,
-            start=start,
-            settings=settings,
-            reading=reading,
-            task=options.task,
-            fractions=options.fraction or [0.2],
-            seeds=range(options.seed, options.seed + options.seeds),
-            measure=options.measure,
-            workers=options.workers,
-            shard=options.shard,
-            trainer=options.trainer,
-        )
+        return bakeoff(options, pools)
     if options.fraction or options.pool:
         raise ValueError("--fraction and --pool: belong to --rule, which is not given")
     index = open_records(options.data)
@@ -108,38 +77,13 @@ def validate(options: ValidateOptions) -> int:
             parts = without(methods[first], options.counterfactual, options.seed + again)
             trainings += [Retraining(numbered(name, again), rows, options.seed + again) for name, rows in parts.items()]
     mark(options.out, "validate")
-    claim(
-        options.out / SETTINGS,
-        settings
-        | {
-            "data": index.fingerprint,
-            "model": ModelFolder.open(**start).fingerprint(),
-            "tasks": {name: open_records(file).fingerprint for name, (file, _) in tasks.items()},
-        },
-        "trainings",
-    )
-    fixed = {
-        **reading,
-        "images": options.images,
-        "min_rows": 1,
-        "max_failed": 1.0,
-        "task": options.task,
-        "trainer": options.trainer,
-    }
-    retrainer = Retrainer(options.data, options.out, start | settings | fixed, retrain)
-    part = (0, 1) if options.shard is None else parse_shard(options.shard)
-    mine = [trainings[number] for number in assign(range(len(trainings)), part[1], part[0])]
-    status = side_by_side(retrainer, mine, options.workers)
+    trained = retrainer(options, options.data, options.images, options.out)
+    status = side_by_side(trained, share_of(trainings, options.shard), options.workers)
     if status or options.shard is not None:
         return status
-    kept = {one.name: retrainer.losses(one) for one in trainings}
-    left = [name for name, loss in kept.items() if loss is None]
-    if left:
-        console.print(
-            f"{counted(len(left), 'model')} {'is' if len(left) == 1 else 'are'} being trained by other processes; "
-            "the same line then makes the table"
-        )
-        return RESUME
+    kept = {one.name: trained.losses(one) for one in trainings}
+    if left := sum(loss is None for loss in kept.values()):
+        return left_to_others(left)
     losses = {name: np.array([loss[task] for task in tasks]) for name, loss in kept.items() if loss is not None}
     measured = np.stack(
         [together(losses, f"subset-{number:03d}", options.seeds).mean(axis=0) for number in range(len(drawn))]

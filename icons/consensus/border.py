@@ -7,7 +7,7 @@ independent. The border itself is kept: it rests on many rows, whose errors canc
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -17,11 +17,13 @@ from icons.consensus.votes import Selection
 CERTAIN = 1.96
 """Standard errors on either side of a 95 % interval."""
 _ENOUGH = 0.9
-_WORTH = 1  # per cent of the selection: what a four times as large K is advised for
 """Share of the selection that has to be certain for K to count as large enough."""
+_WORTH = 1  # per cent of the selection: what a four times as large K is advised for
 BLOCK_ROWS = 1 << 16
 _TABLE_ROWS = 1 << 17
 _WITH_ERRORS = ("vote", "mean", "direct_merge", "max", "rank", "norm")
+Rows: TypeAlias = Int[np.ndarray, " some"]
+RowScores: TypeAlias = Float[np.ndarray, "some tasks"]
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,9 @@ def border(selection: Selection, influence: Any, stderr: Any, dim: int | None = 
             return None
         errors = np.nan_to_num(errors)
         inside = selected[rows]
-        certain += int(line.stays(rows[inside], scores[inside], errors[inside]).sum())
-        certain_at_4 += int(line.stays(rows[inside], scores[inside], errors[inside] / 2).sum())
-        may_enter += int(line.enters(rows[~inside], scores[~inside], errors[~inside]).sum())
+        certain += int(line.above(rows[inside], scores[inside], errors[inside], True).sum())
+        certain_at_4 += int(line.above(rows[inside], scores[inside], errors[inside] / 2, True).sum())
+        may_enter += int(line.above(rows[~inside], scores[~inside], errors[~inside], False).sum())
     return Border(len(selection.rows), certain, may_enter, certain_at_4, dim)
 
 
@@ -128,40 +130,18 @@ class Line:
             tables=list(np.sort(some, axis=0).T.copy()),
         )
 
-    def stays(
-        self,
-        rows: Int[np.ndarray, " some"],
-        scores: Float[np.ndarray, "some tasks"],
-        errors: Float[np.ndarray, "some tasks"],
-    ) -> Bool[np.ndarray, " some"]:
-        """Which selected rows stay above the border when all their scores are too high by 1.96 standard errors."""
-        moved = scores - np.float32(CERTAIN) * errors
+    def above(self, rows: Rows, scores: RowScores, errors: RowScores, selected: bool) -> Bool[np.ndarray, " some"]:
+        """Which rows are above the border when all their scores are wrong by 1.96 standard errors: those of selected
+        rows, which stay at its level too, too high, and those of others too low."""
+        moved = scores + np.float32(-CERTAIN if selected else CERTAIN) * errors
         score = self.score_of(rows, scores, moved)
         level = score == self.score
-        stays = score > self.score
-        stays[level] = self.tie_of(rows[level], scores[level], moved[level]) >= self.tie
-        return stays
+        above = score > self.score
+        tie = self.tie_of(rows[level], scores[level], moved[level])
+        above[level] = tie >= self.tie if selected else tie > self.tie
+        return above
 
-    def enters(
-        self,
-        rows: Int[np.ndarray, " some"],
-        scores: Float[np.ndarray, "some tasks"],
-        errors: Float[np.ndarray, "some tasks"],
-    ) -> Bool[np.ndarray, " some"]:
-        """Which other rows pass the border when all their scores are too low by 1.96 standard errors."""
-        moved = scores + np.float32(CERTAIN) * errors
-        score = self.score_of(rows, scores, moved)
-        level = score == self.score
-        enters = score > self.score
-        enters[level] = self.tie_of(rows[level], scores[level], moved[level]) > self.tie
-        return enters
-
-    def score_of(
-        self,
-        rows: Int[np.ndarray, " some"],
-        scores: Float[np.ndarray, "some tasks"],
-        moved: Float[np.ndarray, "some tasks"],
-    ) -> Float[np.ndarray, " some"]:
+    def score_of(self, rows: Rows, scores: RowScores, moved: RowScores) -> Float[np.ndarray, " some"]:
         """What the method makes of the moved scores of single rows."""
         before = self.selection.score[rows]
         match self.selection.method:
@@ -180,12 +160,7 @@ class Line:
             case _:
                 return before + (moved - scores).astype(np.float64) @ self.weights / self.weights.sum()
 
-    def tie_of(
-        self,
-        rows: Int[np.ndarray, " some"],
-        scores: Float[np.ndarray, "some tasks"],
-        moved: Float[np.ndarray, "some tasks"],
-    ) -> Float[np.ndarray, " some"]:
+    def tie_of(self, rows: Rows, scores: RowScores, moved: RowScores) -> Float[np.ndarray, " some"]:
         """Mean percentile rank of the moved scores, from tables of each task's scores."""
         rank = self.selection.percentile_rank[rows].copy()
         weights = np.array(list(self.selection.settings["weights"].values()))

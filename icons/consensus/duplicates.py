@@ -1,9 +1,8 @@
 """Near-duplicates inside a selection, by the cosine of their gradients: of each pair the better row stays."""
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from icons.scores.rows import Source, as_rows, blocks, ranges
 
 _SKETCH_DIM = 512
-_BLOCK_ROWS = 512
+_BLOCK_ROWS, _KEPT_ROWS = 512, 1 << 15
 _ROUNDING = 1e-5
 _MARGIN = 5
 """Standard errors by which a sketched cosine may be too low."""
@@ -54,9 +53,7 @@ class NearDuplicates:
     def __enter__(self) -> "NearDuplicates":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.kept = []
         self.folder.cleanup()
 
@@ -90,16 +87,11 @@ class NearDuplicates:
     def neighbours(self, sketch: Float[Tensor, "block width"]) -> dict[int, list[int]]:
         """Place in the block -> kept rows that may be near."""
         near: dict[int, list[int]] = {}
-        for start, kept in self.kept_blocks():
-            places, others = (sketch @ kept.T >= self.reach).nonzero(as_tuple=True)
-            for index, other in zip(places.tolist(), others.tolist(), strict=True):
+        for start in range(0, len(self.sketches), _KEPT_ROWS):
+            kept = self.sketches[start : start + _KEPT_ROWS].to(self.device)
+            for index, other in (sketch @ kept.T >= self.reach).nonzero().tolist():
                 near.setdefault(index, []).append(start + other)
         return near
-
-    def kept_blocks(self) -> Iterator[tuple[int, Float[Tensor, "kept width"]]]:
-        step = 1 << 15
-        for start in range(0, len(self.sketches), step):
-            yield start, self.sketches[start : start + step].to(self.device)
 
     def is_near(self, row: Float[np.ndarray, " dim"], other: Float[np.ndarray, " dim"]) -> bool:
         one, two = row.astype(np.float32), other.astype(np.float32)
@@ -120,13 +112,11 @@ class NearDuplicates:
         by_row = np.argsort(order, kind="stable")
         chunk = self.source.partition.chunk_rows
         wanted = np.unique(order // chunk)
-        pieces = [piece for unit in wanted.tolist() for piece in self.unit(unit)]
+        units = (self.source.partition.unit_rows(unit) for unit in wanted.tolist())
+        pieces = [piece for unit in units for piece in ranges(unit, self.source)]
         for block in blocks(self.source, pieces, self.device):
             first, last = np.searchsorted(order[by_row], [block.rows.start, block.rows.stop])
             places = by_row[first:last]
             unit = torch.nn.functional.normalize(block.gradient[order[places] - block.rows.start], dim=1)
             whole[places] = unit.half().cpu().numpy()
         return whole
-
-    def unit(self, unit: int) -> list[range]:
-        return ranges(self.source.partition.unit_rows(unit), self.source)

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,9 +162,10 @@ class Pairs:
     def weigh(self, usable: Bool[np.ndarray, " all"], sizes: Mapping[str, int]) -> None:
         task, share, start = [], [], 0
         for column, (name, members) in enumerate(self.members.items()):
-            parts = [usable[start + at : start + at + sizes[m]] for at, m in _offsets(members, sizes)]
-            start += sum(sizes[member] for member in members)
-            counts = [int(part.sum()) for part in parts]
+            counts = []
+            for member in members:
+                counts.append(int(usable[start : start + sizes[member]].sum()))
+                start += sizes[member]
             if not any(counts):
                 raise ValueError(f"task {name}: none of its validation rows is usable; expected at least one")
             filled = sum(count > 0 for count in counts)
@@ -175,11 +175,10 @@ class Pairs:
 
     def blocks(self) -> Iterator[tuple[slice, Float[Tensor, "block validation"]]]:
         """All products, float32, some consecutive rows at a time."""
-        size = self.width * self.dtype.itemsize
         with self.path.open("rb") as file:
             for rows in _pieces(self.num_rows, self.width):
                 part = np.fromfile(file, self.dtype, len(rows) * self.width)
-                assert part.nbytes == len(rows) * size, "the file of products is shorter than it was written"
+                assert part.size == len(rows) * self.width, "the file of products is shorter than it was written"
                 yield slice(rows.start, rows.stop), torch.from_numpy(part).view(len(rows), self.width).float()
 
     def rows(self, rows: Sequence[int] | Int[np.ndarray, " some"]) -> Float[np.ndarray, "some validation"]:
@@ -214,9 +213,7 @@ class Pairs:
     def __enter__(self) -> "Pairs":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -224,13 +221,6 @@ def _pieces(num_rows: int, width: int) -> Iterator[range]:
     """Consecutive ranges of rows whose products are some 64 MB in float32."""
     step = max(1, _BLOCK_NUMBERS // max(width, 1))
     return (range(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
-
-
-def _offsets(members: Sequence[str], sizes: Mapping[str, int]) -> Iterator[tuple[int, str]]:
-    start = 0
-    for member in members:
-        yield start, member
-        start += sizes[member]
 
 
 def _stored(store: ScoreStore, names: Sequence[str]) -> Iterator[PairBlock]:

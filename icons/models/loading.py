@@ -262,8 +262,5 @@ def merged_adapters(model: Path) -> list[str]:
 
 def adapter_fingerprint(adapter: Path) -> str:
     """SHA-256 (16 hex digits) of the adapter's weights as they lie on disk."""
-    digest = hashlib.sha256()
     with adapter_file(adapter).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -3,7 +3,6 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +130,5 @@ def non_lora_tensors(adapter: Path) -> dict[str, Tensor]:
         if (adapter / name).is_file():
             return read_tensors(adapter / name)
     if is_deepspeed(adapter):
-        weights: Mapping[str, Tensor] = read_deepspeed(adapter).weights
-        return {name: value for name, value in weights.items() if "lora_" not in name}
+        return {name: value for name, value in read_deepspeed(adapter).weights.items() if "lora_" not in name}
     return {}

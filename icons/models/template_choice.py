@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from icons.output import read_object
+
 LLAMA_3 = {"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"}
 _OTHER_CHATS = {"<|im_start|>", "<start_of_turn>"}
 _VICUNA_ROLE = "ASSISTANT"  # in Vicuna's chat template as llava-hf and `icons export` write it
@@ -29,7 +31,7 @@ def template_of(text: dict[str, Any], model: Path, original: bool) -> str:
     Returns:
         The template's name; empty if nothing tells.
     """
-    settings = _read_json(model / "tokenizer_config.json")
+    settings = read_object(model / "tokenizer_config.json")
     known = _special_tokens(model, settings)
     if text.get("model_type") == "mpt":
         return "mpt"
@@ -54,11 +56,11 @@ def _is_vicuna(written: str) -> bool:
 def _special_tokens(model: Path, settings: dict[str, Any]) -> set[str]:
     """The added tokens that a tokenizer's files name; the big `tokenizer.json` is read only where others name none."""
     tokens = {content(token) for token in (settings.get("added_tokens_decoder") or {}).values()}
-    tokens |= set(_read_json(model / "added_tokens.json"))
-    for token in _read_json(model / "special_tokens_map.json").values():
+    tokens |= set(read_object(model / "added_tokens.json"))
+    for token in read_object(model / "special_tokens_map.json").values():
         tokens |= {content(part) for part in (token if isinstance(token, list) else [token])}
     if not tokens:
-        tokens = {content(token) for token in _read_json(model / "tokenizer.json").get("added_tokens") or []}
+        tokens = {content(token) for token in read_object(model / "tokenizer.json").get("added_tokens") or []}
     return tokens
 
 
@@ -66,18 +68,9 @@ def chat_template(model: Path, settings: dict[str, Any]) -> str:
     """The text of the folder's chat template; empty without one."""
     if (model / "chat_template.jinja").is_file():
         return (model / "chat_template.jinja").read_text()
-    template = settings.get("chat_template") or _read_json(model / "chat_template.json").get("chat_template") or ""
+    template = settings.get("chat_template") or read_object(model / "chat_template.json").get("chat_template") or ""
     return template if isinstance(template, str) else json.dumps(template)
 
 
 def content(token: Any) -> str:
     return str(token["content"] if isinstance(token, dict) else token)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A settings file; empty if it is not there, or holds no object: whoever loads the tokenizer says so."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -14,7 +14,6 @@ from icons.manifest import versions
 from icons.modules.ranks import Run
 from icons.partition import UnitPlan, assign
 from icons.scores import Scorer
-from icons.scores.task_means import check_plain
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
 from icons.store.lease import Leases
@@ -87,8 +86,6 @@ class Scoring:
         begun = [store.status_digest() for store in sources]
         for made_from in sources:
             check_some_done(made_from)
-        if not self.preconditioned_tasks:
-            check_plain(stores, tasks)
         scorer = Scorer.of(
             stores,
             tasks,
@@ -101,6 +98,7 @@ class Scoring:
             drop_axes=self.drop_axes,
             subspace=self.subspace,
             device=fabric.device,
+            preconditioned_tasks=self.preconditioned_tasks,
         )
         found: Any = fabric.broadcast(self.prepare(scorer, stores, tasks, say) if fabric.is_global_zero else None)
         if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever

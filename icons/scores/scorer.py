@@ -7,6 +7,7 @@ vector per task, whatever the number of validation rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -78,9 +79,6 @@ def influence(
     >>> influence(train, {"qa": torch.tensor([[1.0, 0.0], [0.0, 5.0]])}).tolist()
     [[0.5], [0.5]]
     """
-    if not preconditioned_tasks:
-        listed = {name: [as_rows(source) for source in _listed(sources)] for name, sources in tasks.items()}
-        check_plain([as_rows(source) for source in _listed(train)], listed)
     scorer = Scorer.of(
         train,
         tasks,
@@ -92,6 +90,7 @@ def influence(
         drop_axes=drop_axes,
         subspace=subspace,
         device=device,
+        preconditioned_tasks=preconditioned_tasks,
     )
     return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))])
 
@@ -150,16 +149,19 @@ class Scorer:
         drop_axes: int = 0,
         subspace: float | None = None,
         device: str | torch.device = "cpu",
+        preconditioned_tasks: bool = True,
     ) -> "Scorer":
         """Checks that everything fits together and averages the validation rows. Arguments as for `influence`."""
         if drop_axes < 0:
             raise ValueError(f"drop axes: got {drop_axes}; expected 0 or more")
         if subspace is not None:
             _check_subspace(normalize, task_normalize, groups, reduce)
-        trains = [as_rows(source) for source in _listed(train)]
+        trains = _as_list(train)
         if not tasks:
             raise ValueError("influence: got no task; expected at least one")
-        on = {name: [as_rows(source) for source in _listed(sources)] for name, sources in tasks.items()}
+        on = {name: _as_list(sources) for name, sources in tasks.items()}
+        if not preconditioned_tasks:
+            check_plain(trains, on)
         for name, sources in on.items():
             if len(sources) != len(trains):
                 raise ValueError(
@@ -211,10 +213,7 @@ class Scorer:
     def score_block(self, several: Sequence[Block]) -> ScoredRows:
         """One block of rows, as each checkpoint has it."""
         factors = [row_factor(block, self.normalize) for block in several]
-        parts = [
-            self.product(block, factor, index)
-            for index, (block, factor) in enumerate(zip(several, factors, strict=True))
-        ]
+        parts = [self.product(block, factors[index], index) for index, block in enumerate(several)]
         total = sum(part * c.weight for part, c in zip(parts, self.checkpoints, strict=True))
         assert isinstance(total, Tensor)
         variance = self.variance(several, factors, parts)
@@ -258,9 +257,8 @@ class Scorer:
                     self.task_normalize == "projected",
                 )
                 total += checkpoint.weight**2 * error.square()
-        for left in range(len(several)):
-            for right in range(left + 1, len(several)):
-                total += 2 * self.cross(several, factors, left, right)
+        for left, right in combinations(range(len(several)), 2):
+            total += 2 * self.cross(several, factors, left, right)
         return total
 
     def cross(
@@ -314,6 +312,6 @@ def _check_subspace(
         raise ValueError("subspace: got groups reduced to their mean; expected reduce='max', or no groups")
 
 
-def _listed(sources: Any) -> list[Any]:
-    """One source, or one per checkpoint, as a list."""
-    return list(sources) if isinstance(sources, list | tuple) else [sources]
+def _as_list(sources: Any) -> list[StoredRows]:
+    """One source, or one per checkpoint, as a list of stores."""
+    return [as_rows(source) for source in (sources if isinstance(sources, list | tuple) else [sources])]

@@ -52,7 +52,7 @@ def test_trains_on_each_selection_once_and_goes_on(
     measured = json.loads((out / "mean-0.5-0" / "fit" / "icons.json").read_text())["accuracy"]["after"]["tiny"]
     assert content["tables"][0]["rows"][2][1] == pytest.approx(100 * measured, abs=1e-3)
 
-    monkeypatch.setattr("icons.cli.bakeoff.retrain", forbidden)
+    monkeypatch.setattr("icons.cli.trainings.retrain", forbidden)
     assert run(pool, out, "--rule", "mean") == 0
     assert run(pool, out, "--rule", "mean", "--measure", "loss") == 0
     reached = json.loads((out / "bakeoff.json").read_text())["tables"][0]["rows"][2][1]
@@ -78,7 +78,7 @@ def pretended(data: Path, out: Path, seed: int, **_: Any) -> int:
 
 @pytest.fixture
 def pretending(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("icons.cli.bakeoff.retrain", pretended)
+    monkeypatch.setattr("icons.cli.trainings.retrain", pretended)
     monkeypatch.setattr(
         "icons.validation.retraining.open_warmup",
         lambda folder: SimpleNamespace(

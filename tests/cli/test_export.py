@@ -28,7 +28,7 @@ def test_refuses_unclear_sources(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for words, text in (
         (out, "got neither of --checkpoint and --model"),
         ([*PARTS, "--checkpoint", str(tmp_path), *out], "got both of --checkpoint and --model"),
-        (["--checkpoint", str(tmp_path), "--adapter", "x", *out], "--adapter x: the folder .* names its own"),
+        (["--checkpoint", str(tmp_path), "--adapter", "x", *out], "--adapter x: the warm-up folder .* names its own"),
         (["--checkpoint", str(tmp_path), *out], "no finished warm-up here"),
     ):
         assert main(["export", *words]) == 1

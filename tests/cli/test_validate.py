@@ -78,7 +78,7 @@ def test_trains_every_subset_once_and_writes_the_table(
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
 
-    monkeypatch.setattr("icons.cli.validate.retrain", forbidden)
+    monkeypatch.setattr("icons.cli.trainings.retrain", forbidden)
     assert run(pool, store, out, *more) == 0
     assert (out / "validation.json").read_bytes() == written
 

@@ -83,7 +83,7 @@ class ReadingOptions(_ImageOptions):
     @property
     def reading(self) -> dict[str, Any]:
         """How records and their images are read, as `ConversationDataModule` takes it."""
-        return {"dialect": self.dialect, "allow_paths": self.allow_paths or (), "web_images": self.web_images}
+        return {"dialect": self.dialect, "allow_paths": self.allow_paths or [], "web_images": self.web_images}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,6 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from icons.models.adam_state.deepspeed import MOMENTS, is_deepspeed, read_deepspeed
+from icons.models.adam_state.deepspeed import MOMENTS, Moments, is_deepspeed, read_deepspeed
 from icons.models.parameter_names import match_names
 from icons.models.tensor_files import load_data
 from icons.preconditioner import AdamPreconditioner
@@ -22,17 +21,6 @@ _PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
 # transformers 5, Trainer.get_decay_parameter_names
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 _SHOWN = 3
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Adam's state by the names that the parameters had in training."""
-
-    exp_avg: Mapping[str, Tensor]
-    exp_avg_sq: Mapping[str, Tensor]
-    step: Mapping[str, int]
-    betas: tuple[float, float]
-    eps: float
 
 
 def load_adam_state(
@@ -88,8 +76,7 @@ def _read_moments(path: Path, model: nn.Module) -> Moments:
         if (path / _WARMUP_FILE).is_file():
             return _read_warmup(path / _WARMUP_FILE)
         if is_deepspeed(path):
-            state = read_deepspeed(path)
-            return Moments(state.exp_avg, state.exp_avg_sq, state.step, state.betas, state.eps)
+            return read_deepspeed(path)
         if any(path.glob("*.distcp")) or any(path.glob("*/*.distcp")):
             raise ValueError(
                 f"{path}: is a sharded checkpoint (*.distcp); expected one file: make it with python -m "

@@ -30,15 +30,21 @@ Shapes = Mapping[str, torch.Size]
 
 
 @dataclass(frozen=True)
-class DeepSpeedState:
-    """The trained parameters, by the names they had in training; float32."""
+class Moments:
+    """Adam's state by the names that the parameters had in training."""
 
-    weights: dict[str, Tensor]
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-    step: dict[str, int]
+    exp_avg: Mapping[str, Tensor]
+    exp_avg_sq: Mapping[str, Tensor]
+    step: Mapping[str, int]
     betas: tuple[float, float]
     eps: float
+
+
+@dataclass(frozen=True)
+class DeepSpeedState(Moments):
+    """With the trained parameters themselves; all float32."""
+
+    weights: Mapping[str, Tensor]
 
 
 class Stub:
