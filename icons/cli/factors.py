@@ -5,15 +5,18 @@ from pathlib import Path
 from lightning import Trainer
 
 from icons.cli.console import console, warn
+from icons.cli.estimate import estimate_factors_run
 from icons.cli.gradients import TRAINER as TRAINER
-from icons.cli.gradients import predict_flags, shared
+from icons.cli.gradients import predict_flags, replaces, shared
 from icons.cli.model_source import ModelSource
 from icons.cli.options.factors import FactorsOptions
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.kronecker import KroneckerFactors, is_factors
+from icons.modules.factor_parts import FactorParts
 from icons.modules.factor_pass import FactorPass, FactorSettings, FactorWriter, is_done
 from icons.modules.fit import quiet
 from icons.output import check_output
+from icons.terminal import counted
 
 
 def factors(options: FactorsOptions) -> int:
@@ -32,7 +35,7 @@ def factors(options: FactorsOptions) -> int:
         },
         searched={"--images": options.images},
         ours=is_factors,
-        overwrite=options.overwrite,
+        overwrite=replaces(options.overwrite, options.shard),
     )  # fmt: skip
     flags = predict_flags(options.trainer)
     datamodule = ConversationDataModule(
@@ -47,18 +50,30 @@ def factors(options: FactorsOptions) -> int:
         **options.reading,
     )
     console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
+    settings = FactorSettings(options.rows, options.labels, options.width, options.seed)
+    if options.dry_run:
+        estimate_factors_run(options, settings, source.folder, source.adapter, datamodule.dataset).show(console)
+        return 0
     network = source.load(target=options.target, dtype=options.model_dtype, **options.loading)
-    module = FactorPass(network, FactorSettings(options.rows, options.labels, options.width, options.seed))
-    given = {"target": options.target}
-    if not is_done(options.out, {**datamodule.describe(), **module.describe(), **given}, options.overwrite):
-        with quiet():
-            runner = Trainer(**flags)
-            runner.callbacks.append(FactorWriter(options.out, given))  # type: ignore[attr-defined]
-            runner.predict(module, datamodule=datamodule, return_predictions=False)
-        if not runner.is_global_zero:
-            return shared(runner, 0)
-        return shared(runner, told(options.out))
-    return told(options.out)
+    module, given = FactorPass(network, settings), {"target": options.target}
+    if is_done(options.out, {**datamodule.describe(), **module.describe(), **given}, options.overwrite):
+        FactorParts(options.out, {}).remove()  # of a run that was killed at its very end
+        return told(options.out)
+    writer = FactorWriter(options.out, given, options.shard)
+    with quiet():
+        runner = Trainer(**flags)
+        runner.callbacks.append(writer)  # type: ignore[attr-defined]
+        runner.predict(module, datamodule=datamodule, return_predictions=False)
+    if not runner.is_global_zero:
+        return shared(runner, 0)
+    if writer.lacking:
+        console.print(
+            f"{options.out}: share {options.shard} is done; {counted(len(writer.lacking), 'part')} of other shares "
+            f"({writer.lacking[0]}, ...) are missing, the job that finishes last writes the factors",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        return shared(runner, 0)
+    return shared(runner, told(options.out))
 
 
 def told(file: Path) -> int:

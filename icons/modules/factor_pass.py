@@ -1,17 +1,13 @@
 """Kronecker factors through `Trainer.predict`: chosen rows in parts, each part's sums in a file, the factors of all."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from icons.agreement import FACTORS, check_compatible
@@ -21,13 +17,12 @@ from icons.gradients.covariances import CovarianceSums, covariance_sums, with_dr
 from icons.kronecker import KroneckerFactors
 from icons.manifest import versions
 from icons.models.fingerprint import adapter_fingerprint, base_description
-from icons.models.tensor_files import write_tensors
+from icons.modules.factor_parts import FactorParts
 from icons.modules.progress import RowProgress
 from icons.modules.ranks import Run, launched_by, own_signals
 from icons.modules.sharding import ShardedModule, end_lockstep
 from icons.modules.store_writer import ask_to_stop, batches_of, broadcast, check_trainer, computation
-from icons.output import is_empty, is_marked, mark
-from icons.partition import Partition, UnitPlan, assign
+from icons.partition import Partition, UnitPlan, assign, parse_shard
 from icons.store.failures import failures_in
 
 PARTS = 32
@@ -113,12 +108,19 @@ class FactorWriter(Callback):
     Args:
         file: of the factors. A file that is there was made from the same, or is replaced.
         manifest: further entries.
+        shard: "I/N": only the I-th (from 0) of N equal shares of the parts, for jobs that do not know of each other;
+            the one that finishes last writes the factors.
+
+    Attributes:
+        lacking: parts that other shards have still to make, after which the factors can be written.
     """
 
-    def __init__(self, file: Path, manifest: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, file: Path, manifest: Mapping[str, Any] | None = None, shard: str | None = None) -> None:
         self.file, self.given = file, dict(manifest or {})
-        self.folder = file.with_name(file.name + ".parts")
+        self.shard = (0, 1) if shard is None else parse_shard(shard)
+        self.lacking: list[int] = []
         self.manifest: dict[str, Any] = {}
+        self.parts = FactorParts(file, {})
         self.plan = UnitPlan(Partition(0, 1), [])
         self.open: tuple[int, CovarianceSums] | None = None  # rows of the current part that have come, and their sums
         self.finished = 0
@@ -138,6 +140,8 @@ class FactorWriter(Callback):
         assert isinstance(pl_module, FactorPass)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.manifest = describe(trainer, pl_module) | self.given
+        same = {name: self.manifest.get(name) for name in (*FACTORS, "batches", "computation", "versions")}
+        self.parts = FactorParts(self.file, same | {"threads": torch.get_num_threads()})
         self.run = Run(launched_by(trainer.strategy))
         chosen = pl_module.settings.chosen(len(datamodule.dataset))
         todo = broadcast(trainer, self.prepare(chosen) if trainer.is_global_zero else None)
@@ -147,25 +151,13 @@ class FactorWriter(Callback):
         self.progress = RowProgress(trainer)
 
     def prepare(self, chosen: ChosenRows) -> list[int] | Exception:
-        """Parts of which no file was made from the same (rank 0), or what went wrong."""
+        """Parts of this shard of which no file was made from the same (rank 0), or what went wrong."""
         try:
-            if self.folder.exists() and not is_empty(self.folder) and not is_marked(self.folder, "factors"):
-                raise ValueError(
-                    f"{self.folder}: is where parts of {self.file.name} go, and holds something else; expected no such "
-                    "folder: move it, or write the factors elsewhere"
-                )
-            mark(self.folder, "factors")
-            return [part for part in range(chosen.num_units) if _read_part(self.part(part), self.key()) is None]
+            self.parts.make()
+            mine = assign(range(chosen.num_units), self.shard[1], self.shard[0])
+            return [part for part in mine if self.parts.read(part) is None]
         except (ValueError, OSError) as error:
             return error
-
-    def part(self, number: int) -> Path:
-        return self.folder / f"{number:02}.safetensors"
-
-    def key(self) -> str:
-        """What must be the same for a part to be gone on with: the bits depend on batches and threads too."""
-        wanted = {name: self.manifest.get(name) for name in (*FACTORS, "batches", "computation", "versions")}
-        return json.dumps(wanted | {"threads": torch.get_num_threads()}, sort_keys=True, default=str)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self.run is not None and self.progress is not None
@@ -197,9 +189,7 @@ class FactorWriter(Callback):
         self.progress.advance(came)
         unit = self.plan.units[self.finished]
         if seen + came == len(self.plan.partition.unit_rows(unit)):
-            tensors = sums.tensors()
-            about = {"key": self.key(), "reason": self.reason, "digest": digest(tensors)}
-            write_tensors(self.part(unit), tensors, about)
+            self.parts.write(unit, sums, self.reason)
             self.open, self.finished = None, self.finished + 1
         self.stop_between_parts(trainer)
 
@@ -208,7 +198,7 @@ class FactorWriter(Callback):
             self.end(trainer)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Waits for all ranks' parts; the first adds them up.
+        """Waits for all ranks' parts; the first adds them up, if no other shard has still to make some.
 
         Raises:
             ValueError: another rank has failed, or no row can be used.
@@ -228,13 +218,22 @@ class FactorWriter(Callback):
     def write(self, module: FactorPass) -> None:
         """The factors of all parts."""
         datamodule: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+        parts = range(module.settings.chosen(len(datamodule.dataset)).num_units)
+        self.lacking = [part for part in parts if self.shard[1] > 1 and not self.parts.path(part).exists()]
+        if is_done(self.file, self.manifest, overwrite=True):  # another shard came to the end at the same time
+            self.lacking = []
+            return self.parts.remove()
+        if self.lacking:
+            return None
         total, reasons = CovarianceSums(), []
-        for number in range(module.settings.chosen(len(datamodule.dataset)).num_units):
-            found = _read_part(self.part(number), self.key())
+        for part in parts:
+            found = self.parts.read(part)
             if found is None:
+                if is_done(self.file, self.manifest, overwrite=True):
+                    return None
                 raise ValueError(
-                    f"{self.part(number)}: was there and is gone, or was made from something else meanwhile; run the "
-                    "same line again, without another one beside it"
+                    f"{self.parts.path(part)}: was there and is gone, or was made from something else; expected all "
+                    "parts from the same line (but for --shard), batches, threads and versions: run its line again"
                 )
             total.add(found[0])
             reasons.append(found[1])
@@ -242,7 +241,7 @@ class FactorWriter(Callback):
             raise ValueError(f"{self.file}: none of {total.left_out:,} rows can be used; the first, {reason}")
         about = {**self.manifest, "left_out": total.left_out}
         KroneckerFactors.of(total, module.shapes(), about).save(self.file)
-        rmtree(self.folder)
+        return self.parts.remove()
 
     def end(self, trainer: Trainer) -> None:
         """Ends the run with all other ranks."""
@@ -267,28 +266,6 @@ def describe(trainer: Trainer, module: FactorPass) -> dict[str, Any]:
     datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
     own = {"batches": batches_of(datamodule), "versions": versions()}
     return {**datamodule.describe(), **module.describe(), **computation(trainer, module), **own}
-
-
-def _read_part(file: Path, key: str) -> tuple[CovarianceSums, str] | None:
-    """A part's sums and why its first failed row failed; None: it is not there, not whole, or of something else."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            about = opened.metadata() or {}
-            if about.get("key") != key:
-                return None
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError):
-        return None
-    return (CovarianceSums.of(tensors), about["reason"]) if about.get("digest") == digest(tensors) else None
-
-
-def digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 (16 hex digits) over names and numbers."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
 
 
 def is_done(file: Path, manifest: Mapping[str, Any], overwrite: bool) -> bool:

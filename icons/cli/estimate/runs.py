@@ -1,9 +1,9 @@
-"""The estimates of `icons warmup` and `icons gradients`."""
+"""The estimates of `icons warmup`, `icons gradients` and `icons factors`."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,17 @@ from icons.cli.estimate.probe import Kind, image_operations, operations, peak_me
 from icons.cli.estimate.run_estimate import RunEstimate
 from icons.cli.estimate.speed import device_speed
 from icons.cli.estimate.workload import BYTES, ModelSize, Workload, weights
+from icons.cli.options.factors import FactorsOptions
 from icons.cli.options.gradients import GradientsOptions
 from icons.kronecker import KroneckerFactors
 from icons.models.folder import ModelFolder
 from icons.models.loading import empty_model
 from icons.models.lora import LoraSettings
 from icons.modules.collector import DIFFERENTIATED
+from icons.modules.factor_pass import FactorSettings
 from icons.modules.fit import ranks_of
 from icons.modules.named_strategy import sharing_ranks
-from icons.partition import parse_shard
+from icons.partition import Partition, parse_shard
 from icons.store import fitting_chunk_rows
 
 ROW_BYTES = 4 + 4 + 4 + 1  # norm, loss, tokens, status
@@ -150,28 +152,13 @@ def estimate_gradients_run(
         preconditioner: which.
         settings: what to show as resolved settings.
     """
-    lora = None if adapter is None else _lora_settings(adapter)
-    model = empty_model(folder, lora=lora, target=options.target, trust_remote_code=options.trust_remote_code)
     num_rows, differentiates = len(dataset), options.collect in DIFFERENTIATED
-    dtype = options.model_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    plan = _plan(options, folder, adapter, dataset, range(num_rows))
     if not differentiates:
-        dims = [model.config.get_text_config().hidden_size if options.collect == "representations" else 1]  # type: ignore[union-attr,operator]
+        dims = [plan.model.config.get_text_config().hidden_size if options.collect == "representations" else 1]  # type: ignore[union-attr,operator]
     fitting = fitting_chunk_rows(num_rows, max(dims), options.dtype)
     return estimate_gradients(
-        Plan.of(
-            model,
-            dataset,
-            range(num_rows),
-            batch_size=options.batch_size,
-            max_tokens=options.max_tokens,
-            dtype=dtype,
-            quantize=options.quantize,
-            attention=options.attention,
-            gradient_checkpointing=options.gradient_checkpointing,
-            base_shards=sharing_ranks(options.trainer, ranks_of(options.trainer)),
-        ),
+        plan,
         num_rows=num_rows,
         ranks=ranks_of(options.trainer),
         shards=1 if options.shard is None else parse_shard(options.shard)[1],
@@ -183,6 +170,86 @@ def estimate_gradients_run(
         signs=len(dims) if differentiates and options.projector == "count_sketch" else 0,
         differentiates=differentiates,
         settings=settings,
+    )
+
+
+def estimate_factors(
+    plan: Plan, chosen: Partition, *, ranks: int, shards: int, width: int, drawn: bool, settings: dict[str, Any]
+) -> RunEstimate:
+    """What `icons factors` would do with the chosen rows, which ranks and shards compute in whole parts.
+
+    A pass as for gradients, for drawn labels a forward pass more. Each rank sums covariances in float64 on the host; a
+    device holds those of a batch, and the file all of them, in float32.
+    """
+    entries, size = covariance_entries(plan.model, width), ModelSize.of(plan.model)
+    parts = split(math.ceil(chosen.num_units / shards), ranks)
+    per_rank = [min(chosen.chunk_rows * count, chosen.num_rows) for count in parts]
+    kinds: list[Kind] = ["per-sample", "forward"] if drawn else ["per-sample"]
+    speed, said = device_speed(plan.load.dtype)
+    return RunEstimate(
+        settings=settings,
+        rows_per_rank=per_rank,
+        steps=math.ceil(max(per_rank) / plan.load.batch_size),
+        files={"factors": 4 * entries, "parts, until all are there": 8 * entries * chosen.num_units},
+        memory=weights(size, plan.load) | {"covariances": 4 * entries, "a batch": plan.batch_memory("per-sample")},
+        seconds=max(per_rank) * sum(map(plan.row_operations, kinds)) / speed,
+        speed=said,
+    )
+
+
+def covariance_entries(model: nn.Module, width: int) -> int:
+    """Numbers in the covariances of the trainable linear layers: whole for sides up to `width`, else their diagonals.
+
+    >>> covariance_entries(nn.Linear(4, 6), 4)
+    22
+    """
+    sides = [
+        side for module in model.modules() if isinstance(module, nn.Linear) and module.weight.requires_grad
+        for side in module.weight.shape
+    ]  # fmt: skip
+    return sum(side**2 if side <= width else side for side in sides)
+
+
+def estimate_factors_run(
+    options: FactorsOptions, chosen: FactorSettings, folder: ModelFolder, adapter: Path | None, dataset: Any
+) -> RunEstimate:
+    """What one `icons factors` would do: the model is made from its configuration alone."""
+    rows = chosen.chosen(len(dataset))
+    return estimate_factors(
+        _plan(options, folder, adapter, dataset, rows.rows),
+        rows,
+        ranks=ranks_of(options.trainer),
+        shards=1 if options.shard is None else parse_shard(options.shard)[1],
+        width=chosen.width,
+        drawn=chosen.labels == "drawn",
+        settings={"data": options.data, "out": options.out, **asdict(chosen), "rows": rows.num_rows}
+        | {"batch_size": options.batch_size, "max_tokens": options.max_tokens},
+    )
+
+
+def _plan(
+    options: GradientsOptions | FactorsOptions,
+    folder: ModelFolder,
+    adapter: Path | None,
+    dataset: Any,
+    rows: Sequence[int],
+) -> Plan:
+    """The model on the meta device, and some of the rows."""
+    lora = None if adapter is None else _lora_settings(adapter)
+    dtype: str = options.model_dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return Plan.of(
+        empty_model(folder, lora=lora, target=options.target, trust_remote_code=options.trust_remote_code),
+        dataset,
+        rows,
+        batch_size=options.batch_size,
+        max_tokens=options.max_tokens,
+        dtype=dtype,
+        quantize=options.quantize,
+        attention=options.attention,
+        gradient_checkpointing=options.gradient_checkpointing,
+        base_shards=sharing_ranks(options.trainer, ranks_of(options.trainer)),
     )
 
 

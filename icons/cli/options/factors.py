@@ -48,5 +48,10 @@ class FactorsOptions(DataOptions, PreprocessingOptions, CheckpointOptions, Loadi
     """factors of the LoRA parameters, or of all that the warm-up trained; as for `icons gradients`"""
     model_dtype: ModelDtype = field(default="auto", metadata=SPEED)
     """number format of the model's weights; auto: as stored on a CPU, bfloat16 on a GPU"""
+    shard: str | None = field(default=None, metadata=RUN)
+    """I/N: only this share of 32 parts of the rows, without any communication (array jobs); I counts from 0. The job
+    that finishes last writes --out"""
+    dry_run: bool = field(default=False, metadata=RUN)
+    """print what would be done (rows per rank, bytes, memory) and stop"""
     overwrite: bool = field(default=False, metadata=RUN)
     """write --out even if it holds something else, or factors of other settings"""

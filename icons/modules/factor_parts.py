@@ -1,0 +1,77 @@
+"""Sums over parts of the rows, in files of their own beside a file of Kronecker factors, until all are there."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from icons.gradients.covariances import CovarianceSums
+from icons.models.tensor_files import write_tensors
+from icons.output import is_empty, is_marked, mark
+
+COMMAND = "factors"
+
+
+class FactorParts:
+    """The folder `FILE.parts`: a file per part, written whole or not at all. Runs that do not know of each other
+    (shards) may fill it together.
+
+    Args:
+        file: of the factors.
+        key: what must be the same for a part to be taken: the bits depend on batches and threads too.
+    """
+
+    def __init__(self, file: Path, key: Mapping[str, Any]) -> None:
+        self.folder = file.with_name(file.name + ".parts")
+        self.key = json.dumps(dict(key), sort_keys=True, default=str)
+
+    def make(self) -> None:
+        """
+        Raises:
+            ValueError: somebody else's things are there.
+        """
+        if self.folder.exists() and not is_empty(self.folder) and not is_marked(self.folder, COMMAND):
+            raise ValueError(
+                f"{self.folder}: is where parts of {self.folder.stem} go, and holds something else; expected no such "
+                "folder: move it, or write the factors elsewhere"
+            )
+        mark(self.folder, COMMAND)
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"{part:02}.safetensors"
+
+    def write(self, part: int, sums: CovarianceSums, reason: str) -> None:
+        """`reason`: why the part's first failed row failed, or empty."""
+        tensors = sums.tensors()
+        write_tensors(self.path(part), tensors, {"key": self.key, "reason": reason, "digest": digest(tensors)})
+
+    def read(self, part: int) -> tuple[CovarianceSums, str] | None:
+        """A part's sums and the reason; None: it is not there, not whole, or of something else."""
+        try:
+            with safe_open(self.path(part), framework="pt") as opened:
+                about = opened.metadata() or {}
+                if about.get("key") != self.key:
+                    return None
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError):
+            return None
+        return (CovarianceSums.of(tensors), about["reason"]) if about.get("digest") == digest(tensors) else None
+
+    def remove(self) -> None:
+        """Takes the folder away, if it is ours; another run may be at it too."""
+        if is_marked(self.folder, COMMAND):
+            rmtree(self.folder, ignore_errors=True)
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 (16 hex digits) over names and numbers."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:16]
