@@ -181,7 +181,7 @@ def estimate_factors(
     A pass as for gradients, for drawn labels a forward pass more. Each rank sums covariances in float64 on the host; a
     device holds those of a batch, and the file all of them, in float32.
     """
-    entries, size = covariance_entries(plan.model, width), ModelSize.of(plan.model)
+    entries, size = _covariance_entries(plan.model, width), ModelSize.of(plan.model)
     parts = split(math.ceil(chosen.num_units / shards), ranks)
     per_rank = [min(chosen.chunk_rows * count, chosen.num_rows) for count in parts]
     kinds: list[Kind] = ["per-sample", "forward"] if drawn else ["per-sample"]
@@ -197,10 +197,10 @@ def estimate_factors(
     )
 
 
-def covariance_entries(model: nn.Module, width: int) -> int:
+def _covariance_entries(model: nn.Module, width: int) -> int:
     """Numbers in the covariances of the trainable linear layers: whole for sides up to `width`, else their diagonals.
 
-    >>> covariance_entries(nn.Linear(4, 6), 4)
+    >>> _covariance_entries(nn.Linear(4, 6), 4)
     22
     """
     sides = [
