@@ -176,7 +176,7 @@ PACKAGE = Path(icons.__file__).parent
 ELSEWHERE = {"datamodules/training_formats.py", "datamodules/records/tar_file.py"} | {
     "datamodules/benchmarks/benchmark.py",
     "output.py",
-    "store/folder.py",
+    "store/file.py",
     "models/export/folder.py",
     "models/export/processor.py",
 }

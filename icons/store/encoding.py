@@ -12,10 +12,15 @@ FIELDS = ("gradient", "norm", "loss", "tokens", "status")
 FLOAT16_LIMIT = 65520.0  # from here on, rounding to the nearest float16 gives infinity
 FLOAT16_SAFE = 2.0**-10  # a row with a number as large loses less to float16's narrow range than to its rounding
 FLOAT16_TOP = 14  # exponent that the largest number of any other row gets
+SAFE_BITS = int(np.float16(FLOAT16_SAFE).view(np.uint16))  # the same, as integers
+INF_BITS = int(np.float16(np.inf).view(np.uint16))
+SIGN = np.uint16(1 << 15)
 TORCH_SERIAL = 32767  # numbers: from 32,768 on torch cuts an operation into parts for its threads
 
 
-def encode(gradient: np.ndarray, dtype: str, largest: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+def encode(
+    gradient: np.ndarray, dtype: str, largest: np.ndarray | None = None, out: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """float32 rows as they are stored, and the scale per row for float16 and int8.
 
     float16 rounds to the nearest (ties to even). Its scale is 1 where the row's largest number is from 2^-10 to 65,504,
@@ -26,7 +31,8 @@ def encode(gradient: np.ndarray, dtype: str, largest: np.ndarray | None = None) 
     Args:
         gradient: `[n, K]`.
         dtype: one of `DTYPES`.
-        largest: `largest_of(gradient)`, if it is known: it reads every number twice.
+        largest: `largest_of(gradient)`, if it is known.
+        out: where the stored rows are put, if they are float16; default: new memory.
 
     >>> encode(np.array([[1.0, -2.0]], dtype=np.float32), "int8")[0].tolist()
     [[64, -127]]
@@ -37,7 +43,7 @@ def encode(gradient: np.ndarray, dtype: str, largest: np.ndarray | None = None) 
     if dtype == "float16":
         scale = float16_scale(largest)
         scaled = gradient if (scale == 1).all() else gradient / scale[:, None]  # exact: powers of two
-        return to_float16(scaled), scale
+        return to_float16(scaled, out), scale
     scale = (largest / np.float32(127)).astype(np.float32)
     steps = gradient / np.where(scale > 0, scale, 1)[:, None]
     return np.rint(steps).clip(-127, 127).astype(np.int8), scale
@@ -64,22 +70,40 @@ def float16_scale(largest: np.ndarray) -> np.ndarray:
     return np.where(keep, 1, np.ldexp(np.float32(1), np.maximum(exponent, -126))).astype(np.float32)
 
 
-def to_float16(gradient: np.ndarray) -> np.ndarray:
-    """The nearest float16. torch converts in vector registers, ten times as fast as numpy, to the same bits.
+def to_float16(gradient: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """The nearest float16, in `out` if that is given (C-contiguous). torch converts in vector registers, ten times as
+    fast as numpy, to the same bits.
 
     In pieces for which torch starts no threads: those would wait at each conversion for a core that a background writer
     or another rank is using, which has taken a hundred times as long as the conversion itself.
     """
-    half = np.empty(gradient.shape, np.float16)
-    pieces = [
-        torch.from_numpy(array).reshape(-1).split(TORCH_SERIAL) for array in (half, np.ascontiguousarray(gradient))
-    ]
-    for target, source in zip(*pieces, strict=True):
-        target.copy_(source)
+    half = np.empty(gradient.shape, np.float16) if out is None else out
+    assert half.flags.c_contiguous, "or what is put there would be put in a copy"
+    target, source = (torch.from_numpy(array).reshape(-1) for array in (half, np.ascontiguousarray(gradient)))
+    piece = max(1, len(target)) if torch.get_num_threads() == 1 else TORCH_SERIAL
+    for into, values in zip(target.split(piece), source.split(piece), strict=True):
+        into.copy_(values)
     return half
 
 
-def encode_rows(results: Mapping[str, np.ndarray], dtype: str, scaled: bool = True) -> dict[str, np.ndarray]:
+def needs_no_scale(half: np.ndarray) -> bool:
+    """Whether each row's largest magnitude was, before it was rounded to these float16, certainly above `FLOAT16_SAFE`
+    and below `FLOAT16_LIMIT`: rounding keeps the order, and both limits are numbers of float16 or round to infinity.
+
+    Reads half the bytes of `largest_of`. As integers, float16 of one sign lie in the order of their magnitudes, and all
+    negative ones above all others.
+
+    >>> [needs_no_scale(np.array([row], np.float16)) for row in ([1.0, -2.0], [0.0, -1e-3], [1.0, np.nan])]
+    [True, True, False]
+    """
+    positive = half.view(np.int16).max(axis=1, initial=0)
+    negative = half.view(np.uint16).max(axis=1, initial=SIGN) - SIGN
+    return bool(((np.maximum(positive, negative) > SAFE_BITS) & (positive < INF_BITS) & (negative < INF_BITS)).all())
+
+
+def encode_rows(
+    results: Mapping[str, np.ndarray], dtype: str, scaled: bool = True, out: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
     """Results as the arrays of a gradient store, in the order in which they are written.
 
     Args:
@@ -87,6 +111,7 @@ def encode_rows(results: Mapping[str, np.ndarray], dtype: str, scaled: bool = Tr
         dtype: of the stored rows. A finished row with a number that is not finite gets the status NON_FINITE.
         scaled: False for a float16 store that was begun without scales: what float16 cannot hold (above 65,504) is
             then NON_FINITE too.
+        out: `[n, K]`, C-contiguous: float16 rows are put there, and are what is returned.
 
     Raises:
         ValueError: a status is 0 (not written).
@@ -96,15 +121,19 @@ def encode_rows(results: Mapping[str, np.ndarray], dtype: str, scaled: bool = Tr
         raise ValueError("status: got 0 (not written); expected 1 (done) or a code of failure for every row")
     norm, loss = (np.array(results[name], dtype=np.float32) for name in ("norm", "loss"))
     tokens = np.array(results["tokens"], dtype=np.int32)
-    largest = largest_of(gradient)
-    limit = FLOAT16_LIMIT if dtype == "float16" and not scaled else np.inf
-    beyond = (status == Status.DONE) & ~(largest < limit)
-    if beyond.any():
-        gradient = np.where(beyond[:, None], np.float32(0), gradient)
-        largest[beyond] = 0
-        status[beyond], norm[beyond], loss[beyond], tokens[beyond] = Status.NON_FINITE, np.nan, np.nan, 0
-    stored, scale = (
-        (to_float16(gradient), None) if dtype == "float16" and not scaled else encode(gradient, dtype, largest)
-    )
+    if dtype == "float16" and needs_no_scale(half := to_float16(gradient, out)):
+        stored, scale = half, np.ones(len(half), np.float32) if scaled else None
+    else:
+        largest = largest_of(gradient)
+        limit = FLOAT16_LIMIT if dtype == "float16" and not scaled else np.inf
+        beyond = (status == Status.DONE) & ~(largest < limit)
+        if beyond.any():
+            gradient = np.where(beyond[:, None], np.float32(0), gradient)
+            largest[beyond] = 0
+            status[beyond], norm[beyond], loss[beyond], tokens[beyond] = Status.NON_FINITE, np.nan, np.nan, 0
+        if dtype == "float16" and not scaled:
+            stored, scale = to_float16(gradient, out), None
+        else:
+            stored, scale = encode(gradient, dtype, largest, out)
     scales = {} if scale is None else {"scale": scale}
     return {"gradients": stored, **scales, "norm": norm, "loss": loss, "tokens": tokens, "status": status}

@@ -8,12 +8,9 @@ durable before it gets its name: after a cut it would otherwise be there and emp
 """
 
 import asyncio
-import errno
 import os
-import stat
 import threading
-import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -24,15 +21,21 @@ from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
 from icons.output import flush_path, sweep_partials
-from icons.process import process_mark
 from icons.store.chunk import check_unwritten
+from icons.store.file import (
+    Guard,
+    LostUnit,
+    checked_file,
+    link,
+    nothing,
+    raise_if_vanished,
+    read_file,
+    write_file,
+    write_partial,
+)
 
-PARTIAL = ".partial"
-FLUSHES = 16  # at once
-VOLATILE = "status/lease/"  # who computes what is worth nothing after a loss of power
-METADATA = "zarr.json"
-Guard = Callable[[], None]
-"""Called just before a file gets its name; raises to prevent it."""
+_FLUSHES = 16  # at once
+_VOLATILE = "status/lease/"  # who computes what is worth nothing after a loss of power
 
 
 class DurableLocalStore(LocalStore):
@@ -45,7 +48,7 @@ class DurableLocalStore(LocalStore):
         super().__init__(root, read_only=read_only)
         self.unflushed: list[Path] = []
         self.named: set[Path] = set()  # folders whose own names are durable
-        self.pool = ThreadPoolExecutor(FLUSHES, "icons-flush")
+        self.pool = ThreadPoolExecutor(_FLUSHES, "icons-flush")
         self.flushing = threading.Lock()  # who comes second waits for the first, who may be flushing the second's files
 
     def flush(self, also: Iterable[Path] = ()) -> None:
@@ -76,7 +79,9 @@ class DurableLocalStore(LocalStore):
 
     def flush_side_by_side(self, paths: Sequence[Path]) -> None:
         """`fsync` of all; a part of them for each thread, since handing over costs as much as a small file."""
-        for done in [self.pool.submit(flush_each, paths[start::FLUSHES]) for start in range(min(FLUSHES, len(paths)))]:
+        for done in [
+            self.pool.submit(_flush_each, paths[start::_FLUSHES]) for start in range(min(_FLUSHES, len(paths)))
+        ]:
             done.result()
 
     def flush_deleted(self, keys: Sequence[str]) -> None:
@@ -105,10 +110,7 @@ class DurableLocalStore(LocalStore):
         return (self.root / key).is_file()
 
     def read(self, key: str) -> bytes | None:
-        try:
-            return checked_file(self.root / key).read_bytes()
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            return None
+        return read_file(self.root / key)
 
     def read_array(self, key: str) -> np.ndarray | None:
         """The bytes of `key`, `[bytes]` uint8, in memory of their own."""
@@ -134,10 +136,10 @@ class DurableLocalStore(LocalStore):
         ones are writing stays, and what other machines' have left (`verify --repair` removes it)."""
         sweep_partials(self.root)
         wanted = {str(unit) for unit in units}
-        for array in folders_in(self.root):
+        for array in _folders_in(self.root):
             for part in ("", "c", "lease", "digest"):
                 sweep_partials(array / part)
-            for name in wanted.intersection(folder.name for folder in folders_in(array / "c")):
+            for name in wanted.intersection(folder.name for folder in _folders_in(array / "c")):
                 sweep_partials(array / "c" / name)  # a unit's own, where an array has several dimensions
 
     def delete_sync(self, key: str) -> None:
@@ -210,11 +212,11 @@ class DurableLocalStore(LocalStore):
         return True
 
     def remember(self, key: str, path: Path) -> None:
-        if not key.startswith(VOLATILE):
+        if not key.startswith(_VOLATILE):
             self.unflushed.append(path)
 
 
-def folders_in(folder: Path) -> list[Path]:
+def _folders_in(folder: Path) -> list[Path]:
     try:
         with os.scandir(folder) as entries:
             return [Path(entry.path) for entry in entries if entry.is_dir()]
@@ -222,112 +224,6 @@ def folders_in(folder: Path) -> list[Path]:
         return []
 
 
-def checked_file(path: Path) -> Path:
-    """The path, unless a pipe or a device lies there, which would be waited for without end.
-
-    Raises:
-        ValueError: one does.
-        FileNotFoundError: nothing lies there.
-    """
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise ValueError(f"{path}: is a pipe or a device; expected a file of a store")
-    return path
-
-
-class LostUnit(Exception):
-    """Raised by a guard: the unit whose file was about to get its name is another run's now, or finished."""
-
-
-def nothing() -> None:
-    """The guard of a file that nobody else may want to write."""
-
-
-def flush_each(paths: Iterable[Path]) -> None:
+def _flush_each(paths: Iterable[Path]) -> None:
     for path in paths:
         flush_path(path)
-
-
-def write_file(
-    root: Path, key: str, parts: Sequence[Any], *, exclusive: bool = False, guard: Guard | None = None
-) -> Path:
-    """Writes one key below `root` and renames it into place (`exclusive`: links it, which fails if it exists).
-
-    Raises:
-        FileNotFoundError: `root` is gone.
-        FileExistsError: `exclusive`, and the key exists.
-        LostUnit: the guard has objected.
-        OSError: whatever the disk says (full, read-only, `exclusive` without hard links); nothing is left behind then.
-    """
-    path, partial = root / key, write_partial(root, key, parts)
-    try:
-        if key.endswith(METADATA):
-            flush_path(partial)
-        (guard or nothing)()
-        if not exclusive:
-            return partial.replace(path)
-        link(partial, path)
-        partial.unlink()
-        return path
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        raise_if_vanished(root, error)
-        raise
-
-
-def write_partial(root: Path, key: str, parts: Sequence[Any]) -> Path:
-    """Writes the content of a key beside its name."""
-    path = root / key
-    make_parents(root, path.parent)
-    partial = path.with_name(f".{path.name}.{process_mark()}.{uuid.uuid4().hex}{PARTIAL}")
-    try:
-        with partial.open("wb") as file:
-            file.writelines(parts)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        raise_if_vanished(root, error)
-        raise
-    return partial
-
-
-def link(partial: Path, path: Path) -> None:
-    """The rename that fails if the name is taken, also when two processes try at once."""
-    try:
-        os.link(partial, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        message = (
-            f"{path.parent}: this file system has no hard links, by which runs agree on who computes what; expected "
-            "one that has them (ext4, XFS, NFS, Lustre): put the store there, or give an object store by its URL (s3://)"
-        )
-        raise OSError(error.errno, message) from error
-
-
-def raise_if_vanished(root: Path, error: BaseException) -> None:
-    """A missing file means nothing to the user; that the whole store is missing does."""
-    if isinstance(error, FileNotFoundError) and not (root / METADATA).exists():
-        raise vanished(root) from error
-
-
-def vanished(store: Path | str) -> FileNotFoundError:
-    return FileNotFoundError(f"store {store}: has vanished while it was being written; put it back, or start anew")
-
-
-def make_root(root: Path) -> None:
-    """Makes the store's folder and those above it; their names are durable."""
-    made = [folder for folder in (root, *root.parents) if not folder.exists()]
-    root.mkdir(parents=True, exist_ok=True)
-    for folder in made:
-        flush_path(folder.parent)
-
-
-def make_parents(root: Path, folder: Path) -> None:
-    """Makes the folders between `root` and `folder`, and never `root` itself."""
-    if folder.is_dir():
-        return
-    if not root.is_dir():
-        raise vanished(root)
-    if folder != root:
-        make_parents(root, folder.parent)
-        folder.mkdir(exist_ok=True)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from icons.store.folder import PARTIAL
+from icons.store.file import PARTIAL
 from icons.store.storage import Storage
 
 log = logging.getLogger(__name__)

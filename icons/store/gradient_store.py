@@ -64,9 +64,11 @@ class GradientStore(RowStore):
         self.loss, self.tokens, self.scale = self.arrays["loss"], self.arrays["tokens"], self.arrays.get("scale")
         self.dtype = str(self.gradients.dtype)
 
-    def encode(self, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Results (`FIELDS`) as this store's arrays."""
-        return encode_rows(results, self.dtype, scaled=self.scale is not None)
+    def encode(
+        self, results: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Results (`FIELDS`) as this store's arrays; float16 rows are put in `out["gradients"]`, if that is given."""
+        return encode_rows(results, self.dtype, scaled=self.scale is not None, out=(out or {}).get("gradients"))
 
     @classmethod
     def create(

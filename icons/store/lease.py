@@ -15,6 +15,10 @@ is its own: the taker has made a higher one, and in the end removes both, after 
 that has gone is neither ours nor made again. So whoever comes back finds a higher lease, none, or a finished unit, and
 writes nothing.
 
+The generations of a unit that is not done have no gap, since only the highest is given back before the unit is done: a
+lease is the highest where the next generation is not there. To look for that one name is much cheaper than to list all
+leases, and a writer asks before each file.
+
 A lease that cannot be read is a dead one: leases are not made durable, and a loss of power may leave them empty.
 """
 
@@ -41,6 +45,7 @@ class Keys(Protocol):
     def get(self, key: str) -> bytes | None: ...
     def put(self, key: str, value: bytes) -> None: ...
     def put_new(self, key: str, value: bytes) -> bool: ...
+    def exists(self, key: str) -> bool: ...
     def delete(self, key: str) -> None: ...
     def list(self, prefix: str) -> list[str]: ...
 
@@ -127,7 +132,10 @@ class Leases:
     def owns(self, unit: int) -> bool:
         """Whether the lease of `unit` is still ours: there, and nobody has taken it over."""
         generation = self.held.get(unit)
-        return generation is not None and self.is_mine(unit, generation) and self.latest(unit) == generation
+        return generation is not None and self.is_mine(unit, generation) and not self.is_taken_over(unit, generation)
+
+    def is_taken_over(self, unit: int, generation: int) -> bool:
+        return self.keys.exists(lease_key(unit, generation + 1))
 
     def is_mine(self, unit: int, generation: int) -> bool:
         holder = self.read(unit, generation)
@@ -139,6 +147,8 @@ class Leases:
             generation = self.held.pop(unit, None)
             if generation is None or not self.is_mine(unit, generation):
                 return
+            if not done and self.is_taken_over(unit, generation):
+                return  # it would leave a gap, behind which an older owner would take itself for the only one
             for old in range(generation, -1 if done else generation - 1, -1):
                 self.keys.delete(lease_key(unit, old))
 
@@ -151,13 +161,17 @@ class Leases:
             self.release(unit, done=False)
 
     def sweep(self, is_done: Callable[[int], bool]) -> None:
-        """Removes the leases of units that are done and whose owner died before it could."""
+        """Removes the leases of units that are done and whose owners all died before they could, the highest first."""
+        leases: dict[int, list[int]] = {}
         for key in self.keys.list(PREFIX):
             unit, _, generation = key.rpartition("/")[2].partition(".")
             if unit.isdigit() and generation.isdigit() and is_done(int(unit)):
-                holder = self.read(int(unit), int(generation))
-                if holder is None or not self.is_alive(holder):
-                    self.keys.delete(key)
+                leases.setdefault(int(unit), []).append(int(generation))
+        for of_unit, generations in leases.items():
+            holders = [self.read(of_unit, each) for each in generations]
+            if not any(holder is not None and self.is_alive(holder) for holder in holders):
+                for old in sorted(generations, reverse=True):
+                    self.keys.delete(lease_key(of_unit, old))
 
     def latest(self, unit: int) -> int:
         """The generation that holds a unit; -1: none."""

@@ -15,7 +15,8 @@ from icons.batch import Status
 from icons.partition import Partition
 from icons.store import unit_digest
 from icons.store.chunk import check_unwritten, chunk_key, from_bytes, to_parts
-from icons.store.folder import DurableLocalStore, Guard, nothing, vanished
+from icons.store.file import Guard, nothing, vanished
+from icons.store.folder import DurableLocalStore
 from icons.store.foreign import check_manifest, is_plain
 from icons.store.former import article, discard, is_of_store, stored_kind
 from icons.store.layout import READABLE_STATUS, Column, check_layout, documents, group_array

@@ -36,8 +36,10 @@ class ScoreStore(RowStore):
     KIND = "score"
     FIELDS = ("influence", "stderr", "norm", "loss", "tokens", "status")
 
-    def encode(self, results: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Results (`FIELDS`) as this store's arrays; a row that is not done has no score."""
+    def encode(
+        self, results: Mapping[str, np.ndarray], out: Mapping[str, np.ndarray] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Results (`FIELDS`) as this store's arrays, in new memory; a row that is not done has no score."""
         values = {name: np.array(results[name], dtype=self.arrays[name].dtype) for name in self.FIELDS}
         failed = values["status"] != Status.DONE
         values["influence"][failed] = values["stderr"][failed] = np.nan

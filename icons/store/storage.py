@@ -9,7 +9,8 @@ from zarr.abc.store import Store
 from zarr.core.buffer import Buffer, default_buffer_prototype
 from zarr.core.sync import sync
 
-from icons.store.folder import DurableLocalStore, Guard, LostUnit, make_root, nothing
+from icons.store.file import Guard, LostUnit, make_root, nothing
+from icons.store.folder import DurableLocalStore
 from icons.store.object_store import open_url
 
 T = TypeVar("T")

@@ -15,33 +15,43 @@ from typing import TypeVar
 import numpy as np
 
 from icons.store import GradientStore, ScoreStore
-from icons.store.folder import LostUnit
+from icons.store.file import LostUnit
 from icons.store.lease import Leases
 from icons.store.row_store import RowStore
 from icons.terminal import counted
 
 Columns = dict[str, np.ndarray]
+Encode = Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], Columns]
 Item = TypeVar("Item")
 WRITERS = 2  # so that one copies while the other makes checksums, or waits for an object store
 UNCOMMITTED = 8  # written units that may wait until they are made durable
 
 
 class OpenUnit:
-    """A unit of which some rows have arrived, encoded as they will be stored."""
+    """A unit of which some rows have arrived, encoded as they will be stored.
 
-    def __init__(self, num_rows: int, columns: Columns) -> None:
-        self.columns = columns
+    Args:
+        encode: the store's.
+        num_rows: of the unit.
+        columns: memory for its arrays, of a unit that has been stored; each array that it lacks is made.
+    """
+
+    def __init__(self, encode: Encode, num_rows: int, columns: Columns) -> None:
+        self.encode, self.columns = encode, columns
         self.arrived = np.zeros(num_rows, dtype=bool)
 
-    def add(self, position: np.ndarray, rows: Columns) -> bool:
+    def add(self, position: np.ndarray, results: Mapping[str, np.ndarray]) -> bool:
         """Puts rows at their positions; whether the unit is whole now."""
         place: np.ndarray | slice = position
-        if (np.diff(position) == 1).all():  # in order, as rows of equal length come: three times as fast as one by one
+        out: Columns = {}
+        if (np.diff(position) == 1).all():  # in order, as rows of equal length come: they are encoded where they belong
             place = slice(int(position[0]), int(position[-1]) + 1)
-        for name, values in rows.items():
+            out = {name: column[place] for name, column in self.columns.items()}
+        for name, values in self.encode(results, out).items():
             if name not in self.columns:
                 self.columns[name] = np.empty((len(self.arrived), *values.shape[1:]), values.dtype)
-            self.columns[name][place] = values
+            if values is not out.get(name):
+                self.columns[name][place] = values
         self.arrived[place] = True
         return bool(self.arrived.all())
 
@@ -138,9 +148,9 @@ class UnitWriter:
             rows = self.store.partition.unit_rows(unit)
             opened, here = self.open_units.get(unit), units == unit
             if opened is None:
-                opened = self.open_units[unit] = OpenUnit(len(rows), self.memory_for(len(rows)))
+                opened = self.open_units[unit] = OpenUnit(self.store.encode, len(rows), self.memory_for(len(rows)))
             mine = values if here.all() else {name: values[name][here] for name in self.store.FIELDS}
-            if opened.add(row[here] - rows.start, self.store.encode(mine)):
+            if opened.add(row[here] - rows.start, mine):
                 self.pass_on(unit, self.open_units.pop(unit).columns)
 
     def store_unit(self, unit: int, columns: Columns) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from icons.batch import Status
 from icons.store import unit_digest
 from icons.store.chunk import chunk_key
-from icons.store.folder import PARTIAL
+from icons.store.file import PARTIAL
 from icons.store.gradient_store import GradientStore
 from icons.store.layout import changed_arrays
 from icons.store.row_store import RowStore

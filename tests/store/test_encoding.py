@@ -1,5 +1,7 @@
 """Rows are stored as numpy rounds them; int8 adds less error than the projection has; nothing overflows silently."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +46,30 @@ def test_float16_loses_nothing_of_rows_of_any_norm(exponent: int) -> None:
     error = np.linalg.norm(found - given, axis=1) / np.linalg.norm(given.astype(np.float64), axis=1)
     assert (error < 2**-11).all()
     assert np.isin(np.frexp(stored["scale"])[0], 0.5).all(), "powers of two"
+
+
+SAFE = np.float32(2.0**-10)
+BORDERS = [SAFE, *(np.nextafter(SAFE, np.float32(beside)) for beside in (0, 1)), SAFE * np.float32(1 - 2.0**-12)]
+BORDERS += [np.float32(value) for value in (65519.996, 65520, 1e-7, 0, np.inf, 2)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("largest", BORDERS)
+def test_a_float16_row_has_the_scale_that_its_largest_float32_number_asks_for(largest: float, sign: int) -> None:
+    """Whoever stands beside it in the batch, and wherever the rows are put."""
+    row = np.array([0, 0.5 * largest, -0.25 * largest, sign * largest], np.float32)
+    for beside in (np.float32([1, -2, 3, 0]), np.float32([1e-9, 0, 0, 0]), np.float32([0, np.nan, 0, 0])):
+        out = np.full((2, 4), 7, np.float16)
+        stored = encode_rows(results(np.stack([row, beside])), "float16", out=out)
+        assert stored["gradients"] is out
+        if not np.isfinite(row).all():
+            assert stored["status"][0] == Status.NON_FINITE and not out[0].any()
+            continue
+        keeps = largest == 0 or 2.0**-10 <= largest < 65520
+        scale = 1.0 if keeps else 2.0 ** (math.floor(math.log2(largest)) - 14)
+        assert stored["scale"][0] == scale and stored["status"][0] == Status.DONE
+        expected = (row.astype(np.float64) / scale).astype(np.float32).astype(np.float16)
+        np.testing.assert_array_equal(out[0].view(np.uint16), expected.view(np.uint16))
 
 
 def test_int8_error_is_at_most_half_a_step_and_zero_rows_stay_zero() -> None:

@@ -34,6 +34,9 @@ class MemoryKeys:
         with self.lock:
             return self.values.setdefault(key, value) is value
 
+    def exists(self, key: str) -> bool:
+        return key in self.values
+
     def delete(self, key: str) -> None:
         self.values.pop(key, None)
 
@@ -119,6 +122,30 @@ def test_an_owner_elsewhere_is_dead_when_its_counter_stands_still_for_our_timeou
     assert not taker.acquire(7), "seen for the first time: who knows"
     time.sleep(0.4)
     assert taker.acquire(7) and not dead.owns(7) and taker.owns(7)
+
+
+def test_an_owner_that_was_given_up_gives_nothing_back_so_that_those_before_it_stay_given_up(make: Any) -> None:
+    first, second, third = (make(timeout_s=1000.0) for _ in range(3))
+    for number, leases in enumerate((first, second, third)):
+        leases.me = dataclasses.replace(leases.me, machine=f"machine {number}")
+    assert first.acquire(7)
+    for taker in (second, third):
+        assert not taker.acquire(7), "seen for the first time"
+        taker.seen = {owner: (beat, since - 2000.0) for owner, (beat, since) in taker.seen.items()}
+        assert taker.acquire(7)
+    second.close()  # it comes back
+    assert third.owns(7) and not first.owns(7) and not second.owns(7)
+    third.release(7, done=False)
+    assert second.held == {} and not first.owns(7)
+
+
+def test_leases_of_a_done_unit_are_swept_together_or_not_at_all(make: Any, keys: Any) -> None:
+    alive, sweeper = make(elsewhere=True), make()
+    keys.put(lease_key(3, 0), alive.me.to_bytes())
+    for unit, generation in ((3, 1), (4, 0), (4, 1), (5, 0)):
+        keys.put(lease_key(unit, generation), dead_here().to_bytes())
+    sweeper.sweep(lambda unit: unit != 5)
+    assert sorted(keys.list("status/lease")) == [lease_key(3, 0), lease_key(3, 1), lease_key(5, 0)]
 
 
 def test_an_owner_elsewhere_that_moves_is_left_alone_however_long_it_takes(make: Any) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from icons.process import process_mark
 from icons.store import GradientStore
-from icons.store.folder import LostUnit
+from icons.store.file import LostUnit
 from icons.store.lease import Leases, lease_key
 from icons.store.unit_writer import UnitWriter, statuses_of
 from icons.store.verify import verify
