@@ -11,7 +11,7 @@ same graph: exact, slower, and announced once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients.chance import without_chance
-from icons.gradients.layers import TEXT, Call, Part, widen
+from icons.gradients.garbage import no_collection
+from icons.gradients.layers import TEXT, Call, Division, Part, divided, input_of, widen
 from icons.gradients.loss_scale import LossScale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
@@ -113,7 +114,7 @@ class BackwardPass:
             UnprovenError: before or after blocks were sent; what was received is void.
             OverflowedError: the same.
         """
-        with self.hooks(), self.frozen():
+        with no_collection(), self.hooks(), self.frozen():
             losses = self.forward()
             if self.slow and not bool(losses.isfinite().all()):
                 # not even zero times such a sample's activations is zero: they are zeros for the others' sake
@@ -166,39 +167,39 @@ class BackwardPass:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for handle in self.inputs.hooks():
-                stack.callback(handle.remove)
+        handles = self.inputs.hooks()
+        try:
             for socket in self.sockets:
                 module = self.members.modules[socket.module]
-                stack.callback(module.register_forward_hook(partial(self.tap, socket), with_kwargs=True).remove)
+                handles.append(module.register_forward_hook(partial(self.tap, socket), with_kwargs=True))
             if any(getattr(module, "gradient_checkpointing", False) for module in self.members.training):
                 # reentrant checkpointing differentiates nothing unless an input requires a gradient
                 embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
-                stack.callback(
-                    embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_()).remove
-                )
-            stack.callback(self.inputs.forget)
+                handles.append(embeddings.register_forward_hook(lambda _module, _args, output: output.requires_grad_()))
             yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.inputs.forget()
 
     def tap(self, socket: Socket, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self.inside:
             return None
-        linear = socket.linear
-        stranger = not self.known.sees_text.get(module, True)
-        owned = (self.ownership, self.known.refuses(socket.parts)) if stranger else ()
-        call = Call(module, args, kwargs, output, self.shape, linear, *owned)
+        call = None if socket.linear else Call(module, args, kwargs)
+        kept = input_of(args, kwargs) if call is None else call.let_go()
+        if self.known.sees_text.get(module, True):
+            division = divided(kept, output, self.shape)
+        else:
+            division = Division(*self.ownership.share(kept, output, self.known.refuses(socket.parts)))
         if self.forward_pass:
-            self.meet(socket.parts, call.layout)
-        if call.layout == FOREIGN or not torch.is_grad_enabled():
+            self.meet(socket.parts, division.layout)
+        if division.layout is FOREIGN or not torch.is_grad_enabled():
             return None
         if not output.requires_grad:
             output = output.detach().requires_grad_()  # the graph begins at the first trainable layer
-        kept = call.tensors
-        if linear:
+        if call is None:
             kept = [self.inputs.of(module, kept[0])]
-        call.forget()
-        return Tap.apply(output, partial(self.arrive, socket, call), *kept)  # type: ignore[no-untyped-call]
+        return Tap.apply(output, partial(self.arrive, socket, division, call), *kept)  # type: ignore[no-untyped-call]
 
     def meet(self, parts: list[Part], layout: Layout) -> None:
         size = self.shape[0]
@@ -207,53 +208,56 @@ class BackwardPass:
             use = part.name, layout, size > 1
             if not self.proving and use not in self.plan.covered:
                 (self.plan.covered if self.known.covers(part.name, layout, size) else unknown).add(use)
-            self.met[part.name].add(layout)
-            self.uses[part.name] += layout != FOREIGN
+            if self.proving:
+                self.met[part.name].add(layout)
+            self.uses[part.name] += layout is not FOREIGN
         if unknown:
             raise UnprovenError({name for name, *_ in unknown})
 
-    def arrive(self, socket: Socket, call: Call, kept: tuple[Tensor, ...], gradient: Tensor) -> None:
+    def arrive(
+        self, socket: Socket, division: Division, call: Call | None, kept: tuple[Tensor, ...], gradient: Tensor
+    ) -> None:
         if not self.listening:
             return
         blocks: dict[str, Tensor] = {}
-        if not socket.linear:
+        if call is not None:
             odd = {part.kind: self.parameters[part.name] for part in socket.parts if not part.linear}
             self.inside = True
             try:
                 with self.autocast():
-                    blocks = call.again(odd, kept, gradient)
+                    blocks = call.again(odd, division, kept, gradient)
             finally:
                 self.inside = False
         with whole_precision(gradient):
             for part in socket.parts:
                 if self.proving:
-                    size = call.lengths(kept[0]).to(gradient.device) * call.lengths(gradient)
+                    size = division.lengths(kept[0]).to(gradient.device) * division.lengths(gradient)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
                 elif self.watch is not None and part.name not in self.plan.hidden and part.kind == "weight":
-                    self.show(part.name, call, kept[0], gradient)
-                pieces = self.pieces(part, call)
+                    self.show(part.name, division, kept[0], gradient)
+                pieces = self.pieces(part, division)
                 if len(pieces) == 1:
-                    block = call.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
+                    block = division.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
                     self.collect(part.name, block)
                     continue
                 self.uses[part.name] -= 1
                 for rows in pieces:
-                    self.send(part.name, call.linear(part.kind, kept[0], gradient, rows), rows)
+                    self.send(part.name, division.linear(part.kind, kept[0], gradient, rows), rows)
 
-    def pieces(self, part: Part, call: Call) -> list[slice]:
+    def pieces(self, part: Part, division: Division) -> list[slice]:
         """The samples to make a block of at a time: all, unless it is a large one that is made of this call alone."""
         alone = self.uses[part.name] == 1 and part.name not in self.partial
-        if not (self.in_pieces and alone and part.linear and call.layout.even):
+        if not (self.in_pieces and alone and part.linear and division.layout.even):
             return [slice(0, self.shape[0])]
         parameter = self.parameters[part.name]
         return samples_at_a_time(self.shape[0], parameter.numel(), parameter.device)
 
-    def show(self, name: str, call: Call, x: Tensor, gradient: Tensor) -> None:
+    def show(self, name: str, division: Division, x: Tensor, gradient: Tensor) -> None:
         assert self.watch is not None
-        owners, gradient = call.owners(gradient), widen(call.entries(gradient))
+        owners, gradient = division.owners(gradient), widen(division.entries(gradient))
         if self.factors is not None:
             gradient = gradient / self.factors.to(gradient.device)[owners, None]
-        self.watch(name, call.entries(x), gradient, owners, call.layout.kind in TEXT)
+        self.watch(name, division.entries(x), gradient, owners, division.layout.kind in TEXT)
 
     def collect(self, name: str, block: Tensor) -> None:
         """A weight used several times in one forward pass is complete when all its uses have arrived."""

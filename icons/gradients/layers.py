@@ -5,9 +5,9 @@ with hooks or parametrisations) the module itself is differentiated once more, o
 is one small module, not the model. Neither is trusted before `icons.gradients.proof` has seen it agree with autograd.
 """
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from icons.gradients.ownership import FOREIGN, Layout, Ownership
+from icons.gradients.ownership import FOREIGN, Layout
 
 TEXT = ("tokens", "flat")
 """Layouts whose entries are the positions of the text."""
@@ -38,51 +38,17 @@ class Part:
     linear: bool
 
 
-class Call:
-    """One call of a module, taken apart: tensors that hold samples, tensors that do not, and the rest.
+class Division:
+    """How the tensors of a call are divided among the samples.
 
-    Args:
-        module: what was called.
-        args: its positional arguments.
-        kwargs: its keyword arguments.
-        output: what it gave.
-        shape: (B, L) of the batch.
-        linear: whether it is a linear layer that will not be called again, so that its first tensor is its input.
-        ownership: of the batch's images, for a module that does not see the text; None: it is laid out as the text is.
-        refused: maps of it that were found wrong.
+    Attributes:
+        layout: of the call.
+        counts: entries of each sample.
+        size: B.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        output: Any,
-        shape: tuple[int, int],
-        linear: bool = False,
-        ownership: Ownership | None = None,
-        refused: Set[str] = frozenset(),
-    ) -> None:
-        self.module, self.size = module, shape[0]
-        self.leaves: list[Any] = [*args, *kwargs.values()]
-        self.spec: TreeSpec | None = None
-        if not linear:
-            self.leaves, self.spec = tree_flatten((args, dict(kwargs)))
-        self.numbers = [
-            number
-            for number, leaf in enumerate(self.leaves)
-            if isinstance(leaf, Tensor) and not isinstance(leaf, nn.Parameter)
-        ][: 1 if linear else None]
-        self.tensors: list[Tensor] = [self.leaves[number] for number in self.numbers]
-        self.layout, self.counts = FOREIGN, [0] * self.size  # entries of each sample
-        if ownership is not None:
-            self.layout, self.counts = ownership.share(self.tensors, output, refused)
-        elif self.tensors and (kind := sample_layout(self.tensors[0], output, shape)):
-            length = len(self.tensors[0])
-            self.layout = _text_layout(
-                kind, tuple(tensor.ndim > 0 and len(tensor) == length for tensor in self.tensors)
-            )
-            self.counts = [length // self.size] * self.size
+    def __init__(self, layout: Layout, counts: list[int]) -> None:
+        self.layout, self.counts, self.size = layout, counts, len(counts)
 
     def linear(
         self, kind: str, x: Tensor, gradient: Tensor, rows: slice = slice(None)
@@ -120,22 +86,56 @@ class Call:
         numbers = widen(value) if value.is_floating_point() else torch.ones_like(value, dtype=torch.float32)
         return torch.stack([part.norm() for part in self.samples(numbers)])
 
+
+class Call:
+    """One call of a module, taken apart, so that it can be made again for each sample.
+
+    Args:
+        module: what was called.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.module = module
+        self.leaves: list[Any]
+        self.spec: TreeSpec
+        self.leaves, self.spec = tree_flatten((args, dict(kwargs)))
+        self.numbers = [number for number, leaf in enumerate(self.leaves) if _holds_samples(leaf)]
+
+    def let_go(self) -> list[Tensor]:
+        """The tensors that may hold samples; from then on the tap keeps them, so that checkpointing can drop them."""
+        tensors = [self.leaves[number] for number in self.numbers]
+        for number in self.numbers:
+            self.leaves[number] = None
+        return tensors
+
     def again(
-        self, parameters: Mapping[str, nn.Parameter], kept: Sequence[Tensor], gradient: Tensor
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        division: Division,
+        kept: Sequence[Tensor],
+        gradient: Tensor,
     ) -> dict[str, Float[Tensor, "batch *shape"]]:
-        """The gradients of any parameters inside the module, float32, by running it once more for each sample."""
+        """The gradients of any parameters inside the module, float32, by running it once more for each sample.
+
+        Args:
+            parameters: by their names in the module.
+            division: of the call.
+            kept: what was let go.
+            gradient: of the output.
+        """
         free = {kind: parameter.detach().requires_grad_() for kind, parameter in parameters.items()}
         blocks = {
-            kind: value.new_empty(self.size, *value.shape, dtype=wide(value.dtype)) for kind, value in free.items()
+            kind: value.new_empty(division.size, *value.shape, dtype=_wide(value.dtype)) for kind, value in free.items()
         }
-        axis, ends = self.layout.axis, list(accumulate(self.counts))
-        for sample, (end, count) in enumerate(zip(ends, self.counts, strict=True)):
+        axis, ends = division.layout.axis, accumulate(division.counts)
+        for sample, (end, count) in enumerate(zip(ends, division.counts, strict=True)):
             gradients: Sequence[Tensor | None] = [None] * len(free)
             if count:
                 leaves = list(self.leaves)
-                for number, tensor, split in zip(self.numbers, kept, self.layout.split, strict=True):
+                for number, tensor, split in zip(self.numbers, kept, division.layout.split, strict=True):
                     leaves[number] = tensor.detach().narrow(axis, end - count, count) if split else tensor.detach()
-                assert self.spec is not None
                 args, kwargs = tree_unflatten(leaves, self.spec)
                 with torch.enable_grad():
                     output = functional_call(self.module, free, args, kwargs)
@@ -146,16 +146,29 @@ class Call:
                 blocks[kind][sample] = 0 if value is None else value
         return blocks
 
-    def forget(self) -> None:
-        """Lets go of the tensors: the tap keeps what it needs, so that checkpointing can drop it."""
-        for number in self.numbers:
-            self.leaves[number] = None
-        self.tensors = []
+
+def input_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """A linear layer's input, alone in a list; an empty one if it got none."""
+    return next(([value] for value in (*args, *kwargs.values()) if _holds_samples(value)), [])
 
 
-@cache
-def _text_layout(kind: str, split: tuple[bool, ...]) -> Layout:
-    return Layout(kind, split)
+def _holds_samples(value: Any) -> bool:
+    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
+
+
+def divided(tensors: Sequence[Tensor], output: Any, shape: tuple[int, int]) -> Division:
+    """How a call is divided whose first tensor is laid out as the text is, `shape` (B, L), if it is."""
+    kind = sample_layout(tensors[0], output, shape) if tensors else None
+    if kind is None:
+        return Division(FOREIGN, [0] * shape[0])
+    length = len(tensors[0])
+    split = tuple(tensor.ndim > 0 and len(tensor) == length for tensor in tensors)
+    return _text_division(kind, split, length // shape[0], shape[0])
+
+
+@lru_cache(maxsize=256)  # the layers of a model have few between them
+def _text_division(kind: str, split: tuple[bool, ...], count: int, size: int) -> Division:
+    return Division(Layout(kind, split), [count] * size)
 
 
 def sample_layout(x: Tensor, output: Any, shape: tuple[int, int]) -> str | None:
@@ -176,10 +189,10 @@ def sample_layout(x: Tensor, output: Any, shape: tuple[int, int]) -> str | None:
     return "first" if x.ndim > 2 and len(x) == batch else None
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def _wide(dtype: torch.dtype) -> torch.dtype:
     """float32 for sums, whatever the weights are; float64 stays."""
     return dtype if dtype == torch.float64 else torch.float32
 
 
 def widen(value: Tensor) -> Tensor:
-    return value.to(wide(value.dtype))
+    return value.to(_wide(value.dtype))

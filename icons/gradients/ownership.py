@@ -5,7 +5,7 @@ its counts (`entries_per_row`), by its images that are not padding, by its image
 one for a module, or none; `icons.gradients.proof` decides.
 """
 
-from collections.abc import Iterator, Set
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -100,7 +100,7 @@ class Ownership:
                 found[name] = [int(count * ratio) for count in counts]
         return dict(sorted(found.items(), key=lambda item: sum(self.counts[item[0]]) != length))
 
-    def share(self, tensors: list[Tensor], output: Any, refused: Set[str]) -> tuple[Layout, list[int]]:
+    def share(self, tensors: Sequence[Tensor], output: Any, refused: Set[str]) -> tuple[Layout, list[int]]:
         """How a call's tensors, of which the first is its input, are divided; entries of each row.
 
         Args:
@@ -109,7 +109,7 @@ class Ownership:
             refused: maps that were found wrong.
         """
         if not tensors or not isinstance(output, Tensor) or not output.is_floating_point():
-            return FOREIGN, []
+            return FOREIGN, [0] * self.size
         x = tensors[0]
         for axis in (0, 1) if x.ndim > 2 and len(x) == 1 else (0,):
             if x.ndim <= axis or output.ndim <= axis or output.shape[axis] != x.shape[axis]:
@@ -122,7 +122,7 @@ class Ownership:
                 split = tuple(tensor.ndim > axis and tensor.shape[axis] == length for tensor in tensors)
                 ratio = Fraction(length, sum(self.counts[kind]))
                 return Layout(kind, split, axis, ratio, agreeing, len(set(numbers)) == 1), numbers
-        return FOREIGN, []
+        return FOREIGN, [0] * self.size
 
 
 def parted(values: list[int], sizes: list[int]) -> Iterator[list[int]]:
