@@ -19,6 +19,8 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from icons.gradients.ownership import FOREIGN, Layout
 
+FEW = 32
+"""Columns: a product with so few takes a CPU up to seven times as long as its transpose, which is then copied."""
 TEXT = ("tokens", "flat")
 """Layouts whose entries are the positions of the text."""
 
@@ -58,7 +60,10 @@ class Division:
             gradient = widen(gradient.reshape(self.size, -1, gradient.shape[-1])[rows])
             if kind == "bias":
                 return gradient.sum(dim=1)
-            return torch.bmm(gradient.mT, widen(x.reshape(self.size, -1, x.shape[-1])[rows]))
+            x = widen(x.reshape(self.size, -1, x.shape[-1])[rows])
+            if x.shape[-1] <= FEW < gradient.shape[-1] and x.device.type == "cpu":
+                return torch.bmm(x.mT, gradient).mT.contiguous()
+            return torch.bmm(gradient.mT, x)
         parts = [
             (widen(part).flatten(0, -2), widen(given).flatten(0, -2))
             for part, given in zip(self.samples(gradient), self.samples(x), strict=True)

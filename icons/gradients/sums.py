@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 PART = 1 << 13  # entries that are added up one by one
+RUN = 1 << 10  # squares that are added up by eight or more adders side by side
 CACHED = 1 << 18  # entries that are gone through several times on a CPU: 1 MB
 LARGE = 1 << 21  # entries of a block that is gone through in pieces: 8 MB
 
@@ -62,17 +63,14 @@ def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"
     """
     flat = block[:, None].flatten(1)
     if flat.device.type != "cpu":
-        return torch.linalg.vector_norm(flat, dim=1).square()  # a tree of sums, and no product is stored
-    parts = flat.split(max(1, CACHED // max(1, flat.shape[1]))) if flat.numel() > CACHED else [flat]
-    sums = [_row_sums(part.square()) for part in parts]
-    return sums[0] if len(sums) == 1 else torch.cat(sums)
-
-
-def _row_sums(values: Float[Tensor, "batch entries"]) -> Float[Tensor, " batch"]:
-    """The sum of each row: its parts are summed where several threads cannot share a row out."""
-    whole = values.shape[1] // PART * PART
-    rest = values[:, whole:].sum(dim=1)
-    return values[:, :whole].unflatten(1, (-1, PART)).sum(dim=2).sum(dim=1) + rest if whole else rest
+        return torch.linalg.vector_norm(flat, dim=1).square()  # a tree of sums
+    whole = flat.shape[1] // RUN * RUN
+    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1).square()
+    if not whole:
+        return rest
+    # no product is stored; of a part that short, several threads do not share out the sum
+    norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, RUN)), dim=2)
+    return norms.square_().sum(dim=1).add_(rest)
 
 
 def inner_products(
