@@ -13,6 +13,11 @@ results = Console()
 """For what was asked for itself: `--quiet` leaves it."""
 
 
+def tell(text: str, style: str | None = None) -> None:
+    """Prints a line as it is; not with `--quiet`."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def say(text: str) -> None:
     """Prints a line that was asked for, as it is, with `--quiet` too."""
     results.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -35,7 +40,7 @@ class ConsoleHandler(logging.Handler):
         if record.levelno >= logging.WARNING:
             warn(record.getMessage())
         elif record.levelno >= logging.INFO:
-            console.print(record.getMessage(), markup=False, highlight=False, soft_wrap=True)
+            tell(record.getMessage())
         else:
             details.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
 

@@ -1,6 +1,6 @@
 """`icons export`: the fine-tuned model as one folder, for evaluation."""
 
-from icons.cli.console import console
+from icons.cli.console import tell
 from icons.cli.model_source import ModelSource
 from icons.cli.options.export import ExportOptions
 from icons.models.export.folder import export_model
@@ -16,9 +16,7 @@ def export(options: ExportOptions) -> int:
     export_model(
         source.folder, source.adapter, out, options.format, options.dtype, options.trust_remote_code, options.overwrite
     )
-    said = f"{out}: {'LLaVA' if options.format == 'llava' else 'Hugging Face'} layout"
-    console.print(said, markup=False, soft_wrap=True)
+    tell(f"{out}: {'LLaVA' if options.format == 'llava' else 'Hugging Face'} layout")
     if options.format == "llava" and "llava" not in out.resolve().name.lower():
-        said = f"LLaVA's scripts load a folder as LLaVA by its name; rename {out.name} to llava-..."
-        console.print(said, style="yellow", markup=False, soft_wrap=True)
+        tell(f"LLaVA's scripts load a folder as LLaVA by its name; rename {out.name} to llava-...", "yellow")
     return 0

@@ -2,19 +2,15 @@
 
 from pathlib import Path
 
-from lightning import Trainer
-
-from icons.cli.console import console, warn
+from icons.cli.console import console, tell, warn
 from icons.cli.estimate import estimate_factors_run
 from icons.cli.gradients import TRAINER as TRAINER
-from icons.cli.gradients import predict_flags, replaces, shared
+from icons.cli.gradients import predict, predict_flags, replaces, shared
 from icons.cli.model_source import ModelSource
 from icons.cli.options.factors import FactorsOptions
-from icons.datamodules.datamodule import ConversationDataModule
 from icons.kronecker import KroneckerFactors, is_factors
 from icons.modules.factor_parts import FactorParts
 from icons.modules.factor_pass import FactorPass, FactorSettings, FactorWriter, is_done
-from icons.modules.fit import quiet
 from icons.output import check_output
 from icons.terminal import counted
 
@@ -28,28 +24,14 @@ def factors(options: FactorsOptions) -> int:
     check_output(
         options.out,
         kind="file",
-        inputs={
-            "--data": options.data, "--checkpoint": options.checkpoint, "--model": options.model,
-            "--vision-tower": options.vision_tower, "--mm-projector": options.mm_projector,
-            "--adapter": options.adapter,
-        },
+        inputs={"--data": options.data, **options.model_files},
         searched={"--images": options.images},
         ours=is_factors,
         overwrite=replaces(options.overwrite, options.shard),
-    )  # fmt: skip
-    flags = predict_flags(options.trainer)
-    datamodule = ConversationDataModule(
-        options.data,
-        options.images,
-        model_folder=source.folder,
-        preprocessing=source.preprocessing,
-        batch_size=options.batch_size,
-        max_tokens=options.max_tokens,
-        num_workers=options.num_workers,
-        trust_remote_code=options.trust_remote_code,
-        **options.reading,
     )
-    console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
+    flags = predict_flags(options.trainer)
+    datamodule = source.datamodule(options, options.data, options.images)
+    tell(datamodule.dataset.summary())
     settings = FactorSettings(options.rows, options.labels, options.width, options.seed)
     if options.dry_run:
         estimate_factors_run(options, settings, source.folder, source.adapter, datamodule.dataset).show(console)
@@ -60,18 +42,14 @@ def factors(options: FactorsOptions) -> int:
         FactorParts(options.out, {}).remove()  # of a run that was killed at its very end
         return told(options.out)
     writer = FactorWriter(options.out, given, options.shard)
-    with quiet():
-        runner = Trainer(**flags)
-        runner.callbacks.append(writer)  # type: ignore[attr-defined]
-        runner.predict(module, datamodule=datamodule, return_predictions=False)
+    runner = predict(flags, module, datamodule, writer)
     if not runner.is_global_zero:
         return shared(runner, 0)
     if writer.lacking:
-        console.print(
+        tell(
             f"{options.out}: share {options.shard} is done; {counted(len(writer.lacking), 'part')} of other shares "
-            f"({writer.lacking[0]}, ...) are missing, the job that finishes last writes the factors",
-            markup=False, highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            f"({writer.lacking[0]}, ...) are missing, the job that finishes last writes the factors"
+        )
         return shared(runner, 0)
     return shared(runner, told(options.out))
 
@@ -82,10 +60,7 @@ def told(file: Path) -> int:
     sides = [value for side in (found.left, found.right) for value in side.values()]
     whole = sum(value.ndim == 2 for value in sides)
     said = f"{file}: factors {found.fingerprint} of {len(found.left):,} layers from {found.rows:,} rows"
-    console.print(
-        f"{said}; {whole:,} covariances whole, {len(sides) - whole:,} diagonal, {found.num_bytes / 1e6:,.1f} MB",
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    tell(f"{said}; {whole:,} covariances whole, {len(sides) - whole:,} diagonal, {found.num_bytes / 1e6:,.1f} MB")
     if left_out := found.manifest.get("left_out"):
         warn(f"{left_out:,} rows were left out: they cannot be read, or have no finite gradient")
     if rest := found.unfactored:

@@ -1,23 +1,23 @@
 """`icons gradients`: per-sample gradients of a data file into a gradient store, through `Trainer.predict`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
-from lightning import Trainer
-from rich.markup import escape
+from lightning import Callback, LightningModule, Trainer
 
 from icons.batch import Status
 from icons.choices import Preconditioning
-from icons.cli.console import bars, console, warn
+from icons.cli.console import bars, console, tell, warn
 from icons.cli.estimate import estimate_gradients_run
 from icons.cli.model_source import ModelSource
 from icons.cli.options.gradients import GradientsOptions
+from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.collector import DIFFERENTIATED, collector
 from icons.modules.fit import quiet
-from icons.modules.gradient_writer import GradientWriter, GradientWriting
+from icons.modules.gradient_writer import GradientWriter
 from icons.modules.named_strategy import predicting_strategy
 from icons.modules.part_writer import PartWriter, part_path
 from icons.output import check_output
@@ -30,6 +30,8 @@ from icons.store.former import holds_store
 from icons.terminal import counted
 
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+WRITING = ("chunk_rows", "shard", "retry_failed", "mixed_batches", "overwrite")
+"""Options that are a writer's."""
 FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 
 
@@ -47,12 +49,8 @@ def gradients(options: GradientsOptions) -> int:
         source.check_differentiable(options.target, preconditioner, options.trust_remote_code)
     dims = dimensions(options.dim) if differentiates else [1]
     outs = [options.out] if len(dims) == 1 else [part_path(options.out, size) for size in dims]
-    inputs = {
-        "--data": options.data, "--checkpoint": options.checkpoint, "--model": options.model,
-        "--vision-tower": options.vision_tower,
-        "--mm-projector": options.mm_projector, "--adapter": options.adapter,
-        "--optimizer-state": options.optimizer_state, "--factors": options.factors,
-    }  # fmt: skip
+    inputs = {"--data": options.data, **options.model_files}
+    inputs |= {"--optimizer-state": options.optimizer_state, "--factors": options.factors}
     for out in outs:
         check_output(
             out,
@@ -64,7 +62,7 @@ def gradients(options: GradientsOptions) -> int:
         )
     flags = predict_flags(options.trainer)
     datamodule = source.datamodule(options, options.data, options.images)
-    console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
+    tell(datamodule.dataset.summary())
     if options.dry_run:
         plan = estimate_gradients_run(
             options,
@@ -73,13 +71,8 @@ def gradients(options: GradientsOptions) -> int:
             datamodule.dataset,
             dims,
             preconditioner=preconditioner,
-            settings={
-                "data": options.data,
-                "out": ", ".join(outs),
-                "collect": options.collect,
-                "batch_size": options.batch_size,
-                "max_tokens": options.max_tokens,
-            },
+            settings={"data": options.data, "out": ", ".join(outs)}
+            | {name: getattr(options, name) for name in ("collect", "batch_size", "max_tokens")},
         )
         plan.show(console)
         return 0
@@ -92,16 +85,8 @@ def gradients(options: GradientsOptions) -> int:
     extractor = collector(
         options.collect, network, several[0] if len(several) == 1 else ConcatProjector(several), state
     )
-    writing: GradientWriting = {
-        "dtype": options.dtype,
-        "chunk_rows": options.chunk_rows,
-        "codec": options.codec,
-        "shard": options.shard,
-        "retry_failed": options.retry_failed,
-        "mixed_batches": options.mixed_batches,
-        "overwrite": options.overwrite,
-        "manifest": {"target": options.target, "warnings": [source.warning] if source.warning else []},
-    }
+    writing: dict[str, Any] = {name: getattr(options, name) for name in (*WRITING, "dtype", "codec")}
+    writing["manifest"] = {"target": options.target, "warnings": [source.warning] if source.warning else []}
     if len(dims) == 1:
         writers = [GradientWriter(options.out, **writing)]
     else:  # units of the same rows, as they suit the longest rows
@@ -109,13 +94,21 @@ def gradients(options: GradientsOptions) -> int:
             len(datamodule.dataset), max(dims), options.dtype
         )
         writers = [PartWriter(path, part, **writing) for part, path in enumerate(outs)]
-    with quiet():
-        runner = Trainer(**flags)
-        runner.callbacks.extend(writers)  # type: ignore[attr-defined]
-        runner.predict(extractor, datamodule=datamodule, return_predictions=False)
+    runner = predict(flags, extractor, datamodule, *writers)
     if not runner.is_global_zero:
         return shared(runner, 0)
     return shared(runner, max(summary(GradientStore.open(path), options.strict, options.shard) for path in outs))
+
+
+def predict(
+    flags: Mapping[str, Any], module: LightningModule, datamodule: ConversationDataModule, *writers: Callback
+) -> Trainer:
+    """A Trainer that has gone through the data with the module; the writers have what it gave."""
+    with quiet():
+        runner = Trainer(**flags)
+        runner.callbacks.extend(writers)  # type: ignore[attr-defined]
+        runner.predict(module, datamodule=datamodule, return_predictions=False)
+    return runner
 
 
 def shared(runner: Trainer, status: int) -> int:
@@ -210,9 +203,9 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     Raises:
         ValueError: every row (of the shard) failed, with the first one's reason; or, with `strict`, any.
     """
-    console.print(repr(store), markup=False, highlight=False, soft_wrap=True)
+    tell(repr(store))
     for line in told(failures_of(store)):
-        console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
+        tell(line, "yellow")
     zero = _silent_rows(store)
     if len(zero):
         first = ", ".join(map(str, zero[:5].tolist())) + (", ..." if len(zero) > 5 else "")

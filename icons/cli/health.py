@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from rich.markup import escape
 from rich.table import Table
 
-from icons.cli.console import console, warn
-from icons.consensus import Pairs, Selection
+from icons.cli.console import console, tell, warn
+from icons.cli.loaded_scores import LoadedScores
+from icons.consensus import Selection
 from icons.consensus.composition import Kind, composition
 from icons.consensus.health import WHAT_TO_DO, Health
 from icons.consensus.random_sets import Compared
@@ -24,50 +24,33 @@ MOST_RECORDS, MOST_OF_TASK = 50_000, 2_000
 MOST_KINDS = 5
 
 
-@runtime_checkable
-class _Known(Protocol):
-    """What is measured from: a score store, and its gradients on demand."""
-
-    kept: Pairs | None
-    facts: ScoreManifest
-    tasks: list[str]
-
-    def scorer(self, pairwise: bool) -> Scorer: ...
-
-
 def measure(
     chosen: Selection,
-    known: _Known,
+    known: LoadedScores,
     records: RecordSource,
     source_field: str | None,
     dialect: Dialect | None,
     seed: int,
 ) -> Health:
-    """The measures of a selection; what cannot be measured is a note."""
-    scored, notes = np.isfinite(chosen.percentile_rank), list[str]()
-    kinds = _found_kinds(chosen, known, records, source_field, dialect, seed, notes)
+    """The measures of a selection, of a large pool by a seeded sample; what cannot be measured is a note."""
+    generator, notes = np.random.default_rng(seed), list[str]()
+    rows = np.sort(generator.permutation(len(chosen.votes))[:MOST_RECORDS])
+    selected = np.isin(rows, chosen.rows)
+    asked = _asked_by(known, source_field, generator, notes)
+    kinds = composition(read_traits(records, rows.tolist(), source_field, dialect), selected, asked)
     gradients: Scorer | None = None
     try:
         gradients = known.scorer(True)
     except (ValueError, OSError) as error:
         notes.append(f"hurt validation rows and redundancy are not measured: {error}")
+    scored = np.isfinite(chosen.percentile_rank)
     return Health.of(chosen.rows, scored, gradients, known.facts.groups, known.kept, kinds, notes, seed)
 
 
-def _found_kinds(
-    chosen: Selection,
-    known: _Known,
-    records: RecordSource,
-    source_field: str | None,
-    dialect: Dialect | None,
-    seed: int,
-    notes: list[str],
-) -> list[Kind]:
-    """What selection, pool and tasks are made of, by a seeded sample of the pool where it is large."""
-    num_rows, generator = len(chosen.votes), np.random.default_rng(seed)
-    rows = np.sort(generator.permutation(num_rows)[:MOST_RECORDS])
-    selected = np.zeros(num_rows, bool)
-    selected[chosen.rows] = True
+def _asked_by(
+    known: LoadedScores, source_field: str | None, generator: np.random.Generator, notes: list[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Task -> the traits of its validation rows, by a sample where they are many."""
     asked = {}
     for task in known.tasks:
         files = _task_files(known.facts, task)
@@ -80,7 +63,7 @@ def _found_kinds(
             asked[task] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         else:
             notes.append(f"what {task} asks is not known: the score store does not name its data file")
-    return composition(read_traits(records, rows.tolist(), source_field, dialect), selected[rows], asked)
+    return asked
 
 
 def _task_files(facts: ScoreManifest, task: str) -> list[Path]:
@@ -113,9 +96,9 @@ def show(health: Health) -> None:
         worth = f"redundancy: 1,000 of its rows are worth {health.effective.value:.0f} different ones"
         console.print(f"{worth} (random sets: {shown})", soft_wrap=True)
     for line in _differing(health.kinds):
-        console.print(line, markup=False, soft_wrap=True)
+        tell(line)
     for note in health.notes:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+        tell(f"note: {note}")
     warnings = health.warnings()
     for text in warnings:
         warn(text)

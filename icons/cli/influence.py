@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 from lightning.fabric import Fabric
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from icons.cli.console import console, warn
+from icons.cli.console import console, tell, warn
 from icons.cli.options.influence import InfluenceOptions
-from icons.cli.pairs import parse, stores_of
+from icons.cli.pairs import stores_of
 from icons.modules.scoring import Scoring, blocks_of
 from icons.output import check_output
 from icons.store import ScoreStore
@@ -27,7 +26,6 @@ def influence(options: InfluenceOptions) -> int:
     if options.top_pairs < 0:
         raise ValueError(f"--top-pairs {options.top_pairs}: expected 0 or more")
     tasks = stores_of(options.task, "--task")
-    groups = {name: members.split(",") for name, members in parse(options.group or [], "--group").items()}
     inputs = {"--train": options.train, "--task": [*chain(*tasks.values())]}
     check_output(
         options.out,
@@ -36,9 +34,8 @@ def influence(options: InfluenceOptions) -> int:
         ours=partial(holds_store, kind=ScoreStore.KIND),
         overwrite=options.overwrite,
     )
-    shared = {part.name for part in fields(Scoring)} & {part.name for part in fields(options)}
-    named: dict[str, Any] = {name: getattr(options, name) for name in shared}
-    scoring = Scoring(**named, tasks=tasks, groups=groups)
+    named: dict[str, Any] = {part.name: getattr(options, part.name) for part in fields(Scoring) if part.name != "tasks"}
+    scoring = Scoring(**named, tasks=tasks)
     fabric = Fabric(
         accelerator=options.accelerator, devices=options.devices, num_nodes=options.num_nodes, strategy=options.strategy
     )
@@ -51,7 +48,7 @@ def influence(options: InfluenceOptions) -> int:
         def advance(rows: int) -> None:
             progress.advance(bar, rows)
 
-        scores = scoring.run(fabric, advance, lambda said: console.print(said, markup=False, soft_wrap=True))
+        scores = scoring.run(fabric, advance, tell)
         progress.update(bar, total=scores.num_rows, completed=scores.num_rows)
     if fabric.is_global_zero:
         report(scores)
@@ -65,7 +62,7 @@ def report(scores: ScoreStore) -> None:
     scored = f"{counted(counts['done'], 'row')} scored on {counted(len(scores.tasks), 'task')}"
     console.print(f"{scores.path}: {scored}{failed}", soft_wrap=True)
     for line in told(failures_of(scores)):
-        console.print(f"[yellow]{escape(line)}[/]", highlight=False, soft_wrap=True)
+        tell(line, "yellow")
     total = np.zeros((3, len(scores.tasks)))
     for influence, stderr in zip(blocks_of(scores, "influence"), blocks_of(scores, "stderr"), strict=True):
         values = np.stack([influence, influence**2, stderr**2]).astype(np.float64)

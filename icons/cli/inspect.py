@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from icons.batch import IGNORE_INDEX, Status
-from icons.cli.console import console
+from icons.cli.console import console, tell
 from icons.cli.model_source import ModelSource
 from icons.cli.options.inspect import InspectOptions
 from icons.datamodules.dataset import ConversationDataset
@@ -34,12 +34,9 @@ def inspect(options: InspectOptions) -> int:
                 f"--row {row}: {options.data} has {counted(len(dataset), 'row')}; expected 0 to {len(dataset) - 1}"
             )
     settings = dataset.preprocessing
-    console.print(
+    tell(
         f"{options.data}: {counted(len(dataset), 'row')}, dialect {dataset.dialect.name}, "
-        f"template {settings.template}, max length {settings.max_length}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"template {settings.template}, max length {settings.max_length}"
     )
     for row in options.row or spread(len(dataset), options.samples):
         show(dataset, row)
@@ -65,17 +62,12 @@ def show(dataset: ConversationDataset, row: int) -> None:
     head = f"row {row}{f' (id {name})' if name else ''}"
     if "failed" in sample:
         status = Status(sample["failed"]).name.lower()
-        console.print(f"\n{head}: FAILED {status}: {sample['reason']}", markup=False, highlight=False, soft_wrap=True)
+        tell(f"\n{head}: FAILED {status}: {sample['reason']}")
         return
     learned = int((sample["labels"] != IGNORE_INDEX).sum())
     length = len(sample["input_ids"])
     cut = ", cut at the maximal length" if length == dataset.preprocessing.max_length else ""
-    console.print(
-        f"\n{head}: {counted(length, 'token')}, {learned} learned{cut}{pixels(sample)}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    tell(f"\n{head}: {counted(length, 'token')}, {learned} learned{cut}{pixels(sample)}")
     console.print(as_text(dataset, sample, console), soft_wrap=True)
 
 
@@ -127,17 +119,12 @@ def summary(samples: Sequence[Mapping[str, Any]]) -> int:
         learned = [int((sample["labels"] != IGNORE_INDEX).sum()) for sample in good]
         for name, numbers in (("tokens", lengths), ("learned", learned)):
             lines.append(f"  {name:<8} {min(numbers)} to {max(numbers)}, median {median(numbers):g}")
-    failures: dict[tuple[str, str], list[int]] = defaultdict(list)
+    kinds: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if "failed" in sample:
-            failures[Status(sample["failed"]).name.lower(), sample["reason"]].append(sample["row"])
-    kinds: dict[str, list[tuple[str, list[int]]]] = defaultdict(list)
-    for (status, reason), rows in failures.items():
-        kinds[status].append((reason, rows))
+            kinds[Status(sample["failed"]).name.lower()][sample["reason"]].append(sample["row"])
     for status, reasons in sorted(kinds.items()):
-        count = sum(len(rows) for _, rows in reasons)
-        lines.append(f"  {status}: {counted(count, 'row')}")
-        for reason, rows in reasons[:EXAMPLES]:
-            lines.append(f"    row {rows[0]}: {reason}")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        lines.append(f"  {status}: {counted(sum(map(len, reasons.values())), 'row')}")
+        lines += [f"    row {rows[0]}: {reason}" for reason, rows in [*reasons.items()][:EXAMPLES]]
+    tell("\n".join(lines))
     return len(good)

@@ -11,13 +11,13 @@ from lightning import Trainer
 
 from icons.agreement import SUMMED_SCORES, check_compatible
 from icons.batch import Status
-from icons.cli.console import console, warn
+from icons.cli.console import console, tell, warn
 from icons.cli.gradients import TRAINER as TRAINER
-from icons.cli.gradients import check_curvature, chosen, predict_flags, replaces, shared, summary
+from icons.cli.gradients import WRITING, check_curvature, chosen, predict, predict_flags, replaces, shared, summary
 from icons.cli.model_source import ModelSource
 from icons.cli.options.groups import CheckpointOptions
 from icons.cli.options.score import ScoreOptions
-from icons.cli.pairs import files_of, parse
+from icons.cli.pairs import files_of
 from icons.datamodules.records import open_records
 from icons.modules.exact_scorer import InfluenceScorer, ScoredTasks, columns_of
 from icons.modules.fit import quiet
@@ -25,6 +25,7 @@ from icons.modules.former_scores import FormerScores
 from icons.modules.gradient_writer import GradientWriter
 from icons.modules.kept_task_vectors import describe_vectors, find_directed
 from icons.modules.score_writer import ScoreWriter
+from icons.modules.store_writer import StoreWriter
 from icons.output import check_output, is_marked, mark
 from icons.projection import PROJECTORS
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
@@ -61,8 +62,7 @@ def score(options: ScoreOptions) -> int:
             f"--keep-gradients {options.keep_gradients}: got {len(options.checkpoint)} checkpoints; expected one: run "
             "it for each alone"
         )
-    files = files_of(options.task)
-    groups = {name: members.split(",") for name, members in parse(options.group or [], "--group").items()}
+    files, groups = files_of(options.task), options.groups
     for file in (options.data, *(file for file, _ in files.values())):
         open_records(file)  # what is no data is said before a model is loaded
     single = len(options.checkpoint) == 1
@@ -99,8 +99,7 @@ def score(options: ScoreOptions) -> int:
             path = options.reuse if single else options.reuse.with_name(f"{options.reuse.name}.checkpoint-{index}")
             former = FormerScores.of(ScoreStore.open(path), columns, manifests, options.reduce)
             columns = {name: members for name, members in columns.items() if name not in former.taken}
-            said = f"taken over from {path}: {', '.join(former.taken) or 'no task'}"
-            console.print(said, markup=False, soft_wrap=True)
+            tell(f"taken over from {path}: {', '.join(former.taken) or 'no task'}")
         scored = {name: modules[name] for name in files if any(name in members for members in columns.values())}
         new_groups = {name: members for name, members in groups.items() if name in columns}
         with quiet():
@@ -126,28 +125,17 @@ def score(options: ScoreOptions) -> int:
             else PROJECTORS[options.projector](options.dim, seed=options.seed),
         )
         datamodule = source.datamodule(options, options.data, options.images)
-        console.print(datamodule.dataset.summary(), markup=False, soft_wrap=True)
-        writing: dict[str, Any] = {
-            "chunk_rows": options.chunk_rows,
-            "shard": options.shard,
-            "retry_failed": options.retry_failed,
-        }
-        writing |= {
-            "mixed_batches": options.mixed_batches,
-            "overwrite": options.overwrite,
-            "manifest": {"target": options.target, **directions(options)},
-        }
-        with quiet():
-            runner = Trainer(**flags)
+        tell(datamodule.dataset.summary())
+        writing: dict[str, Any] = {name: getattr(options, name) for name in WRITING}
+        writing["manifest"] = {"target": options.target, **directions(options)}
+        writers: list[StoreWriter] = []
         if options.keep_gradients is not None:
             writing["chunk_rows"] = options.chunk_rows or fitting_chunk_rows(
                 len(datamodule.dataset), options.dim, options.dtype
             )
-            runner.callbacks.append(GradientWriter(options.keep_gradients, dtype=options.dtype, **writing))  # type: ignore[attr-defined]
-        writer = ScoreWriter(outs[index], former=former, groups=groups, **writing)
-        runner.callbacks.append(writer)  # type: ignore[attr-defined]
-        with quiet():
-            runner.predict(scorer, datamodule=datamodule, return_predictions=False)
+            writers.append(GradientWriter(options.keep_gradients, dtype=options.dtype, **writing))
+        writers.append(ScoreWriter(outs[index], former=former, groups=groups, **writing))
+        runner = predict(flags, scorer, datamodule, *writers)
     if not runner.is_global_zero:
         return shared(runner, 0)
     stores = [ScoreStore.open(path) for path in outs]

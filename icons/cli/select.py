@@ -10,15 +10,15 @@ import numpy as np
 from rich.table import Column, Table
 
 from icons.batch import Status
-from icons.cli.console import console, warn
+from icons.cli.console import console, tell, warn
 from icons.cli.health import measure, show
+from icons.cli.loaded_scores import LoadedScores
 from icons.cli.options.select import SelectOptions
 from icons.cli.pairs import parse, stores_of
-from icons.consensus import Pairs, Selection
+from icons.consensus import Selection
 from icons.consensus import select as select_rows
 from icons.consensus.border import Border, border
 from icons.consensus.duplicates import NearDuplicates
-from icons.consensus.origin import scorer_of
 from icons.consensus.ranking import ordered
 from icons.consensus.selection_file import (
     foreign_files,
@@ -37,7 +37,6 @@ from icons.datamodules.record_lists import ids_of, rows_of, sources_of
 from icons.datamodules.records import RecordSource, open_records
 from icons.datamodules.training_formats import MADE_BY, facts_of, write_training_data
 from icons.output import check_output, inside, is_marked, mark
-from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
 from icons.terminal import counted
 
@@ -60,13 +59,12 @@ def select(options: SelectOptions) -> int:
         )
     store = ScoreStore.open(options.scores)
     check_data(store, index, options.data)
-    loaded = _Loaded(store, options.train, of_tasks)
+    loaded = LoadedScores(store, options.train, of_tasks)
     by_source = options.source_weight or options.source_quota or options.method == "stratified"
     sources = sources_of(index, options.source_field) if by_source else None
-    included = rows_of(options.include, index) if options.include else []
+    lists = {"include": options.include, "exclude": options.exclude}
     budget: dict[str, Any] = {
-        "include": included,
-        "exclude": rows_of(options.exclude, index) if options.exclude else [],
+        **{name: rows_of(path, index) if path else [] for name, path in lists.items()},
         "task_quotas": numbers(options.task_quota, "--task-quota"),
         "source_quotas": numbers(options.source_quota, "--source-quota"),
         "sources": sources,
@@ -87,10 +85,9 @@ def select(options: SelectOptions) -> int:
     with loaded:
         chosen = select_rows(loaded, budget=budget, **settings)
         if options.near_duplicates is not None:
-            gradients = _opened_gradients(store, options.train)
-            before = chosen
+            gradients, before = _opened_gradients(store, options.train), chosen.rows
             chosen = _without_near_duplicates(chosen, loaded, budget, settings, gradients, options.near_duplicates)
-            num_near = len(np.setdiff1d(before.rows, chosen.rows))
+            num_near = len(np.setdiff1d(before, chosen.rows))
         health = measure(chosen, loaded, index, options.source_field, dialect, options.seed) if options.health else None
     if len(chosen.rows) == 0:
         raise ValueError(
@@ -98,17 +95,9 @@ def select(options: SelectOptions) -> int:
             "--max-tokens"
         )
     edge = border(chosen, loaded.influence, loaded.stderr, store.facts.dim)
-    given = {
-        "source_field": options.source_field,
-        "max_tokens": options.max_tokens,
-        "near_duplicates": options.near_duplicates,
-        **settings,
-    }
+    given = {name: getattr(options, name) for name in ("source_field", "max_tokens", "near_duplicates")} | settings
     given |= {name: budget[name] for name in ("task_quotas", "source_quotas")}
-    given |= {
-        "include": str(options.include) if options.include else None,
-        "exclude": str(options.exclude) if options.exclude else None,
-    }
+    given |= {name: str(path) if path else None for name, path in lists.items()}
     made_from = manifest(chosen, store, index, edge, given)
     if health is not None:
         made_from["health"] = health.plain()
@@ -121,10 +110,9 @@ def select(options: SelectOptions) -> int:
             if new.partials["data"].is_dir():
                 mark(new.partials["data"], MADE_BY)
         else:
-            about: dict[str, Any] = {"dialect": dialect, "card": facts_of(made_from)}
-            about["image_root"] = options.images.absolute() if options.images else None
-            rows, folder = chosen.rows.tolist(), new.partials["data"]
-            write_training_data(index, rows, folder, options.format, named=options.out, **about)
+            root, card = options.images.absolute() if options.images else None, facts_of(made_from)
+            about: dict[str, Any] = {"named": options.out, "image_root": root, "dialect": dialect, "card": card}
+            write_training_data(index, chosen.rows.tolist(), new.partials["data"], options.format, **about)
         save_lists(new.partials, chosen.rows, ids_of(index, chosen.rows.tolist()))
         new.publish(chosen.rows, made_from)
     summary(chosen, store, options.out, edge, num_near)
@@ -161,37 +149,6 @@ def _check_outputs(options: SelectOptions, inputs: Mapping[str, Any], index: Rec
     if table is not None:
         named = {**inputs, "--out": [out, manifest_path(out)]}
         check_output(table, "--table", inputs=named, ours=lambda path: is_written_by(out, "table", path), **common)
-
-
-class _Loaded:
-    """A score store whose scores are in memory once, and whose products with validation rows are found once."""
-
-    def __init__(self, store: ScoreStore, train: Sequence[str] | None, tasks: Mapping[str, Sequence[str]]) -> None:
-        self.store, self.train, self.of_tasks = store, train, tasks
-        self.influence = np.asarray(store.influence[:])
-        self.kept: Pairs | None = None
-
-    def pairs(self) -> Pairs:
-        if self.kept is None:
-            console.print("products with single validation rows: one pass over the gradients", soft_wrap=True)
-            self.kept = Pairs.of_store(self.store, self.train, self.of_tasks)
-        return self.kept
-
-    def scorer(self, pairwise: bool) -> Scorer:
-        return scorer_of(self.store, self.train, self.of_tasks, pairwise)
-
-    def array(self, name: str) -> np.ndarray | None:
-        return np.asarray(self.store.arrays[name][:]) if name in self.store.arrays else None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.store, name)
-
-    def __enter__(self) -> "_Loaded":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.kept is not None:
-            self.kept.close()
 
 
 def check_data(store: ScoreStore, index: RecordSource, data: Path) -> None:
@@ -247,7 +204,7 @@ def _opened_gradients(store: ScoreStore, given: Sequence[str] | None) -> Gradien
 
 def _without_near_duplicates(
     chosen: Selection,
-    loaded: _Loaded,
+    loaded: LoadedScores,
     budget: Mapping[str, Any],
     settings: Mapping[str, Any],
     gradients: GradientStore,
@@ -270,7 +227,7 @@ def _without_near_duplicates(
             chosen = select_rows(loaded, budget={**budget, "exclude": dropped}, **settings)
 
 
-def columns(chosen: Selection, loaded: _Loaded, index: RecordSource) -> dict[str, np.ndarray]:
+def columns(chosen: Selection, loaded: LoadedScores, index: RecordSource) -> dict[str, np.ndarray]:
     """The table's columns: the selected rows, the best first; the other scored rows likewise; rows without a score."""
     is_scored, is_selected = np.isfinite(chosen.score), np.zeros(len(chosen.score), bool)
     is_selected[chosen.rows] = True
@@ -318,7 +275,7 @@ def summary(chosen: Selection, store: ScoreStore, out: Path, edge: Border | None
     failed = store.counts()["failed"]
     said = f"{out}: {len(chosen.rows):,} of {len(chosen.votes):,} rows selected by {chosen.method}"
     said += f"; {counted(failed, 'failed row')} cannot be" if failed else ""
-    console.print(said, markup=False, soft_wrap=True)
+    tell(said)
     if num_near:
         console.print(f"near-duplicates: {counted(num_near, 'row')} left out, the next best taken")
     if edge is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from icons.cli.console import results
+from icons.cli.console import results, say
 from icons.cli.options.tasks import TasksOptions
 from icons.datamodules.benchmarks import BENCHMARKS, build
 from icons.terminal import counted
@@ -39,16 +39,13 @@ def tasks(options: TasksOptions) -> int:
         table.add_row(task.name, str(task.num_rows), str(task.num_questions), str(task.path), str(task.images))
     results.print(table)
     for reason, count in built[0].left_out.items():
-        results.print(f"left out: {counted(count, 'question')}: {reason}", markup=False, soft_wrap=True)
+        say(f"left out: {counted(count, 'question')}: {reason}")
     if (options.split or benchmark.splits[0]) in benchmark.evaluated:
-        results.print(
-            "These questions are among those that LLaVA's evaluation scores: leave the ids in the manifest out of it."
-        )
+        say("These questions are among those that LLaVA's evaluation scores: leave the ids in the manifest out of it.")
     if benchmark.subtasks:
         names = ",".join(task.name for task in built)
-        group = f"--group {options.name}={names}"
-        results.print(f"One task of {len(built)} subtasks; give `icons influence` each of them, and", soft_wrap=True)
-        results.print(group, soft_wrap=True)
+        say(f"One task of {len(built)} subtasks; give `icons influence` each of them, and")
+        say(f"--group {options.name}={names}")
     return 0
 
 
@@ -58,7 +55,7 @@ def show(names: list[str]) -> None:
         benchmark = BENCHMARKS[name]
         scored = f" (scored by LLaVA's evaluation: {', '.join(benchmark.evaluated)})" if benchmark.evaluated else ""
         results.print(f"[bold]{name}[/bold]  {escape(benchmark.title)}")
-        results.print(f"  becomes   {escape(benchmark.becomes)}", soft_wrap=True)
-        results.print(f"  splits    {', '.join(benchmark.splits)}{scored}", soft_wrap=True)
+        say(f"  becomes   {benchmark.becomes}")
+        say(f"  splits    {', '.join(benchmark.splits)}{scored}")
         for path, url in benchmark.downloads:
-            results.print(f"  needs     {escape(path)}  {escape(url)}", soft_wrap=True)
+            say(f"  needs     {path}  {url}")

@@ -1,10 +1,12 @@
 """The models that `icons validate` trains in one folder: with which settings, which of them now, and what is left."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from icons.cli.console import console
+from icons.cli.options.groups import LearningOptions
 from icons.cli.options.validate import ValidateOptions
 from icons.cli.pairs import files_of
 from icons.cli.warmup import retrain
@@ -17,7 +19,6 @@ from icons.terminal import counted
 from icons.validation.retraining import Retrainer, Retraining
 
 SETTINGS = "settings.json"
-_EVERY = ("epochs", "batch_size", "learning_rate", "lora_rank", "lora_alpha", "lora_dropout")
 
 
 def retrainer(options: ValidateOptions, data: Path, images: Path | None, out: Path) -> Retrainer:
@@ -27,7 +28,7 @@ def retrainer(options: ValidateOptions, data: Path, images: Path | None, out: Pa
         ValueError: `out` holds trainings with other settings.
     """
     start = {name: getattr(options, name) for name in ("model", "vision_tower", "mm_projector")}
-    settings: dict[str, Any] = {name: getattr(options, name) for name in _EVERY}
+    settings: dict[str, Any] = {one.name: getattr(options, one.name) for one in fields(LearningOptions)}
     content = {
         "data": open_records(data).fingerprint,
         "model": ModelFolder.open(**start).fingerprint(),

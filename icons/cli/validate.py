@@ -48,15 +48,16 @@ def validate(options: ValidateOptions) -> int:
         options.out,
         kind="folder",
         inputs={
-            "--model": options.model, "--data": options.data, "--vision-tower": options.vision_tower,
-            "--mm-projector": options.mm_projector, "--scores": list(named_stores.values()),
+            **options.model_files,
+            "--data": options.data,
+            "--scores": list(named_stores.values()),
             "--task": [file for file, _ in tasks.values()],
             "--pool": [path for pool in pools[1:] for path in (pool.data, pool.scores)],
         },
         searched={"--images": options.images},
         ours=partial(is_marked, command="validate"),
         overwrite=options.overwrite,
-    )  # fmt: skip
+    )
     if options.rule:
         return bakeoff(options, pools)
     if options.fraction or options.pool:

@@ -49,15 +49,11 @@ def warmup(options: WarmupOptions) -> int:
     check_output(
         options.out,
         kind="folder",
-        inputs={
-            "--model": options.model, "--data": options.data, "--vision-tower": options.vision_tower,
-            "--mm-projector": options.mm_projector,
-            "--task": [file for file, _ in tasks.values()],
-        },
+        inputs={**options.model_files, "--data": options.data, "--task": [file for file, _ in tasks.values()]},
         searched={"--images": options.images, "--task": [folder for _, folder in tasks.values() if folder is not None]},
         ours=is_warmup,
         overwrite=options.overwrite,
-    )  # fmt: skip
+    )
     flags = trainer_flags(bars() | options.trainer, options.epochs, options.accumulate, computed_in)
     datamodule = ConversationDataModule(
         options.data,
@@ -118,13 +114,7 @@ def warmup(options: WarmupOptions) -> int:
     failed = FailedRows(len(rows), options.max_failed)
     flags["callbacks"] = [failed, *flags["callbacks"]]
     mark(options.out, "warmup")
-    network = load_model(
-        folder,
-        lora=lora,
-        dtype=computed_in,
-        target=target,
-        **options.loading,
-    )
+    network = load_model(folder, lora=lora, dtype=computed_in, target=target, **options.loading)
     module = WarmupModule(
         network,
         learning_rate=options.learning_rate,

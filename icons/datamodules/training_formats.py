@@ -25,6 +25,7 @@ from icons.datamodules.conversation import Conversation, ImageRef
 from icons.datamodules.dialects import Dialect, detect, read_conversation
 from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.records import RecordSource
+from icons.datamodules.records.data_set import library, without_bars
 from icons.manifest import versions
 from icons.output import mark, whole_folder
 from icons.terminal import counted
@@ -178,22 +179,10 @@ def _write_dataset(examples: Iterator[Example], out: Path) -> None:
     Raises:
         ValueError: the package `datasets` is not installed.
     """
-    try:
-        from datasets import Dataset
-        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            "format datasets: needs the package datasets, which is not installed; pip install 'icons-lightning[hf]'"
-        ) from error
-    lines = out / "data.jsonl"
+    datasets, lines = library("format datasets: needs"), out / "data.jsonl"
     _write_lines(examples, out)
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()  # two flashes of a second each, over what this command prints
-    try:
-        Dataset.from_json(str(lines), cache_dir=str(out / ".cache")).save_to_disk(out / "dataset")
-    finally:
-        if shown:
-            enable_progress_bars()
+    with without_bars():  # two flashes of a second each, over what this command prints
+        datasets.Dataset.from_json(str(lines), cache_dir=str(out / ".cache")).save_to_disk(out / "dataset")
     lines.unlink()
 
 

@@ -2,8 +2,9 @@
 
 import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,27 +54,13 @@ class Chosen:
         selected[saved.rows] = True
         return cls(selected, saved.manifest)
 
-    @property
+    @cached_property
     def facts(self) -> SelectionManifest:
         return SelectionManifest.read(self.manifest, "selection")
 
     @property
-    def method(self) -> str:
-        return self.facts.method
-
-    @property
-    def fraction(self) -> float:
-        """The share that each task votes for."""
-        return self.facts.fraction
-
-    @property
     def thresholds(self) -> Float[np.ndarray, " tasks"]:
         return np.array(list(self.facts.thresholds.values()), np.float32)
-
-    @property
-    def border(self) -> Mapping[str, Any]:
-        """What is certain, as the selection stage found it; empty for a method without error bars."""
-        return self.facts.border
 
 
 @dataclass(frozen=True)
@@ -113,6 +100,7 @@ def build(
         comparison_file: accuracies after fine-tuning, see `icons.report.comparison`.
         validation_file: whether influence predicts, likewise.
     """
+    made = chosen.facts
     numbers = count(scores, chosen.thresholds, chosen.selected, num_ends=num_ends)
     share = float(chosen.selected.sum() / max(numbers.num_scored, 1))
     shown: list[Section] = []
@@ -120,11 +108,11 @@ def build(
     if comparison_file is not None:
         section, facts = comparison.results(comparison_file)
         shown.append(section)
-    shown += filter(None, [health.section(chosen.facts.health)])
+    shown += filter(None, [health.section(made.health)])
     shown += [
-        sections.votes(numbers, chosen.fraction, chosen.method),
+        sections.votes(numbers, made.fraction, made.method),
         sections.scores(numbers),
-        *([sections.overlap(numbers, chosen.fraction)] if len(numbers.tasks) > 1 else []),
+        *([sections.overlap(numbers, made.fraction)] if len(numbers.tasks) > 1 else []),
         sections.specialists(numbers, share),
     ]
     sampled = len(numbers.sample) if len(numbers.sample) < numbers.num_scored else None
@@ -132,7 +120,7 @@ def build(
     for field in fields:
         parts = composition(numbers.sample, chosen.selected, pool.record, field)
         shown.append(sections.composition(*parts, field, sampled))
-    shown.append(sections.border(numbers, chosen.border.get("verdict", "")))
+    shown.append(sections.border(numbers, made.border.get("verdict", "")))
     shown.append(ends(scores, numbers, chosen, pool, fields[0]))
     if validation_file is not None:
         shown.append(comparison.validation(validation_file))
@@ -140,7 +128,7 @@ def build(
     tasks = counted(len(numbers.tasks), "task")
     return Page(
         title=title,
-        subtitle=f"{pool.name} · {scores.num_rows:,} rows · {tasks} · {chosen.method} at {100 * chosen.fraction:.4g} %",
+        subtitle=f"{pool.name} · {scores.num_rows:,} rows · {tasks} · {made.method} at {100 * made.fraction:.4g} %",
         facts=[*_head(scores, numbers, chosen), *facts],
         notices=[*notices(numbers, scores.manifest, chosen.manifest), *_reasons(scores)],
         sections=shown,
@@ -157,8 +145,8 @@ def _head(scores: ScoreStore, numbers: ScoreNumbers, chosen: Chosen) -> Iterator
     yield Fact(
         "selected", f"{num_selected:,}", f"{100 * num_selected / max(numbers.num_scored, 1):.3g} % of the scored"
     )
-    if chosen.border:
-        certain, may_leave, may_enter = (chosen.border[name] for name in ("certain", "may_leave", "may_enter"))
+    if border := chosen.facts.border:
+        certain, may_leave, may_enter = (border[name] for name in ("certain", "may_leave", "may_enter"))
         could = f"{counted(may_leave, 'row')} could swap with {may_enter:,}"
         yield Fact("certain at 95 %", f"{100 * certain / max(num_selected, 1):.1f} %", could)
 
@@ -235,7 +223,7 @@ def _shown_row(
     images = [] if record is None else images_in(record, pool.dialect)
     if images and (pool.has_images or images[0].content is not None):
         try:
-            with _opened(pool, images[0]) as picture:
+            with closing(pool.image(images[0])) as picture:
                 image = thumbnail(picture)
         except FileNotFoundError:
             problem = f"image {images[0].name} is not in the image folder"
@@ -256,15 +244,6 @@ def _shown_row(
         image=image,
         problem=problem,
     )
-
-
-@contextmanager
-def _opened(pool: Pool, image: ImageRef) -> Iterator[Image.Image]:
-    picture = pool.image(image)
-    try:
-        yield picture
-    finally:
-        picture.close()
 
 
 def images_in(record: Mapping[str, Any], dialect: Dialect | None = None) -> list[ImageRef]:

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from icons.choices import Attention, Preset, Quantize, Target
+from icons.choices import Attention, Preset, Quantize, Reduce, Target
+from icons.cli.pairs import parse
 
-MODEL, DATA, PROJECTION, STORE, SPEED, RUN = (
-    {"group": name} for name in ("model", "data", "projection", "store", "memory and speed", "run")
+MODEL, DATA, PROJECTION, STORE, ADAPTER, SPEED, RUN = (
+    {"group": name} for name in ("model", "data", "projection", "store", "adapter", "memory and speed", "run")
 )
 """Metadata of a command's own field that stands under a shared heading."""
 
@@ -32,6 +33,11 @@ class PartsOptions(_CodeOptions):
     mm_projector: Path | None = None
     """mm_projector.bin of an original LLaVA model"""
 
+    @property
+    def model_files(self) -> dict[str, Path | None]:
+        """Option -> the file or folder of the model that it names."""
+        return {"--model": self.model, "--vision-tower": self.vision_tower, "--mm-projector": self.mm_projector}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(PartsOptions):
@@ -41,6 +47,10 @@ class CheckpointOptions(PartsOptions):
     """folder that `icons warmup` wrote; or give the parts one by one, with --model and --adapter"""
     adapter: Path | None = None
     """LoRA adapter folder: PEFT's, LLaVA's, or a checkpoint-N of the Hugging Face Trainer"""
+
+    @property
+    def model_files(self) -> dict[str, Path | None]:
+        return {"--checkpoint": self.checkpoint, **super().model_files, "--adapter": self.adapter}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +157,43 @@ class StoreOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupOptions:
+class TaskOptions:
     """tasks"""
 
     group: list[str] | None = None
     """NAME=TASK1,TASK2,... makes one task of several, as MME of its subtasks; repeat it for each group"""
+    reduce: Reduce = "max"
+    """a group's influence is its tasks' highest (as the original does for MME), or their mean"""
+    drop_axes: int = 0
+    """leave out this many leading axes along which the tasks' validation rows differ: they mostly tell which answer
+    is wanted, and can fill a selection with one kind of answer"""
+    subspace: float | None = None
+    """take cosines within the span of each task's validation gradients: as many of its directions as hold this share
+    of their energy (0.9: nine tenths). Of stored gradients (`icons influence`) scores then have no error bars; of whole
+    ones (`icons score`) each direction takes the memory of a task vector"""
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Name -> the tasks of each group."""
+        return {name: members.split(",") for name, members in parse(self.group or [], "--group").items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningOptions:
+    """training"""
+
+    epochs: int = field(default=1, metadata={"least": 1})
+    """passes over the chosen rows"""
+    batch_size: int = field(default=16, metadata={"least": 1})
+    """rows per device and step"""
+    learning_rate: float = 2e-4
+    """learning rate of the adapter"""
+    lora_rank: int = field(default=128, metadata={**ADAPTER, "least": 1})
+    """rank r of the adapter's matrices"""
+    lora_alpha: float = field(default=256.0, metadata=ADAPTER)
+    """the adapter's output is scaled by alpha / r"""
+    lora_dropout: float = field(default=0.05, metadata=ADAPTER)
+    """dropout on the adapter's input"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from icons.choices import Normalize, Reduce
-from icons.cli.options.groups import RUN, STORE, GroupOptions
+from icons.choices import Normalize
+from icons.cli.options.groups import RUN, STORE, TaskOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class InfluenceOptions(GroupOptions):
+class InfluenceOptions(TaskOptions):
     """Scores every training row on every task: the mean cosine of their gradients. The same line, run again, resumes.
 
     $ icons influence --train train.zarr --task gqa=gqa.zarr --task pope=pope.zarr --out scores.zarr
@@ -28,20 +28,12 @@ class InfluenceOptions(GroupOptions):
     """the same for validation rows; default: as for training rows"""
     weights: list[float] | None = None
     """a weight for each --train (LESS: the checkpoints' learning rates); default: the mean"""
-    reduce: Reduce = field(default="max", metadata={"group": "tasks"})
-    """a group's influence is its tasks' highest (as the original does for MME), or their mean"""
     pairwise: bool = False
     """also store each training row's product with each single validation row"""
     top_pairs: int = 0
     """keep this many of the strongest validation rows for each training row and task, which show why it scores so"""
     preconditioned_tasks: bool = False
     """accept task rows that went through a preconditioner, as training rows do; otherwise they are refused"""
-    drop_axes: int = 0
-    """leave out this many leading axes along which the tasks' validation rows differ: they mostly tell which answer
-    is wanted, and can fill a selection with one kind of answer"""
-    subspace: float | None = None
-    """take cosines within the span of each task's validation gradients: as many of its directions as hold this share
-    of their energy (0.9: nine tenths); scores then have no error bars"""
     chunk_rows: int | None = field(default=None, metadata=STORE)
     """rows per chunk of the score store, the unit of writing and resuming; default: about 16,000"""
     accelerator: str = field(default="auto", metadata=RUN)

@@ -4,16 +4,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from icons.choices import Preconditioning, Reduce, StoreDtype
+from icons.choices import Preconditioning, StoreDtype
 from icons.cli.options.groups import (
     MODEL,
     RUN,
     SPEED,
     DataOptions,
-    GroupOptions,
     LoadingOptions,
     ProjectionOptions,
     StoreOptions,
+    TaskOptions,
     TrainerOptions,
 )
 
@@ -22,7 +22,7 @@ TASKS = {"group": "tasks"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, ProjectionOptions, TrainerOptions):
+class ScoreOptions(DataOptions, TaskOptions, StoreOptions, LoadingOptions, ProjectionOptions, TrainerOptions):
     """Scores every training row on every task exactly; the same line, run again, resumes.
 
     $ icons score --checkpoint warmup/ --data train.json --images images/ --task gqa=gqa.json:gqa/ --out scores.zarr
@@ -47,14 +47,6 @@ class ScoreOptions(DataOptions, GroupOptions, StoreOptions, LoadingOptions, Proj
     """a weight for each checkpoint (LESS: their learning rates); default: the mean"""
     optimizer_state: list[Path] | None = field(default=None, metadata=MODEL)
     """Adam's moments, one for each checkpoint; default: the warm-up folder's own"""
-    reduce: Reduce = field(default="max", metadata=TASKS)
-    """a group's influence is its tasks' highest (as the original does for MME), or their mean"""
-    drop_axes: int = field(default=0, metadata=TASKS)
-    """leave out this many leading axes along which the tasks' validation rows differ: they mostly tell which answer
-    is wanted, and can fill a selection with one kind of answer"""
-    subspace: float | None = field(default=None, metadata=TASKS)
-    """take cosines within the span of each task's validation gradients: as many of its directions as hold this share
-    of their energy (0.9: nine tenths); each direction takes the memory of a task vector"""
     normalize: Literal["exact", "none"] = "exact"
     """exact: divide every gradient by its norm (cosine similarity); none: do not (inner product)"""
     preconditioner: Preconditioning | None = None

@@ -4,15 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from icons.cli.options.groups import PartsOptions, ReadingOptions, TrainerOptions
+from icons.cli.options.groups import LearningOptions, PartsOptions, ReadingOptions, TrainerOptions
 
-TRAINING = {"group": "every training"}
 BAD = {"group": "bad records"}
 BAKE_OFF = {"group": "rules"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidateOptions(PartsOptions, ReadingOptions, TrainerOptions):
+class ValidateOptions(PartsOptions, ReadingOptions, LearningOptions, TrainerOptions):
     """Trains the start on random subsets and on data without its best, worst and random rows; writes a table.
 
     $ icons validate --model M --data pool.json --images images/ --scores ours=scores.zarr --task gqa=gqa.json --out v
@@ -65,18 +64,6 @@ class ValidateOptions(PartsOptions, ReadingOptions, TrainerOptions):
     """field of the records that tells which are bad; a dotted name looks inside"""
     bad: str = field(default="wrong", metadata=BAD)
     """its value for bad records; records are only read for this, after scoring"""
-    epochs: int = field(default=1, metadata={**TRAINING, "least": 1})
-    """passes over the rows"""
-    batch_size: int = field(default=16, metadata={**TRAINING, "least": 1})
-    """rows per device and step"""
-    learning_rate: float = field(default=2e-4, metadata=TRAINING)
-    """learning rate of the adapter"""
-    lora_rank: int = field(default=128, metadata=TRAINING)
-    """rank r of the adapter's matrices"""
-    lora_alpha: float = field(default=256.0, metadata=TRAINING)
-    """the adapter's output is scaled by alpha / r"""
-    lora_dropout: float = field(default=0.05, metadata=TRAINING)
-    """dropout on the adapter's input"""
     workers: int = field(default=1, metadata={"group": "run"})
     """trainings side by side, each in a process of its own (on a GPU of its own, as far as there are). Processes
     started by hand on one --out share the work just so: no two ever do the same training"""

@@ -5,13 +5,23 @@ from pathlib import Path
 from typing import Any
 
 from icons.choices import ModelDtype, Preset
-from icons.cli.options.groups import DATA, RUN, SPEED, DataOptions, LoadingOptions, PartsOptions, TrainerOptions
+from icons.cli.options.groups import (
+    ADAPTER,
+    DATA,
+    RUN,
+    SPEED,
+    DataOptions,
+    LearningOptions,
+    LoadingOptions,
+    PartsOptions,
+    TrainerOptions,
+)
 
-LORA, LEARNING = {"group": "adapter"}, {"group": "training"}
+LEARNING = {"group": "training"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
+class WarmupOptions(DataOptions, PartsOptions, LearningOptions, LoadingOptions, TrainerOptions):
     """Trains LoRA (and the projector) as LLaVA does, and keeps the adapter with Adam's moments in a warm-up folder.
 
     $ icons warmup --model M --data train.json --images images/ --fraction 0.05 --out warmup/
@@ -44,14 +54,8 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     processor: dict[str, Any] | None = field(default=None, metadata=DATA)
     """a setting of an image-text model's image processor, as --processor.max_pixels 400000; default: the model
     folder's"""
-    epochs: int = field(default=1, metadata={**LEARNING, "least": 1})
-    """passes over the chosen rows"""
-    batch_size: int = field(default=16, metadata={**LEARNING, "least": 1})
-    """rows per device and step"""
     accumulate: int = field(default=1, metadata={**LEARNING, "least": 1})
     """batches per optimizer step"""
-    learning_rate: float = field(default=2e-4, metadata=LEARNING)
-    """learning rate of the adapter"""
     projector_learning_rate: float = field(default=2e-5, metadata=LEARNING)
     """learning rate of the projector between vision tower and language model"""
     warmup_ratio: float = field(default=0.03, metadata=LEARNING)
@@ -60,15 +64,9 @@ class WarmupOptions(DataOptions, PartsOptions, LoadingOptions, TrainerOptions):
     """weight decay of the adapter's and the projector's matrices"""
     seed: int = field(default=0, metadata=LEARNING)
     """seed of the choice of rows, their order, the adapter's first values and dropout"""
-    lora_rank: int = field(default=128, metadata={**LORA, "least": 1})
-    """rank r of the adapter's matrices"""
-    lora_alpha: float = field(default=256.0, metadata=LORA)
-    """the adapter's output is scaled by alpha / r"""
-    lora_dropout: float = field(default=0.05, metadata=LORA)
-    """dropout on the adapter's input"""
-    lora_targets: str | None = field(default=None, metadata={**LORA, "pattern": True})
+    lora_targets: str | None = field(default=None, metadata={**ADAPTER, "pattern": True})
     """regular expression over module names; default: the language model's linear layers"""
-    train_projector: bool = field(default=True, metadata=LORA)
+    train_projector: bool = field(default=True, metadata=ADAPTER)
     """train the projector too, as LLaVA does"""
     dtype: ModelDtype = field(default="auto", metadata=SPEED)
     """number format of the frozen weights and the computation; auto: bfloat16 on a GPU, float32 on a CPU"""

@@ -78,7 +78,7 @@ class DataSetRecords:
         partial = beside(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with _quiet():
+            with without_bars():
                 if out.suffix == PARQUET:
                     chosen.to_parquet(partial)
                 elif out.suffix == ARROW:
@@ -128,8 +128,8 @@ def _write_arrow(dataset: Any, path: Path) -> None:
             writer.write_table(batch)
 
 
-def _library() -> Any:
-    """The package `datasets`.
+def library(what: str = "Parquet and Hugging Face data sets need") -> Any:
+    """The package `datasets`, which `what` cannot do without.
 
     Raises:
         ValueError: it is not installed.
@@ -138,13 +138,12 @@ def _library() -> Any:
         return importlib.import_module("datasets")
     except ModuleNotFoundError as error:
         raise ValueError(
-            "Parquet and Hugging Face data sets need the package datasets, which is not installed; "
-            "pip install 'icons-lightning[hf]'"
+            f"{what} the package datasets, which is not installed; pip install 'icons-lightning[hf]'"
         ) from error
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """Without the library's progress bars."""
     bars = importlib.import_module("datasets.utils")
     shown = bars.is_progress_bar_enabled()
@@ -162,11 +161,11 @@ def open_files(files: Sequence[Path], path: Path, form: str) -> DataSetRecords:
     Raises:
         ValueError: they are damaged, or of different columns.
     """
-    datasets = _library()
+    datasets = library()
     names = [str(file) for file in files]
     content = hashlib.sha256(b"".join(content_digest(file) for file in files)).hexdigest()[:16]
     try:
-        with _quiet():
+        with without_bars():
             if form == ARROW:
                 dataset = datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
             else:
@@ -187,7 +186,7 @@ def open_folder(folder: Path) -> DataSetRecords:
         splits = ", ".join(sorted(part.name for part in folder.iterdir() if (part / _STATE).is_file()))
         raise ValueError(f"{folder}: holds the splits {splits}; expected one: give its folder")
     if (folder / _STATE).is_file():
-        datasets = _library()
+        datasets = library()
         try:
             dataset = datasets.load_from_disk(str(folder))
         except Exception as error:
@@ -212,11 +211,11 @@ def open_hub(name: str) -> DataSetRecords:
     Raises:
         ValueError: it cannot be loaded.
     """
-    datasets = _library()
+    datasets = library()
     where, _, split = name.partition("@")
     repository, _, config = where.partition(":")
     try:
-        with _quiet():
+        with without_bars():
             dataset = datasets.load_dataset(repository, config or None, split=split or "train")
     except Exception as error:
         raise ValueError(f"{name}: neither a file nor a data set that the hub gives: {_reason(error)}") from None
