@@ -1,6 +1,7 @@
 """How much each training row helps each task: the specialist stage (arXiv 2501.00654, section 3).
 
-scorer.py           products of training rows with
+scorer.py           products of training rows, at every
+checkpoint.py       of the warm-up, with
 task_means.py       each task's mean validation row, read by
 axes.py             leading axes that scores can leave out, and
 span.py             the spans of validation rows that they can be taken within;

@@ -7,7 +7,6 @@ vector per task, whatever the number of validation rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -15,10 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from icons.choices import Normalize, Reduce
+from icons.scores.checkpoint import Checkpoint, variance
 from icons.scores.rows import Block, Source, StoredRows, as_rows, blocks, ranges
-from icons.scores.stderr import covariance, standard_error
 from icons.scores.task_means import (
-    TaskVectors,
     check_agree,
     check_plain,
     check_whole,
@@ -102,15 +100,6 @@ class ScoredRows(NamedTuple):
     influence: Float[Tensor, "block tasks"]
     stderr: Float[Tensor, "block tasks"]
     pairs: dict[str, Float[Tensor, "block validation"]]
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Training rows and task vectors of one checkpoint of the warm-up, and its weight."""
-
-    train: StoredRows
-    tasks: TaskVectors
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -213,12 +202,14 @@ class Scorer:
     def score_block(self, several: Sequence[Block]) -> ScoredRows:
         """One block of rows, as each checkpoint has it."""
         factors = [row_factor(block, self.normalize) for block in several]
-        parts = [self.product(block, factors[index], index) for index, block in enumerate(several)]
+        each = zip(self.checkpoints, several, factors, strict=True)
+        parts = [checkpoint.product(block, factor) for checkpoint, block, factor in each]
         total = sum(part * c.weight for part, c in zip(parts, self.checkpoints, strict=True))
         assert isinstance(total, Tensor)
-        variance = self.variance(several, factors, parts)
+        projected = self.normalize == "projected", self.task_normalize == "projected"
+        error = variance(self.checkpoints, several, factors, parts, projected).clamp(min=0).sqrt()
         done = torch.stack([block.done for block in several]).all(dim=0)
-        influence, stderr = self.reduced(total, variance.clamp(min=0).sqrt())
+        influence, stderr = self.reduced(total, error)
         pairs = self.pairs(several, factors, done) if self.pairwise else {}
         failed = ~done[:, None]
         return ScoredRows(
@@ -227,52 +218,6 @@ class Scorer:
             stderr.masked_fill(failed, torch.nan).cpu(),
             pairs,
         )
-
-    def product(self, block: Block, factor: Tensor, vectors: int) -> Float[Tensor, "block vectors"]:
-        spans = self.checkpoints[vectors].tasks.spans
-        if spans:  # cosines, which no factor changes, but that of a failed row is 0
-            inside = [span.cosines(block.gradient) @ span.mean for span in spans]
-            return torch.stack(inside, dim=1)
-        # this way round, the skinny product is twice as fast on a CPU
-        return (self.checkpoints[vectors].tasks.mean @ block.gradient.T).T * factor[:, None]
-
-    def variance(
-        self, several: Sequence[Block], factors: Sequence[Tensor], parts: Sequence[Tensor]
-    ) -> Float[Tensor, "block vectors"]:
-        """Variance of the weighted sum of the checkpoints' scores; NaN within subspaces, where it is not known."""
-        if any(checkpoint.tasks.spans and not checkpoint.tasks.exact for checkpoint in self.checkpoints):
-            return torch.full_like(parts[0], torch.nan)
-        total = torch.zeros_like(parts[0])
-        for index, (checkpoint, block) in enumerate(zip(self.checkpoints, several, strict=True)):
-            if not checkpoint.tasks.exact:
-                vectors = checkpoint.tasks
-                length = block.length * factors[index]
-                error = standard_error(
-                    parts[index],
-                    length.square(),
-                    vectors.square,
-                    vectors.overlap,
-                    block.gradient.shape[1],
-                    self.normalize == "projected",
-                    self.task_normalize == "projected",
-                )
-                total += checkpoint.weight**2 * error.square()
-        for left, right in combinations(range(len(several)), 2):
-            total += 2 * self.cross(several, factors, left, right)
-        return total
-
-    def cross(
-        self, several: Sequence[Block], factors: Sequence[Tensor], left: int, right: int
-    ) -> Float[Tensor, "block vectors"] | float:
-        """Covariance of two checkpoints' weighted scores; none if their projections differ."""
-        a, b = self.checkpoints[left], self.checkpoints[right]
-        if a.tasks.exact or b.tasks.exact or a.train.manifest.get("projector") != b.train.manifest.get("projector"):
-            return 0.0
-        rows = (several[left].gradient * several[right].gradient).sum(dim=1) * factors[left] * factors[right]
-        vectors = (a.tasks.mean * b.tasks.mean).sum(dim=1)
-        one = self.product(several[left], factors[left], right)
-        other = self.product(several[right], factors[right], left)
-        return a.weight * b.weight * covariance(rows, vectors, one, other, several[left].gradient.shape[1])
 
     def reduced(self, influence: Tensor, stderr: Tensor) -> tuple[Tensor, Tensor]:
         """Groups of task vectors -> columns: the highest, with its own standard error."""

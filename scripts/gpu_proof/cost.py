@@ -68,7 +68,7 @@ class Cost:
         block, copy = Block(range(size), gradient, gradient.norm(dim=1), one, one, one > 0), torch.empty_like(gradient)
         host = torch.ones(rows, DIM, dtype=torch.float16)
         seconds |= self.fastest({
-            "products": lambda: scorer.product(block, one, 0),
+            "products": lambda: scorer.checkpoints[0].product(block, one),
             "products and errors": lambda: scorer.score_block([block]),
             "copy": lambda: copy.copy_(gradient), "host to device": lambda: host.to(self.device, copy=True),
         })  # fmt: skip
