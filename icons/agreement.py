@@ -4,7 +4,7 @@ A field is named with dots: `projector` compares all of it, `data.fingerprint` o
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 # training rows and a task's rows, multiplied with each other
@@ -42,6 +42,8 @@ PLACES = {"path", "images", "name"}
 """Where a file lies may change between a run and its resume; what is in it may not."""
 HINTS = {"model.fingerprint": " (frozen weights that are others, or the same in another number format: --model-dtype)"}
 """Said where a value shows nothing by itself."""
+IMAGE_FILES = "image_files"
+"""Row -> image -> the mark of its file (`icons.datamodules.image_marks`), compared by `check_image_files` alone."""
 LATER = {"preprocessing.template", "preprocessing.preset", "reader"}
 """Fields that stores of former versions lack: nothing is known of them, and they agree with all."""
 
@@ -80,10 +82,42 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], fields: Iterable[str
 
 def leaves(name: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:
     if isinstance(left, Mapping) and isinstance(right, Mapping):
-        for key in [*left, *(key for key in right if key not in left)]:
+        for key in [key for key in {**left, **right} if key != IMAGE_FILES]:
             yield from leaves(f"{name}.{key}", left.get(key), right.get(key))
     elif left != right:
         yield name, left, right
+
+
+def check_image_files(
+    begun: Mapping[str, Any], now: Mapping[str, Any], what: str, failed: Collection[str] = ()
+) -> None:
+    """Compares the marks of image files in two manifests. A file that one of them lacks has only been added or taken
+    away, which its row's status says.
+
+    Args:
+        begun: the manifest of what is gone on with.
+        now: this run's.
+        what: it is.
+        failed: rows that have failed in it: their images may have been mended.
+
+    Raises:
+        ValueError: a file has other bytes than it had: the image, its row, and what to do.
+    """
+    marks = now.get(IMAGE_FILES) or {}
+    for row, files in (begun.get(IMAGE_FILES) or {}).items():
+        for name, mark in files.items():
+            mark_now = marks.get(row, {}).get(name)
+            if mark and mark_now and mark != mark_now and row not in failed:
+                raise ValueError(
+                    f"image {name} of row {row}: has other bytes than when {what} was begun ({_size(mark)} then, "
+                    f"{_size(mark_now)} now); what is there is of the former images: put them back, or give another "
+                    "place or --overwrite"
+                )
+
+
+def _size(mark: str) -> str:
+    size = mark.partition("-")[0]
+    return f"{int(size):,} bytes" if size.isdecimal() else "?"
 
 
 def lookup(manifest: Any, field: str) -> Any:

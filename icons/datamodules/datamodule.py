@@ -1,7 +1,7 @@
 """ConversationDataModule: a data file for warm-up, gradients, validation and fine-tune alike."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ from lightning import LightningDataModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, Subset
 
+from icons.agreement import IMAGE_FILES
 from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.descriptors import check_descriptors
+from icons.datamodules.image_marks import Marks, image_marks
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import open_records
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
@@ -122,4 +124,10 @@ class ConversationDataModule(LightningDataModule):
             "data": {"path": str(records.path), "num_rows": len(records), "fingerprint": records.fingerprint},
             "preprocessing": self.preprocessing.as_dict(),
             "reader": self.dataset.describe_reader(),
+            IMAGE_FILES: self.image_marks,
         }
+
+    @cached_property
+    def image_marks(self) -> Marks:
+        """What some rows' image files are known by."""
+        return image_marks(len(self.dataset), partial(self.dataset.conversation, light=True), self.dataset.images)

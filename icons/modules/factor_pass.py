@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
-from icons.agreement import FACTORS, check_compatible
+from icons.agreement import FACTORS, IMAGE_FILES, check_compatible, check_image_files
 from icons.batch import Batch
 from icons.choices import FactorLabels
 from icons.gradients.covariances import CovarianceSums, covariance_sums, with_drawn_labels
@@ -140,7 +140,7 @@ class FactorWriter(Callback):
         assert isinstance(pl_module, FactorPass)
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self.manifest = describe(trainer, pl_module) | self.given
-        same = {name: self.manifest.get(name) for name in (*FACTORS, "batches", "computation", "versions")}
+        same = {name: self.manifest.get(name) for name in (*FACTORS, IMAGE_FILES, "batches", "computation", "versions")}
         self.parts = FactorParts(self.file, same | {"threads": torch.get_num_threads()})
         self.run = Run(launched_by(trainer.strategy))
         chosen = pl_module.settings.chosen(len(datamodule.dataset))
@@ -278,7 +278,9 @@ def is_done(file: Path, manifest: Mapping[str, Any], overwrite: bool) -> bool:
         return False
     try:
         remedy = "expected both to be the same: mend one, give another place, or --overwrite"
-        check_compatible(KroneckerFactors.load(file).manifest, manifest, FACTORS, str(file), "this run", remedy)
+        made = KroneckerFactors.load(file).manifest
+        check_compatible(made, manifest, FACTORS, str(file), "this run", remedy)
+        check_image_files(made, manifest, str(file))
     except ValueError:
         if overwrite:
             return False

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from icons.agreement import REUSED_SCORES, TASK_VECTOR, check_compatible
+from icons.agreement import REUSED_SCORES, TASK_VECTOR, check_compatible, check_image_files
 from icons.batch import Status
 from icons.store import ScoreStore
+from icons.store.image_files import check_images
 from icons.terminal import counted
 
 
@@ -64,6 +65,7 @@ class FormerScores:
         """
         former = self.store.manifest
         check_compatible(former, own, REUSED_SCORES, f"--reuse {self.store.path}", "this run")
+        check_images(self.store, own)
         tasks = {**former["tasks"], **own["tasks"]}
         members = {name: list(groups.get(name, [name])) for name in self.columns}
         return {
@@ -102,6 +104,7 @@ def _is_same(
     try:
         for task in members:
             check_compatible(facts.tasks[task], tasks[task], TASK_VECTOR)
+            check_image_files(facts.tasks[task], tasks[task], f"the store {store.path}")
     except ValueError:
         return False
     return True

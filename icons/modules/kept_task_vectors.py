@@ -9,7 +9,7 @@ from typing import Any
 from lightning import Trainer
 from torch import nn
 
-from icons.agreement import TASK_VECTOR, check_compatible
+from icons.agreement import TASK_VECTOR, check_compatible, check_image_files
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.models.fingerprint import adapter_fingerprint, base_description
@@ -153,7 +153,9 @@ def _is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:
     if not file.is_file():
         return False
     try:
-        check_compatible(TaskVector.load(file).manifest, manifest, TASK_VECTOR, str(file), "this run")
+        kept = TaskVector.load(file).manifest
+        check_compatible(kept, manifest, TASK_VECTOR, str(file), "this run")
+        check_image_files(kept, manifest, str(file))
     except ValueError as difference:
         log.info("computing the task vector anew: %s", difference)
         return False

@@ -11,6 +11,7 @@ from icons.modules.exact_scorer import InfluenceScorer
 from icons.modules.former_scores import FormerScores
 from icons.modules.store_writer import StoreWriter, Writing
 from icons.store import ScoreStore
+from icons.store.image_files import check_images
 
 
 class ScoreWriter(StoreWriter):
@@ -71,5 +72,6 @@ class ScoreWriter(StoreWriter):
         def check(store: ScoreStore) -> None:
             agree = [*EXACT_SCORES, *(["computation"] if "computation" in store.manifest else [])]
             check_compatible(store.manifest, manifest, agree, f"the score store {self.path}", "this run")
+            check_images(store, manifest)
 
         return ScoreStore.taken_up(self.path, check, create, self.overwrite)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from icons.agreement import PLACES, SCORES, check_compatible
+from icons.agreement import IMAGE_FILES, PLACES, SCORES, check_compatible
 from icons.choices import Normalize, Reduce
 from icons.manifest import versions
 from icons.modules.ranks import Run
@@ -279,7 +279,8 @@ def _sources_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def described(store: GradientStore) -> dict[str, Any]:
     """A source, with the statuses that its rows have now."""
-    return {"path": store.path, **store.manifest, STATUSES: store.status_digest()}
+    about = {name: entry for name, entry in store.manifest.items() if name != IMAGE_FILES}
+    return {"path": store.path, **about, STATUSES: store.status_digest()}
 
 
 def digests(sources: Sequence[Mapping[str, Any]]) -> list[Any]:

@@ -20,6 +20,7 @@ from icons.modules.sharding import check_strategy, end_lockstep
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import FailureLog, failures_in
+from icons.store.image_files import renew_images
 from icons.store.unit_writer import UnitWriter, statuses_of
 
 MIXED = "mixed"
@@ -170,6 +171,7 @@ class StoreWriter(BasePredictionWriter):
             datamodule: Any = getattr(trainer, "datamodule", None)
             manifest = self.describe(pl_module, datamodule) | computation(trainer, pl_module)
             store = self.open_or_create(manifest, self.num_rows or len(datamodule.dataset))
+            renew_images(store, manifest)
             mine = set(assign(range(store.partition.num_units), self.shard[1], self.shard[0]))
             statuses = store.statuses()
             failed = sorted(mine & set(store.failed_units(statuses))) if self.retry_failed else []

@@ -26,6 +26,7 @@ from icons.agreement import PLACES, RESUMED, check_compatible
 from icons.partition import Partition
 from icons.store.encoding import DTYPES, FIELDS, encode_rows
 from icons.store.former import stored_kind
+from icons.store.image_files import check_images
 from icons.store.layout import Column, parse_codec
 from icons.store.row_store import RowStore
 from icons.store.score_store import ScoreStore
@@ -160,6 +161,7 @@ class GradientStore(RowStore):
             what,
             "this run",
         )
+        check_images(self, manifest)
 
     @property
     def dim(self) -> int:

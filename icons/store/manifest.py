@@ -38,6 +38,7 @@ class StoreManifest(Manifest, frozen=True, kw_only=True):
     projector: ProjectorEntry = ProjectorEntry()
     settings: RunEntry = RunEntry()
     dtype: str | None = None
+    image_files: dict[str, dict[str, str | None]] = {}
     batches: dict[str, Any] | str | None = None
     warnings: list[str] = []
 

@@ -280,3 +280,24 @@ def test_a_unit_that_one_checkpoint_lacks_is_missing_in_the_sum(warmup: Path, tm
     assert ScoreStore.open(tmp_path / "sum.zarr").missing() == [0]
     assert score(warmup, tmp_path / "sum.zarr", *more) == 0
     assert ScoreStore.open(tmp_path / "sum.zarr").missing() == []
+
+
+def test_replaced_images_of_the_data_and_of_tasks_are_named(
+    warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places, out = [tmp_path / name for name in ("rows", "tasks")], tmp_path / "scores.zarr"
+    for place in places:
+        place.mkdir()
+        for name in ("img0.png", "img1.png"):
+            shutil.copy(DATA / name, place / name)
+    words = ["--images", places[0], "--task", f"a={DATA / 'data.json'}:{places[1]}"]
+    assert score(warmup, out, *words, "--shard", "0/2") == 0
+    for place, whose in zip(places, (f"the store {out}", f"task a of the store {out}"), strict=True):
+        shutil.copy(DATA / "img1.png", place / "img0.png")
+        capsys.readouterr()
+        assert score(warmup, out, *words) == 1
+        assert f"image img0.png of row 0: has other bytes than when {whose} was begun" in capsys.readouterr().err
+        shutil.copy(DATA / "img0.png", place / "img0.png")
+    assert score(warmup, out, *words) == 0 and ScoreStore.open(out).missing() == []
+    (places[1] / "img1.png").unlink()
+    assert score(warmup, out, *words) == 0, "what was there and is missing is no other image"
