@@ -44,8 +44,8 @@ class DataEntry(msgspec.Struct, frozen=True):
 def versions(*names: str) -> dict[str, str | None]:
     """Installed versions of packages (default: those that decide about numbers); None for one that is not installed, as
     this one when it runs from its sources."""
-    found: dict[str, str | None] = dict.fromkeys(names or DECISIVE)
-    for name in found:
+    installed: dict[str, str | None] = dict.fromkeys(names or DECISIVE)
+    for name in installed:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed

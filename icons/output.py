@@ -53,20 +53,20 @@ def check_output(
     here = Path(out)
     if not is_url(out):
         _check_kind(here, option, kind)
-    for given, place in flat({**inputs, **(searched or {})}):
-        if is_url(out) or is_url(place):
-            if str(out).rstrip("/") == str(place).rstrip("/"):
+    for given, path in flat({**inputs, **(searched or {})}):
+        if is_url(out) or is_url(path):
+            if str(out).rstrip("/") == str(path).rstrip("/"):
                 raise ValueError(f"{option} {out}: is what {given} names; expected another place: give one")
-        elif same(here, Path(place)):
+        elif same(here, Path(path)):
             if here.is_dir():
                 raise ValueError(f"{option} {out}: is the folder that {given} names; expected another place: give one")
             if not overwrite:
                 raise _refusal(f"{option} {out}: is the file that {given} names")
         elif not overwrite:
-            if inside(here, Path(place)) and given not in (searched or {}):
-                raise _refusal(f"{option} {out}: lies in the folder {place} that {given} names")
-            if inside(Path(place), here):
-                raise _refusal(f"{option} {out}: is around {place}, which {given} names")
+            if inside(here, Path(path)) and given not in (searched or {}):
+                raise _refusal(f"{option} {out}: lies in the folder {path} that {given} names")
+            if inside(Path(path), here):
+                raise _refusal(f"{option} {out}: is around {path}, which {given} names")
     if not is_url(out) and not overwrite and not is_empty(here) and not ours(here):
         what = f"holds {_first_entry(here)}, and is" if here.is_dir() else "is there already, and is"
         raise _refusal(f"{option} {out}: {what} no former output of this command")
@@ -91,15 +91,15 @@ def _refusal(what: str) -> ValueError:
     )
 
 
-def is_url(place: Place) -> bool:
-    return "://" in str(place)
+def is_url(path: Place) -> bool:
+    return "://" in str(path)
 
 
 def flat(places: Places) -> Iterator[tuple[str, Place]]:
     for option, given in places.items():
         if given is not None:
-            for place in [given] if isinstance(given, Path | str) else given:
-                yield option, place
+            for path in [given] if isinstance(given, Path | str) else given:
+                yield option, path
 
 
 def same(one: Path, other: Path) -> bool:

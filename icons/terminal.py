@@ -16,7 +16,7 @@ def legible(text: str) -> str:
     >>> legible("a\\x1b[31mb")
     'a\\\\x1b[31mb'
     """
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def counted(number: int, noun: str) -> str:

@@ -56,19 +56,19 @@ def factors(options: FactorsOptions) -> int:
 
 def told(file: Path) -> int:
     """Prints what a file of factors holds; exit status 0."""
-    found = KroneckerFactors.load(file)
-    sides = [value for side in (found.left, found.right) for value in side.values()]
+    made = KroneckerFactors.load(file)
+    sides = [value for side in (made.left, made.right) for value in side.values()]
     whole = sum(value.ndim == 2 for value in sides)
-    said = f"{file}: factors {found.fingerprint} of {len(found.left):,} layers from {found.rows:,} rows"
-    tell(f"{said}; {whole:,} covariances whole, {len(sides) - whole:,} diagonal, {found.num_bytes / 1e6:,.1f} MB")
-    if left_out := found.manifest.get("left_out"):
+    said = f"{file}: factors {made.fingerprint} of {len(made.left):,} layers from {made.rows:,} rows"
+    tell(f"{said}; {whole:,} covariances whole, {len(sides) - whole:,} diagonal, {made.num_bytes / 1e6:,.1f} MB")
+    if left_out := made.manifest.get("left_out"):
         warn(f"{left_out:,} rows were left out: they cannot be read, or have no finite gradient")
-    if rest := found.unfactored:
+    if rest := made.unfactored:
         warn(
             f"{len(rest):,} trainable parameters ({rest[0]}, ...) are no plain linear layer's weight and have no "
             "factors: they are divided by their mean squared gradient alone"
         )
-    if silent := found.silent:
+    if silent := made.silent:
         warn(
             f"{len(silent):,} trainable parameters ({silent[0]}, ...) had no gradient in these rows; rows in which "
             "they have one will fail as not finite: take more --rows if there are such"

@@ -21,7 +21,7 @@ class Sources:
     code: Int[np.ndarray, " rows"]
     names: Sequence[str]
 
-    def place(self, name: str) -> int:
+    def code_of(self, name: str) -> int:
         """The code of a source.
 
         Raises:
@@ -131,7 +131,7 @@ class Budget:
         room = np.ones(len(order), bool)
         for name, share in self.source_quotas.items():
             assert self.sources is not None
-            code = self.sources.place(name)
+            code = self.sources.code_of(name)
             have = int((taken & (self.sources.code == code)).sum())
             same = np.flatnonzero(self.sources.code[order] == code)
             room[same[max(0, int(share * self.num_rows) - have) :]] = False

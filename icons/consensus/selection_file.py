@@ -116,16 +116,16 @@ def is_written_by(selection: Path, name: str, file: Path) -> bool:
 def foreign_files(selection: Path) -> list[Path]:
     """Files that the selection, a folder, did not write or that were changed since, where the next one would replace
     them: at its top, and in folders that it made."""
-    known = {name.removeprefix(_DATA): found for name, found in _known(selection).items() if name.startswith(_DATA)}
+    known = {name.removeprefix(_DATA): several for name, several in _known(selection).items() if name.startswith(_DATA)}
     made = {Path(name).parts[0] for name in known}
-    found = []
+    foreign = []
     for file in sorted(file for file in selection.rglob("*") if not file.is_dir()):
         inner = file.relative_to(selection)
         own = inner.name == MARK or is_partial(inner.name)
         at_risk = len(inner.parts) == 1 or inner.parts[0] in made
         if at_risk and not own and not (file.is_file() and digest(file) in known.get(inner.as_posix(), [])):
-            found.append(file)
-    return found
+            foreign.append(file)
+    return foreign
 
 
 def digests(name: str, path: Path) -> dict[str, str]:

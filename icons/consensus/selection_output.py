@@ -45,9 +45,9 @@ class SelectionOutput:
         self.partials = {name: beside(path) for name, path in self.places.items()}
 
     def __enter__(self) -> "SelectionOutput":
-        for place in [*self.places.values(), self.selection]:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            sweep_partials(place.parent)
+        for target in [*self.places.values(), self.selection]:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            sweep_partials(target.parent)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -59,7 +59,9 @@ class SelectionOutput:
 
         Runs that publish into one folder at once do so one after the other: none mixes its files with another's.
         """
-        written = {of: found for name, partial in self.partials.items() for of, found in digests(name, partial).items()}
+        written = {
+            of: content for name, partial in self.partials.items() for of, content in digests(name, partial).items()
+        }
         note = note_path(self.selection)
         with _alone_in(self.selection.parent):
             accepted = {name: set(several) for name, several in noted(self.selection).items()}
@@ -74,14 +76,14 @@ class SelectionOutput:
             note.unlink()
 
 
-def move(partial: Path, place: Path) -> None:
+def move(partial: Path, target: Path) -> None:
     """Gives a file or a folder its place, durably. In a folder that is there, folders that it has beside stay."""
     flush_tree(partial)
-    if place.is_dir() and any(place.iterdir()):
-        move_into(partial, place, last="README.md", stale=lambda _: True)
+    if target.is_dir() and any(target.iterdir()):
+        move_into(partial, target, last="README.md", stale=lambda _: True)
     else:
-        partial.replace(place)
-    flush_path(place.parent)
+        partial.replace(target)
+    flush_path(target.parent)
 
 
 def remove(path: Path) -> None:

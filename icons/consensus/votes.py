@@ -259,7 +259,7 @@ def _source_factors(
     for name, value in factors.items():
         if value < 0:
             raise ValueError(f"weight of source {name}: got {value}; expected a number >= 0")
-        factor[sources.place(name)] = value
+        factor[sources.code_of(name)] = value
     return factor[sources.code[scored]]
 
 

@@ -15,12 +15,12 @@ def load_factors(file: Path, model: nn.Module) -> KroneckerFactors:
     Raises:
         ValueError: the file is none of these, is damaged, or was made with another model, adapter or target.
     """
-    found = KroneckerFactors.load(Path(file))
+    factors = KroneckerFactors.load(Path(file))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     own = {"model": base_description(model), "adapter": {"fingerprint": adapter_fingerprint(model)}}
     remedy = "expected factors of this very model: make them with `icons factors` and the same checkpoint and --target"
     for what in ("adapter.fingerprint", "model.fingerprint"):
-        check_compatible(found.manifest, own, [what], str(file), "the model", remedy)
-    if odd := sorted(trained ^ set(found.square)):
+        check_compatible(factors.manifest, own, [what], str(file), "the model", remedy)
+    if odd := sorted(trained ^ set(factors.square)):
         raise ValueError(f"{file}: {odd[0]} is trainable or has factors, not both; {remedy}")
-    return found
+    return factors

@@ -44,9 +44,9 @@ class _RepresentationCollector(SampleModule):
 
     def compute(self, batch: Batch) -> Fields:
         """`gradient [B, width]` is the representation, `norm` its length; no backward pass."""
-        found, loss = represented(self.model, batch)
+        states, loss = represented(self.model, batch)
         tokens = supervised_tokens(batch["labels"]).int()
-        return {"gradient": found, "norm": found.norm(dim=1), "loss": loss.float(), "tokens": tokens}
+        return {"gradient": states, "norm": states.norm(dim=1), "loss": loss.float(), "tokens": tokens}
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | _undifferentiated(width_of(self.model)) | {"collect": "representations"}

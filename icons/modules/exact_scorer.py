@@ -72,8 +72,8 @@ class ScoredTasks:
 
     def reduced(self, products: Tensor) -> Tensor:
         """Products with each task `[B, tasks]` -> scores of the columns `[B, S]`."""
-        place = {name: number for number, name in enumerate(self.vectors)}
-        parts = [products[:, [place[member] for member in members]] for members in self.columns.values()]
+        column = {name: number for number, name in enumerate(self.vectors)}
+        parts = [products[:, [column[member] for member in members]] for members in self.columns.values()]
         return torch.stack([p.amax(dim=1) if self.reduce == "max" else p.mean(dim=1) for p in parts], dim=1)
 
 
@@ -123,16 +123,16 @@ class InfluenceScorer(SampleModule):
         """`influence [B, S]` float32, `stderr [B, S]` zeros (nothing is estimated), `norm`, `loss`, `tokens`; with a
         projector also `gradient [B, K]`."""
         assert self.matrix is not None
-        products, norm, found = scored_gradients(self.model, batch, self.matrix, self.preconditioner, self.keep)
-        assert found is not None
+        products, norm, sample = scored_gradients(self.model, batch, self.matrix, self.preconditioner, self.keep)
+        assert sample is not None
         influence = self.tasks.scores(products, norm, self.unit)
         return {
             "influence": influence,
             "stderr": torch.zeros_like(influence),
             "norm": norm,
-            "loss": found.loss,
-            "tokens": found.tokens.int(),
-            **({} if self.keep is None else {"gradient": found.gradient}),
+            "loss": sample.loss,
+            "tokens": sample.tokens.int(),
+            **({} if self.keep is None else {"gradient": sample.gradient}),
         }
 
     def describe(self) -> dict[str, Any]:

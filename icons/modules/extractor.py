@@ -33,8 +33,8 @@ class GradientExtractor(SampleModule):
 
     def compute(self, batch: Batch) -> Fields:
         """`gradient [B, K]` float32, `norm [B]` and `loss [B]` float32, `tokens [B]` int32."""
-        found = projected_gradients(self.model, batch, self.projector, self.preconditioner)
-        return {"gradient": found.gradient, "norm": found.norm, "loss": found.loss, "tokens": found.tokens.int()}
+        rows = projected_gradients(self.model, batch, self.projector, self.preconditioner)
+        return {"gradient": rows.gradient, "norm": rows.norm, "loss": rows.loss, "tokens": rows.tokens.int()}
 
     def describe(self) -> dict[str, Any]:
         """This extractor's part of the manifest: what must agree for two stores to be combined."""

@@ -52,11 +52,11 @@ class FailedRows(Callback):
         """What the manifest keeps: the number of failed rows, and why, by kind. To be called on every rank."""
         failed = gathered(trainer, self.failures)
         ordered = [failed[row] for row in sorted(failed)]
-        found = [
+        reasons = [
             {"status": kind.status.name.lower(), "rows": kind.count, "examples": [str(one) for one in kind.examples]}
             for kind in kinds(ordered)
         ]
-        return {"rows": len(failed), "kinds": found}
+        return {"rows": len(failed), "kinds": reasons}
 
     def lines(self, trainer: Trainer) -> list[str]:
         """The same as lines of text. To be called on every rank."""

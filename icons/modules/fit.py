@@ -178,8 +178,10 @@ def losses_of(module: WarmupModule) -> dict[str, Any]:
     """The manifest's part: loss and exact matches of each task, before and after."""
     sides = {"before": module.before, "after": module.after}
     return {
-        "losses": {side: {task: found["loss"] for task, found in tasks.items()} for side, tasks in sides.items()},
-        "accuracy": {side: {task: found["accuracy"] for task, found in tasks.items()} for side, tasks in sides.items()},
+        "losses": {side: {task: result["loss"] for task, result in tasks.items()} for side, tasks in sides.items()},
+        "accuracy": {
+            side: {task: result["accuracy"] for task, result in tasks.items()} for side, tasks in sides.items()
+        },
     }
 
 

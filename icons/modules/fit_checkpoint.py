@@ -50,7 +50,7 @@ class FitCheckpoint(Callback):
         self.seed = seed
         self.saved_at = 0.0
         self.interruption = Interruption(lambda: None)
-        self.place: Any = None
+        self.loader_state: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         own_signals(trainer)
@@ -61,13 +61,13 @@ class FitCheckpoint(Callback):
             checkpoint["train_dataloader"] = loader.state_dict()
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.place = checkpoint.get("train_dataloader")
+        self.loader_state = checkpoint.get("train_dataloader")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.saved_at = time.monotonic()
-        if self.place is not None:
+        if self.loader_state is not None:
             # Lightning does so too, unless the loader was made early, as for `estimated_stepping_batches`
-            trainer.train_dataloader.load_state_dict(self.place)  # type: ignore[union-attr]
+            trainer.train_dataloader.load_state_dict(self.loader_state)  # type: ignore[union-attr]
         self.interruption.watch()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -129,9 +129,9 @@ def checkpoint_of(folder: Path, say: Callable[[str], None], check: Callable[[Pat
     Raises:
         ValueError: there are some, and none can be read: the newest one's error.
     """
-    found = [file for file in (folder / LAST, folder / BEFORE) if file.exists()]
+    files = [file for file in (folder / LAST, folder / BEFORE) if file.exists()]
     errors: list[ValueError] = []
-    for file in found:
+    for file in files:
         try:
             if file.is_file() and file.stat().st_size == 0:
                 raise ValueError(f"{file}: cannot be read as the checkpoint of a fit (it is empty)")

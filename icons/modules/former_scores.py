@@ -83,14 +83,14 @@ class FormerScores:
         block = slice(first, int(rows.max()) + 1)
         status = torch.from_numpy(self.store.stored("status", block)[rows - first])
         now = outputs["status"].cpu()
-        found = {**outputs, "status": torch.where(now == Status.DONE, status.to(now.dtype), now)}
+        wide = {**outputs, "status": torch.where(now == Status.DONE, status.to(now.dtype), now)}
         for name in ("influence", "stderr"):
             kept = self.store.stored(name, block)[rows - first]
             new = outputs[name].cpu()
             parts = {column: torch.from_numpy(kept[:, self.store.tasks.index(column)]) for column in self.taken}
-            parts |= {column: new[:, place] for place, column in enumerate(computed)}
-            found[name] = torch.stack([parts[column] for column in self.columns], dim=1)
-        return found
+            parts |= {column: new[:, index] for index, column in enumerate(computed)}
+            wide[name] = torch.stack([parts[column] for column in self.columns], dim=1)
+        return wide
 
 
 def _is_same(

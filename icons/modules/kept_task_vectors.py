@@ -75,11 +75,11 @@ def find_directed(
         ValueError: the rows do not vary along so many axes, or no row of a task has a gradient.
     """
     kept = _Kept(trainer, modules, folder)
-    vectors = kept.found("", manifests, lambda tasks: TaskVectorizer(model, tasks, unit))
+    vectors = kept.parts_of("", manifests, lambda tasks: TaskVectorizer(model, tasks, unit))
     if not drop_axes and subspace is None:
         return _Directed(vectors, {})
     about: dict[str, Any] = {"projector": sketch_of(model).describe()}
-    made = kept.found("sketch.", _with_directions(manifests, about), lambda tasks: TaskSketcher(model, tasks, unit))
+    made = kept.parts_of("sketch.", _with_directions(manifests, about), lambda tasks: TaskSketcher(model, tasks, unit))
     sketches = {task: sketch.vector for task, sketch in made.items()}
     if drop_axes:
         others = {task: vector.manifest["data"]["fingerprint"] for task, vector in vectors.items()}
@@ -90,13 +90,13 @@ def find_directed(
         coefficients = {task: of_span(sketch, subspace) for task, sketch in sketches.items()}
         about |= {"subspace": subspace}
     about_tasks = _with_directions(manifests, about)
-    parts = kept.found("sums.", about_tasks, lambda tasks: TaskCombiner(model, tasks, coefficients))
+    parts = kept.parts_of("sums.", about_tasks, lambda tasks: TaskCombiner(model, tasks, coefficients))
     if drop_axes:
         axes = orthonormal([parts[task].vector for task in modules])
         return _Directed({task: without_axes(vector, axes) for task, vector in vectors.items()}, {})
     directions = {task: orthonormal([part.vector]) for task, part in parts.items()}
-    places = kept.found("places.", about_tasks, lambda tasks: TaskLocator(model, tasks, directions))
-    spans = {task: TaskSpan(directions[task], mean_within(part.vector["rows"])) for task, part in places.items()}
+    located = kept.parts_of("places.", about_tasks, lambda tasks: TaskLocator(model, tasks, directions))
+    spans = {task: TaskSpan(directions[task], mean_within(part.vector["rows"])) for task, part in located.items()}
     return _Directed(vectors, spans)
 
 
@@ -115,7 +115,7 @@ class _Kept:
     modules: Mapping[str, ConversationDataModule]
     folder: Path
 
-    def found(
+    def parts_of(
         self,
         kind: str,
         manifests: Mapping[str, Mapping[str, Any]],
@@ -134,10 +134,10 @@ class _Kept:
         if todo:
             mine = assign(range(len(todo)), self.trainer.world_size, self.trainer.global_rank)
             module = make({name: len(self.modules[name].dataset) for name in todo})
-            loaders = [self.loader(name, place in mine) for place, name in enumerate(todo)]
+            loaders = [self.loader(name, index in mine) for index, name in enumerate(todo)]
             self.trainer.predict(module, loaders, return_predictions=False)
-            for place in mine:
-                module.vector(todo[place], dict(manifests[todo[place]])).save(files[todo[place]])
+            for index in mine:
+                module.vector(todo[index], dict(manifests[todo[index]])).save(files[todo[index]])
             self.trainer.strategy.barrier()
         return {name: TaskVector.load(file) for name, file in files.items()}
 

@@ -55,20 +55,20 @@ class Lockstep:
 
     def __init__(self, layers: Sequence[FSDPModule], group: dist.ProcessGroup) -> None:
         self.group = dist.new_group(backend="gloo", timeout=FOREVER)  # on the CPU, whatever computes
-        self.gathers = [_LayerGather(self, place, layer, group) for place, layer in enumerate(layers)]
+        self.gathers = [_LayerGather(self, index, layer, group) for index, layer in enumerate(layers)]
         for layer, gather in zip(layers, self.gathers, strict=True):
             layer.set_custom_all_gather(gather)  # type: ignore[arg-type]  # its base class is not public
         self.done = False
 
-    def wait_for(self, place: int) -> None:
-        """Returns when all ranks are about to gather layer `place`; until then gathers what others want."""
+    def wait_for(self, index: int) -> None:
+        """Returns when all ranks are about to gather layer `index`; until then gathers what others want."""
         count = len(self.gathers)
-        wanted = 2 * count - 1 - place if _differentiating() else place
+        wanted = 2 * count - 1 - index if _differentiating() else index
         while (chosen := self.agree(wanted)) != wanted:
-            chosen_place = min(chosen, 2 * count - 1 - chosen)
-            if chosen_place == place:  # forwards here, backwards there: the same weights
+            chosen_layer = min(chosen, 2 * count - 1 - chosen)
+            if chosen_layer == index:  # forwards here, backwards there: the same weights
                 return
-            self.gathers[chosen_place].take_part()
+            self.gathers[chosen_layer].take_part()
 
     def end(self) -> None:
         """To be called when this rank has nothing left to compute: returns when no rank has.
@@ -90,22 +90,22 @@ class Lockstep:
         Raises:
             LostRankError: a rank has died.
         """
-        found = torch.tensor([wanted])
+        first = torch.tensor([wanted])
         wait_s = FIRST_WAIT_S
         with _all_living():
-            work = dist.all_reduce(found, dist.ReduceOp.MIN, group=self.group, async_op=True)
+            work = dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group, async_op=True)
             while not work.is_completed():  # and not `wait`, in which no signal would be taken
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, LONGEST_WAIT_S)
             work.wait()
-        return int(found)
+        return int(first)
 
 
 class _LayerGather:
     """Gathers one layer's weights for FSDP2, when all ranks do (`FSDPModule.set_custom_all_gather`)."""
 
-    def __init__(self, lockstep: Lockstep, place: int, layer: FSDPModule, group: dist.ProcessGroup) -> None:
-        self.lockstep, self.place, self.group = lockstep, place, group
+    def __init__(self, lockstep: Lockstep, index: int, layer: FSDPModule, group: dist.ProcessGroup) -> None:
+        self.lockstep, self.index, self.group = lockstep, index, group
         self.parts = _own_parts(layer)
         self.checked = False
 
@@ -118,7 +118,7 @@ class _LayerGather:
         if not self.checked:
             assert torch.equal(self.own().view(torch.uint8), input_tensor.view(torch.uint8)), "shards in another order"
             self.checked = True
-        self.lockstep.wait_for(self.place)
+        self.lockstep.wait_for(self.index)
         with _all_living():
             return dist.all_gather_single(output_tensor, input_tensor, group=group, async_op=async_op)
 
@@ -130,30 +130,30 @@ class _LayerGather:
 
     def own(self) -> Tensor:
         """This rank's part of the layer as FSDP2 sends it: each weight's rows, with zeros where it has fewer."""
-        found = []
+        parts = []
         for part in self.parts:
             local = part.to_local().detach().flatten()
             rows = -(-part.shape[0] // self.group.size())
             padding = rows * part.shape[1:].numel() - len(local)
-            found.append(nn.functional.pad(local, (0, padding)))
-        if len({value.dtype for value in found}) > 1:
-            found = [value.view(torch.uint8) for value in found]
-        return torch.cat(found)
+            parts.append(nn.functional.pad(local, (0, padding)))
+        if len({value.dtype for value in parts}) > 1:
+            parts = [value.view(torch.uint8) for value in parts]
+        return torch.cat(parts)
 
 
 def _own_parts(layer: FSDPModule) -> list[DTensor]:
     """The sharded weights of a layer but for those of layers inside, in FSDP2's order."""
-    found: dict[DTensor, None] = {}
+    weights: dict[DTensor, None] = {}
 
     def visit(module: nn.Module) -> None:
         for child in module.children():
             if not isinstance(child, FSDPModule):
                 visit(child)
-        found.update({part: None for part in module.parameters(recurse=False) if isinstance(part, DTensor)})
+        weights.update({part: None for part in module.parameters(recurse=False) if isinstance(part, DTensor)})
 
     assert isinstance(layer, nn.Module)
     visit(layer)
-    return list(found)
+    return list(weights)
 
 
 def _differentiating() -> bool:

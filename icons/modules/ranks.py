@@ -50,11 +50,11 @@ class Ranks:
         it was waited for, is an error, unless this one was interrupted: then its own status counts.
         """
         try:
-            found = worst(self.gather(mine))
+            outcome = worst(self.gather(mine))
         except RuntimeError:
-            found = mine if mine.status else Outcome(1, "another rank of this run has died; run the same line again")
+            outcome = mine if mine.status else Outcome(1, "another rank of this run has died; run the same line again")
         release(self.launched)
-        return found
+        return outcome
 
     def gather(self, mine: Outcome) -> list[Outcome]:
         if self.group is None:
@@ -101,13 +101,13 @@ class Run:
             ValueError: another rank has failed.
             SystemExit: a rank was interrupted.
         """
-        found = self.agree(Outcome(self.stop_status or 0) if error is None else Outcome(1, str(error)))
+        outcome = self.agree(Outcome(self.stop_status or 0) if error is None else Outcome(1, str(error)))
         if error is not None:
             raise error
-        if found.status == 1:
-            raise ValueError(f"another rank of this run has ended with an error: {found.said}")
-        if found.status:
-            raise SystemExit(found.status)
+        if outcome.status == 1:
+            raise ValueError(f"another rank of this run has ended with an error: {outcome.said}")
+        if outcome.status:
+            raise SystemExit(outcome.status)
 
     def fail(self, exception: BaseException) -> None:
         """Called when this rank's work has ended in an exception: the others go on with theirs, and then all end."""
@@ -161,13 +161,15 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
     >>> worst([Outcome(), Outcome(75, "interrupted"), Outcome()])
     Outcome(status=75, said='interrupted')
     """
-    return next((found for found in outcomes if found.status == 1), max(outcomes, key=lambda found: found.status))
+    return next(
+        (outcome for outcome in outcomes if outcome.status == 1), max(outcomes, key=lambda outcome: outcome.status)
+    )
 
 
 def launched_by(strategy: Any) -> list[Any]:
     """The ranks that Lightning has launched from this process; the list that it watches."""
-    found = getattr(getattr(strategy, "launcher", None), "procs", [])
-    return found if isinstance(found, list) else []
+    processes = getattr(getattr(strategy, "launcher", None), "procs", [])
+    return processes if isinstance(processes, list) else []
 
 
 def own_signals(trainer: Trainer) -> None:

@@ -63,17 +63,17 @@ class SampleModule(ShardedModule):
             )
         return batch
 
-    def rows_of(self, batch: Batch, found: dict[str, Tensor]) -> dict[str, Tensor]:
+    def rows_of(self, batch: Batch, fields: dict[str, Tensor]) -> dict[str, Tensor]:
         """Puts the computed samples and the batch's failed rows into one set of rows, each with its status."""
-        row, device = batch["row"], found["loss"].device
+        row, device = batch["row"], fields["loss"].device
         failed_row = batch.get("failed_row", row.new_empty(0)).to(device)
         failed_status = batch.get("failed_status", torch.empty(0, dtype=torch.uint8)).to(device)
         finite = torch.ones(len(row), dtype=torch.bool, device=device)
-        for value in found.values():
+        for value in fields.values():
             finite &= value.flatten(1).isfinite().all(dim=1) if value.dim() > 1 else value.isfinite()
         status = torch.where(finite, int(Status.DONE), int(Status.NON_FINITE)).to(torch.uint8)
         rows = {"row": torch.cat([row.to(device), failed_row]), "status": torch.cat([status, failed_status])}
-        for name, value in found.items():
+        for name, value in fields.items():
             nothing = blank(name)
             value = torch.where(finite.view(-1, *[1] * (value.dim() - 1)), value, nothing)
             rows[name] = torch.cat([value, value.new_full((len(failed_row), *value.shape[1:]), nothing)])

@@ -100,17 +100,17 @@ class Scoring:
             device=fabric.device,
             preconditioned_tasks=self.preconditioned_tasks,
         )
-        found: Any = fabric.broadcast(self.prepare(scorer, stores, tasks, say) if fabric.is_global_zero else None)
-        if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever
-            raise found
+        planned: Any = fabric.broadcast(self.prepare(scorer, stores, tasks, say) if fabric.is_global_zero else None)
+        if isinstance(planned, Exception):  # on every rank, since the others would wait for rank 0 for ever
+            raise planned
         store = ScoreStore.open(self.out, mode="r+")
-        done = store.num_rows - sum(len(store.partition.unit_rows(unit)) for unit in found)
+        done = store.num_rows - sum(len(store.partition.unit_rows(unit)) for unit in planned)
         advance(done)
         error: Exception | None = None
         part.watch(lambda: None)
         try:
-            mine = assign(sorted(found), fabric.world_size, fabric.global_rank)
-            scored = self.fill(store, scorer, stores, {unit: found[unit] for unit in mine}, advance, part)
+            mine = assign(sorted(planned), fabric.world_size, fabric.global_rank)
+            scored = self.fill(store, scorer, stores, {unit: planned[unit] for unit in mine}, advance, part)
             if (now := [source.status_digest() for source in sources]) != begun:
                 store.unwrite(scored)  # another run may have noted the new statuses as theirs meanwhile
                 changed = next(source for source, old, new in zip(sources, begun, now, strict=True) if old != new)
@@ -232,7 +232,9 @@ class Scoring:
     ) -> dict[str, Any]:
         """What the scores are made from and with."""
         first = scorer.checkpoints[0].tasks
-        of_column = {column: sum(first.num_rows[place] for place in places) for column, places in scorer.groups.items()}
+        of_column = {
+            column: sum(first.num_rows[index] for index in indices) for column, indices in scorer.groups.items()
+        }
         return {
             "data": stores[0].manifest.get("data"),
             "model": stores[0].manifest.get("model"),
@@ -249,7 +251,7 @@ class Scoring:
             **({"drop_axes": self.drop_axes} if self.drop_axes else {}),  # stores of before it do not name it
             **({"subspace": self.subspace} if self.subspace is not None else {}),
             "train": [described(store) for store in stores],
-            "tasks": {name: [described(store) for store in found] for name, found in tasks.items()},
+            "tasks": {name: [described(store) for store in several] for name, several in tasks.items()},
             "warnings": sorted({text for store in stores for text in store.manifest.get("warnings", [])}),
             "versions": versions("icons-lightning", "torch", "zarr"),
         }

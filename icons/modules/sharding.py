@@ -112,12 +112,12 @@ def shard(model: nn.Module, device: torch.device) -> Lockstep:
 
 def units(model: nn.Module) -> list[nn.Module]:
     """The modules inside that are gathered on their own; none lies in another."""
-    found = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    inner = {part for module in found for part in module.modules() if part is not module}
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    inner = {part for module in layers for part in module.modules() if part is not module}
     ends = [getattr(model, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output")]
     plain = [module for module in ends if isinstance(module, nn.Module) and type(module) in (nn.Embedding, nn.Linear)]
     tied = len({module.weight for module in plain}) < len(plain)
-    chosen = [*([] if tied else plain), *(module for module in found if module not in inner)]
+    chosen = [*([] if tied else plain), *(module for module in layers if module not in inner)]
     return [module for module in chosen if any(not parameter.requires_grad for parameter in module.parameters())]
 
 

@@ -59,14 +59,14 @@ class TaskSketcher(TaskPass):
         self.norm = {task: torch.full((count,), torch.nan) for task, count in tasks.items()}
 
     def visit(self, task: str, batch: Batch) -> None:
-        _, norm, found = scored_gradients(self.model, batch, TaskMatrix(self.model, []), projector=self.projector)
-        assert found is not None
+        _, norm, projected = scored_gradients(self.model, batch, TaskMatrix(self.model, []), projector=self.projector)
+        assert projected is not None
         good = norm.isfinite() & (norm > 0)
-        rows = (found.gradient / norm[:, None] if self.unit else found.gradient)[good].cpu()
+        rows = (projected.gradient / norm[:, None] if self.unit else projected.gradient)[good].cpu()
         if task not in self.rows:
             self.rows[task] = torch.full((len(self.norm[task]), rows.shape[1]), torch.nan)
-        place = batch["row"][good].cpu()
-        self.rows[task][place], self.norm[task][place] = rows, norm[good].cpu()
+        rows_here = batch["row"][good].cpu()
+        self.rows[task][rows_here], self.norm[task][rows_here] = rows, norm[good].cpu()
 
     def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
         norm = self.norm[task]
@@ -87,8 +87,8 @@ class TaskCombiner(TaskPass):
         self.sums: dict[str, dict[str, Tensor]] = {task: {} for task in self.tasks}
 
     def visit(self, task: str, batch: Batch) -> None:
-        found = combined_gradients(self.model, batch, self.coefficients[task][batch["row"].cpu()])
-        add_to(self.sums[task], {name: value.cpu() for name, value in found.items()})
+        sums = combined_gradients(self.model, batch, self.coefficients[task][batch["row"].cpu()])
+        add_to(self.sums[task], {name: value.cpu() for name, value in sums.items()})
 
     def vector(self, task: str, manifest: dict[str, Any]) -> TaskVector:
         return TaskVector(self.sums[task], len(self.coefficients[task]), manifest)
@@ -143,9 +143,9 @@ def of_axes(sketches: Mapping[str, Mapping[str, Tensor]], count: int, unit: bool
         usable = sketch["norm"].isfinite().nonzero()[:, 0]
         step = -(-len(sketch["norm"]) // SAMPLE_ROWS)
         kept[task] = usable[usable % step == 0]
-    found = axis_coefficients([sketches[task]["rows"][rows] for task, rows in kept.items()], count)
+    of_axes_rows = axis_coefficients([sketches[task]["rows"][rows] for task, rows in kept.items()], count)
     coefficients = {task: torch.zeros(len(sketches[task]["norm"]), count, dtype=torch.float64) for task in kept}
-    for (task, rows), part in zip(kept.items(), found, strict=True):
+    for (task, rows), part in zip(kept.items(), of_axes_rows, strict=True):
         coefficients[task][rows] = part / sketches[task]["norm"][rows, None] if unit else part
     return coefficients
 

@@ -186,7 +186,7 @@ def _logged(measured: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     >>> _logged({"gqa": {"loss": 1.5, "accuracy": 0.25, "rows": 8}})
     {'loss/gqa': 1.5, 'accuracy/gqa': 0.25}
     """
-    return {f"{name}/{task}": float(found[name]) for task, found in measured.items() for name in ("loss", "accuracy")}
+    return {f"{name}/{task}": float(result[name]) for task, result in measured.items() for name in ("loss", "accuracy")}
 
 
 def token_mean_loss(

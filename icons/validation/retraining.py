@@ -228,7 +228,7 @@ def _logged_to(output: TextIO) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def own_device(flags: Mapping[str, Any], place: int, num_gpus: int) -> dict[str, Any]:
+def own_device(flags: Mapping[str, Any], worker: int, num_gpus: int) -> dict[str, Any]:
     """The Trainer's flags of one worker: a GPU of its own, unless the user has said otherwise.
 
     >>> own_device({}, 3, 2), own_device({"accelerator": "cpu"}, 3, 2), own_device({}, 3, 0)
@@ -236,4 +236,4 @@ def own_device(flags: Mapping[str, Any], place: int, num_gpus: int) -> dict[str,
     """
     if num_gpus == 0 or "devices" in flags or flags.get("accelerator", "auto") not in ("auto", "gpu", "cuda"):
         return dict(flags)
-    return {**flags, "accelerator": "gpu", "devices": [place % num_gpus]}
+    return {**flags, "accelerator": "gpu", "devices": [worker % num_gpus]}

@@ -34,14 +34,14 @@ class ModelSize:
         tower = sum(count for name, count in frozen.items() if set(TOWERS) & set(name.split(".")))
         ends = [end.weight for end in _ends_of(model) if not end.weight.requires_grad]
         text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
-        places = groupby(sorted((layer_of(name), count) for name, count in frozen.items()), key=lambda item: item[0])
+        sizes = groupby(sorted((layer_of(name), count) for name, count in frozen.items()), key=lambda item: item[0])
         return cls(
             language=sum(frozen.values()) - tower,
             tower=tower,
             trainable=sum(value.numel() for value in model.parameters() if value.requires_grad),
             dense=sum({id(weight): weight.numel() for weight in ends}.values()),
             layers=text.num_hidden_layers,
-            largest_layer=max((sum(count for _, count in group) for place, group in places if place), default=0),
+            largest_layer=max((sum(count for _, count in group) for layer, group in sizes if layer), default=0),
         )
 
 
@@ -57,7 +57,7 @@ def layer_of(name: str) -> str:
     ('model.layers.12', '')
     """
     parts = name.split(".")
-    at = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
+    at = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[: at + 1])
 
 

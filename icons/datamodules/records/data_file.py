@@ -107,23 +107,23 @@ class DataFile:
 
     def read(self, number: int, begin: int, length: int) -> bytes:
         if hasattr(os, "pread"):  # leaves alone the place in the file, which forked workers share
-            found = os.pread(number, length, begin)
+            content = os.pread(number, length, begin)
         else:
             with self.lock:
                 os.lseek(number, begin, os.SEEK_SET)
-                found = os.read(number, length)
-        if found and len(found) < length:  # a read of more than 2 GB comes in parts
-            return found + self.read(number, begin + len(found), length - len(found))
-        if len(found) < length:
+                content = os.read(number, length)
+        if content and len(content) < length:  # a read of more than 2 GB comes in parts
+            return content + self.read(number, begin + len(content), length - len(content))
+        if len(content) < length:
             raise ChangedFileError(f"{self.path}: was cut short while it was read; {ADVICE}")
-        return found
+        return content
 
     def find(self, wanted: bytes, begin: int) -> int:
         """The first place of one byte at or behind `begin`; -1: there is none."""
         while begin < len(self):
-            found = self[begin : begin + FIND_BYTES].find(wanted)
-            if found >= 0:
-                return begin + found
+            index = self[begin : begin + FIND_BYTES].find(wanted)
+            if index >= 0:
+                return begin + index
             begin += FIND_BYTES
         return -1
 
@@ -133,8 +133,8 @@ def stamp(path: Path) -> str:
     change to the file's entry, which nobody can set back, too), inode, and a hash of 64 evenly spaced blocks."""
     about, digest = path.stat(), hashlib.sha256()
     with path.open("rb") as file:
-        for place in np.linspace(0, max(0, about.st_size - SAMPLE_BYTES), SAMPLES).astype(int).tolist():
-            file.seek(place)
+        for begin in np.linspace(0, max(0, about.st_size - SAMPLE_BYTES), SAMPLES).astype(int).tolist():
+            file.seek(begin)
             digest.update(file.read(SAMPLE_BYTES))
     return f"{about.st_size} {about.st_mtime_ns} {about.st_ctime_ns} {about.st_ino} {digest.hexdigest()}"
 
@@ -159,8 +159,8 @@ def content_digest(path: Path) -> bytes:
         if about["stamp"] == now:
             return bytes.fromhex(about["digest"])
     state = State.of(path)
-    found = sha256(path)
+    digest = sha256(path)
     state.check(path, path)
     with suppress(OSError):  # a cache folder that cannot be written costs reading it again, nothing else
-        put(kept, msgspec.json.encode({"stamp": now, "digest": found}))
-    return bytes.fromhex(found)
+        put(kept, msgspec.json.encode({"stamp": now, "digest": digest}))
+    return bytes.fromhex(digest)
