@@ -3,35 +3,24 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
 from icons.batch import IGNORE_INDEX, Status
-from icons.datamodules.chat.own_template import OwnTemplate
 from icons.datamodules.chat.processor import ProcessorSamples
 from icons.datamodules.chat.reader import describe_reader
-from icons.datamodules.chat.rendering import ChatTemplate
 from icons.datamodules.chat.skeleton import TemplateError
-from icons.datamodules.chat.templates import (
-    CHAT_TEMPLATE,
-    IMAGE_PLACE,
-    NAMES,
-    TEMPLATES,
-    Template,
-    Turn,
-    check_fits,
-    put_image_first,
-)
-from icons.datamodules.chat.tokenizer import load_tokenizer
+from icons.datamodules.chat.template_samples import TemplateSamples
+from icons.datamodules.chat.templates import NAMES, Turn, put_image_first
 from icons.datamodules.collation import collated
-from icons.datamodules.conversation import IMAGE, Conversation
+from icons.datamodules.conversation import Conversation
 from icons.datamodules.dialects import Dialect, detect, dialect_named, read_conversation
 from icons.datamodules.failed_row import FailedRowError, bad_record
 from icons.datamodules.images import ImageSource
-from icons.datamodules.pixels import PixelMaker
 from icons.datamodules.preprocessing import Preprocessing
 from icons.datamodules.records import RecordError, RecordSource
 from icons.models.folder import ModelFolder
@@ -92,46 +81,29 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             )
         if name not in NAMES:
             raise ValueError(f"template {name!r}; expected auto or one of {', '.join(NAMES)}")
-        self.processor, self.pixels = None, None
+        self.maker: ProcessorSamples | TemplateSamples
         if folder.kind == "image-text":
             if name != "chat":
                 raise ValueError(
                     f"template {name!r}: {folder.model} has a processor of its own; expected chat (or auto), "
                     "the template that the processor brings"
                 )
-            self.processor = ProcessorSamples(
+            self.maker = ProcessorSamples(
                 folder.model, folder.image_token_id, trust_remote_code, preprocessing.processor
             )
-            self.tokenizer = self.processor.tokenizer
         elif preprocessing.processor:
             raise ValueError(
                 f"--processor {preprocessing.processor}: {folder.model} is a {folder.kind} model, and its images, if "
                 "any, have one size; expected an image-text model with a processor of its own: leave the option out"
             )
         else:
-            self.tokenizer = load_tokenizer(folder.model, trust_remote_code)
-        if name != CHAT_TEMPLATE:
-            check_fits(name, self.tokenizer, str(folder.model))
-            self.template: Template = TEMPLATES[name]
-        elif self.processor is None:
-            self.template = OwnTemplate(self.tokenizer, f"template chat: {folder.model}", self.image_token())
-        if folder.kind == "llava":
-            self.pixels = PixelMaker(folder.vision_tower or folder.model, preprocessing.pad, trust_remote_code)
-        self.text_limit = preprocessing.text_limit(self.tokenizer.model_max_length)
+            self.maker = TemplateSamples(folder, self.preprocessing, trust_remote_code)
+        self.tokenizer = self.maker.tokenizer
         self.dialect = asked or self.detected()
-
-    def image_token(self) -> str | None:
-        """How a LLaVA's own chat template writes an image; None for a text model."""
-        number = self.folder.image_token_id
-        if self.folder.kind == "text" or number is None:
-            return None
-        return self.tokenizer.convert_ids_to_tokens(number) if 0 <= number < len(self.tokenizer) else IMAGE
 
     def describe_reader(self) -> dict[str, str | None]:
         """What of the model's folder decides how a record is read, for manifests."""
-        own: ChatTemplate | None = self.processor.template if self.processor else None
-        if isinstance(getattr(self, "template", None), OwnTemplate):
-            own = cast(OwnTemplate, self.template).template
+        own = self.maker.chat
         return describe_reader(self.folder.model, self.folder.image_processor, own.template if own else None)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -191,11 +163,12 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         lengths = []
         for row in rows:
             try:
-                if self.processor is None:
-                    with _row_failure():
-                        lengths.append(len(self.tokens(self.conversation(row, light=True))[0]))
-                else:
+                if isinstance(self.maker, ProcessorSamples):
                     lengths.append(len(self.sample(row)["input_ids"]))
+                else:
+                    with _row_failure():
+                        said = self.conversation(row, light=True)
+                        lengths.append(len(self.maker.tokens(self.turns(said), bool(said.images), said.system)[0]))
             except FailedRowError:
                 lengths.append(0)
         return lengths
@@ -232,33 +205,6 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             return [Turn(turn.human, put_image_first(turn.text, several=images > 1)) for turn in spoken]
         return [Turn(turn.human, turn.text) for turn in spoken]
 
-    def tokens(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        """Ids and labels, images expanded to one position per feature, cut as LLaVA cuts: before and after."""
-        image, limit = bool(conversation.images), self.preprocessing.max_length
-        ids, labels = self.template(
-            self.tokenizer, self.turns(conversation), image, self.text_limit, conversation.system
-        )
-        if self.preprocessing.template == "llama_3":  # xtuner leaves room for one image, also where there is none
-            before = max(1, limit - self.folder.image_tokens)
-            return self.expand(ids[:before], labels[:before])
-        return self.expand(ids[:limit], labels[:limit])
-
-    def expand(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        token_id, count, limit = self.folder.image_token_id, self.folder.image_tokens, self.preprocessing.max_length
-        if token_id != IMAGE_PLACE and token_id in ids:
-            raise FailedRowError(Status.BAD_RECORD, "the text holds the model's image token, and the record no image")
-        if IMAGE_PLACE not in ids:
-            return ids, labels
-        if token_id is None:
-            raise FailedRowError(Status.BAD_RECORD, "the record has an image and the model takes none")
-        wide: list[int] = []
-        marked: list[int] = []
-        for token, label in zip(ids, labels, strict=True):
-            image = token == IMAGE_PLACE
-            wide += [token_id] * count if image else [token]
-            marked += [IGNORE_INDEX] * count if image else [label]
-        return wide[:limit], marked[:limit]
-
     def sample(self, row: int) -> dict[str, Any]:
         """Ids, labels and pixels of one record.
 
@@ -266,28 +212,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             FailedRowError: see `Status`.
         """
         with _row_failure():
-            conversation = self.conversation(row)
-            sample = self.llava_sample(conversation) if self.processor is None else self.processor_sample(conversation)
+            said = self.conversation(row)
+            turns, opened = self.turns(said), partial(self.opened, said)
+            if isinstance(self.maker, ProcessorSamples):
+                sample = self.maker(turns, opened(), self.preprocessing.max_length, said.system)
+            else:
+                sample = self.maker(turns, bool(said.images), said.system, opened)
         if not bool((sample["labels"][1:] != IGNORE_INDEX).any()):
             raise FailedRowError(Status.NO_SUPERVISED_TOKEN, "no token of an answer is left to train on")
         return {"row": row, **sample}
 
-    def llava_sample(self, conversation: Conversation) -> dict[str, Any]:
-        ids, labels = self.tokens(conversation)
-        sample: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
-        if conversation.images and self.pixels is not None:
-            positions = ids.count(cast(int, self.folder.image_token_id))
-            needed = -(-positions // self.folder.image_tokens)  # images that the maximal length cuts away are not
-            opened = [self.images.open(image) for image in conversation.images]  # also unused ones: a broken record is
-            if needed:
-                sample["pixel_values"] = self.pixels(opened[:needed])
-        return sample
-
-    def processor_sample(self, conversation: Conversation) -> dict[str, Any]:
-        assert self.processor is not None
-        turns = self.turns(conversation)
-        images = [self.images.open(image) for image in conversation.images]
-        return self.processor(turns, images, self.preprocessing.max_length, conversation.system)
+    def opened(self, conversation: Conversation) -> list[Image.Image]:
+        return [self.images.open(image) for image in conversation.images]
 
     def collate(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch as `icons.batch` describes it; `pixel_values [images, 3, H, W]` in the order of rows and marks."""

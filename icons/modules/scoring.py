@@ -8,23 +8,20 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from icons.agreement import IMAGE_FILES, PLACES, SCORES, check_compatible
+from icons.agreement import PLACES, SCORES, check_compatible
 from icons.choices import Normalize, Reduce
 from icons.manifest import versions
 from icons.modules.ranks import Run
+from icons.modules.renewal import STATUSES, described, renew
 from icons.partition import UnitPlan, assign
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
-from icons.store.lease import Leases
 from icons.store.unit_writer import UnitWriter, statuses_of
-from icons.terminal import counted
 
 UNIT_ROWS = 1 << 14
 UNIT_BYTES = 32 << 20
 COPIED = {"norm": "float32", "loss": "float32", "tokens": "int32"}
-# rows that were tried again change statuses: what was made from them is computed again, see `Scoring.renew`
-STATUSES = "status_digest"
 
 
 @dataclass(frozen=True)
@@ -167,46 +164,10 @@ class Scoring:
                 check_compatible(_lasting(store.manifest), _lasting(manifest), SCORES, what, "this run")
 
             store = ScoreStore.taken_up(self.out, check, lambda: self.create(scorer, manifest), self.overwrite)
-            self.renew(store, manifest, say)
+            renew(store, manifest, say)
             return _units_to_do(store, stores)
         except (ValueError, OSError) as error:
             return error
-
-    def renew(self, store: ScoreStore, manifest: Mapping[str, Any], say: Callable[[str], None]) -> None:
-        """Has all units computed again if a task's rows have other statuses than those that the scores were made from:
-        its mean has changed, and with it every row's score.
-
-        Raises:
-            ValueError: so it is, and another run is still computing with the former ones.
-        """
-        if changed := self.changed_tasks(store, manifest):
-            lock = Leases(store.storage)
-            # a unit beyond the last one: of the store as a whole
-            if (busy := lock.living()) or not lock.acquire(store.partition.num_units):
-                raise ValueError(
-                    f"the score store {self.out}: the rows of task {changed[0]} have changed, and "
-                    f"{busy or 'another run'} is still scoring with the former ones; run the same line again when that "
-                    "run has ended"
-                )
-            try:
-                if changed := self.changed_tasks(ScoreStore.open(self.out), manifest):
-                    self.unwrite(store, changed, say)
-                    store.amend(**_sources_in(manifest))
-            finally:
-                lock.close()
-        elif digests(store.manifest["train"]) != digests(manifest["train"]):
-            store.amend(**_sources_in(manifest))
-
-    def changed_tasks(self, store: ScoreStore, manifest: Mapping[str, Any]) -> list[str]:
-        former, now = store.manifest["tasks"], manifest["tasks"]
-        return [name for name in now if digests(former[name]) != digests(now[name])]
-
-    def unwrite(self, store: ScoreStore, changed: Sequence[str], say: Callable[[str], None]) -> None:
-        if written := sorted(set(range(store.partition.num_units)) - set(store.missing())):
-            known = any(any(digests(store.manifest["tasks"][name])) for name in changed)
-            why = "have changed" if known else "may have changed (an earlier version did not note their statuses)"
-            say(f"{self.out}: the rows of {', '.join(changed)} {why}: {counted(len(written), 'unit')} to compute anew")
-            store.unwrite(written)
 
     def create(self, scorer: Scorer, manifest: Mapping[str, Any]) -> ScoreStore:
         extra: dict[str, tuple[str, list[tuple[str, int]]]] = {name: (dtype, []) for name, dtype in COPIED.items()}
@@ -272,22 +233,6 @@ class Scoring:
         span = slice(rows.start, rows.stop)
         values |= {name: stores[0].stored(name, span) for name in COPIED}
         return {**values, "status": status_of(stores, span)}
-
-
-def _sources_in(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's part that follows from the sources' statuses."""
-    return {name: manifest[name] for name in ("train", "tasks", "num_validation", "warnings")}
-
-
-def described(store: GradientStore) -> dict[str, Any]:
-    """A source, with the statuses that its rows have now."""
-    about = {name: entry for name, entry in store.manifest.items() if name != IMAGE_FILES}
-    return {"path": store.path, **about, STATUSES: store.status_digest()}
-
-
-def digests(sources: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """The statuses of several sources, as they were when something was made from them; None: it was not noted."""
-    return [source.get(STATUSES) for source in sources]
 
 
 def strongest(name: str, pairs: torch.Tensor, num: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from lightning.fabric import Fabric
 
-from icons.modules.scoring import STATUSES, Scoring
+from icons.modules.renewal import STATUSES
+from icons.modules.scoring import Scoring
 from icons.scores import influence
 from icons.store import GradientStore, ScoreStore
 from icons.store.lease import Leases

@@ -60,7 +60,7 @@ class ProcessorSamples:
             self.processor.image_processor = _with_options(self.processor, options, folder)
         self.tokenizer = self.processor.tokenizer
         self.image_token_id = image_token_id
-        self.template = ChatTemplate(self.processor, f"template chat: {folder}", self.image_marks())
+        self.chat = ChatTemplate(self.processor, f"template chat: {folder}", self.image_marks())
 
     def __call__(
         self, turns: Sequence[Turn], images: Sequence[Image.Image], max_length: int, system: str | None = None
@@ -80,7 +80,7 @@ class ProcessorSamples:
             )
         images = list(images)[:marks]
         self.check_texts(messages)
-        whole = self.template(messages)
+        whole = self.chat(messages)
         if len(whole.images) != marks:
             raise TemplateError(f"the chat template has a place for {len(whole.images)} of {marks} images")
         inputs = self.process(whole.text, images)
@@ -128,7 +128,7 @@ class ProcessorSamples:
         Raises:
             TemplateError: one does.
         """
-        marks = {self.template.mark, getattr(self.processor, "image_token", None) or self.template.mark}
+        marks = {self.chat.mark, getattr(self.processor, "image_token", None) or self.chat.mark}
         for message in messages:
             for part in message.parts:
                 named = [mark for mark in marks if isinstance(part, str) and mark in part]

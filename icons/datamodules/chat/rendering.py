@@ -20,7 +20,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from icons.datamodules.chat.endless import EndlessError, ending
 from icons.datamodules.chat.skeleton import (
     IMAGE_PART,
-    SENTINEL,
     Message,
     Skeleton,
     Slot,
@@ -28,6 +27,8 @@ from icons.datamodules.chat.skeleton import (
     common_prefix,
     place,
     sentinel,
+    sentinels,
+    skeleton_in,
     slots_of,
     whole_tokens,
 )
@@ -177,32 +178,11 @@ class ChatTemplate:
         thoughtful = [not slot.required for slot in slots]
         form = (*((message.role, *map(type, message.parts)) for message in messages), *thoughtful)
         if form not in self.skeletons:
-            self.skeletons[form] = self.find_skeleton(messages, slots)
+            rendered = self.render(self.contents(messages, sentinels(slots)))
+            self.skeletons[form] = skeleton_in(rendered, messages, slots)
             if len(self.skeletons) > MOST_SKELETONS:
                 del self.skeletons[next(iter(self.skeletons))]
         return self.skeletons[form]
-
-    def find_skeleton(self, messages: Sequence[Message], slots: Sequence[Slot]) -> Skeleton:
-        numbers = iter(range(len(slots)))
-        texts = []
-        for number in numbers:
-            if slots[number].required:
-                texts.append(sentinel(number))
-            else:  # a thought and its answer are one text
-                texts.append(f"<think>\n{sentinel(number)}\n</think>\n\n{sentinel(next(numbers))}")
-        pieces = SENTINEL.split(self.render(self.contents(messages, texts)))
-        literals, order = pieces[::2], [int(number) for number in pieces[1::2]]
-        for number, slot in enumerate(slots):
-            times = order.count(number)
-            if times > 1 or (times == 0 and slot.required):
-                role = messages[slot.message].role
-                does = "leaves out" if times == 0 else "writes twice"
-                raise TemplateError(f"the chat template {does} the text of message {slot.message + 1} ({role})")
-        if order != sorted(order):
-            raise TemplateError("the chat template writes the texts in another order")
-        if any("'type':" in literal or '"type":' in literal for literal in literals):
-            raise TemplateError("the chat template writes the content's list of parts as it stands in Python")
-        return Skeleton(literals, order)
 
     def answers(
         self, skeleton: Skeleton, slots: Sequence[Slot], begins: Sequence[tuple[int, int]]

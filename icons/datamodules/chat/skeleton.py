@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Role = Literal["system", "user", "assistant"]
-SENTINEL = re.compile(r"IconsText(\d{4})")
+_SENTINEL = re.compile(r"IconsText(\d{4})")
 
 
 class TemplateError(ValueError):
@@ -66,6 +66,38 @@ def slots_of(messages: Sequence[Message], thoughts: bool) -> list[Slot]:
             else:
                 slots.append(Slot(number, part, answer=answer))
     return slots
+
+
+def sentinels(slots: Sequence[Slot]) -> list[str]:
+    """Words of our own in place of the texts; a thought and its answer are one text."""
+    numbers = iter(range(len(slots)))
+    return [
+        sentinel(number)
+        if slots[number].required
+        else f"<think>\n{sentinel(number)}\n</think>\n\n{sentinel(next(numbers))}"
+        for number in numbers
+    ]
+
+
+def skeleton_in(text: str, messages: Sequence[Message], slots: Sequence[Slot]) -> Skeleton:
+    """The skeleton of messages that a template has written with `sentinels` in place of their texts.
+
+    Raises:
+        TemplateError: it leaves a text out, writes it twice or elsewhere, or writes a list of parts as it is in Python.
+    """
+    pieces = _SENTINEL.split(text)
+    literals, order = pieces[::2], [int(number) for number in pieces[1::2]]
+    for number, slot in enumerate(slots):
+        times = order.count(number)
+        if times > 1 or (times == 0 and slot.required):
+            role = messages[slot.message].role
+            does = "leaves out" if times == 0 else "writes twice"
+            raise TemplateError(f"the chat template {does} the text of message {slot.message + 1} ({role})")
+    if order != sorted(order):
+        raise TemplateError("the chat template writes the texts in another order")
+    if any("'type':" in literal or '"type":' in literal for literal in literals):
+        raise TemplateError("the chat template writes the content's list of parts as it stands in Python")
+    return Skeleton(literals, order)
 
 
 def place(text: str, skeleton: Skeleton, slots: Sequence[Slot]) -> list[tuple[int, int]] | None:

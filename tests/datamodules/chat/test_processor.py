@@ -77,13 +77,13 @@ def test_a_template_that_drops_texts_is_refused(image_text_folder: Path) -> None
 
 def test_the_models_image_mark_in_a_text_fails_its_row(image_text_folder: Path) -> None:
     samples = ProcessorSamples(image_text_folder, None)
-    samples.template.mark = samples.processor.image_token = "<|mark|>"
+    samples.chat.mark = samples.processor.image_token = "<|mark|>"
     with pytest.raises(TemplateError, match=r"a text holds <\|mark\|>, the model's mark for an image"):
         samples([Turn(True, "What is <|mark|>?"), Turn(False, "A mark.")], [], 2048)
 
 
 def test_a_template_that_leaves_out_an_image_fails_the_row(samples: ProcessorSamples) -> None:
-    samples.template.template = samples.template.template.replace("<image>", "{{ '<image>' if loop.first }}")
+    samples.chat.template = samples.chat.template.replace("<image>", "{{ '<image>' if loop.first }}")
     with pytest.raises(TemplateError, match="has a place for 1 of 2 images"):
         samples([Turn(True, "<image>a<image>"), Turn(False, "b")], [WIDE, HIGH], 2048)
 
