@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from icons.store import GradientStore as GradientStore
     from icons.store import ScoreStore as ScoreStore
 
-HOME = {
+_HOME = {
     "AdamPreconditioner": "icons.preconditioner",
     "ConsensusVotes": "icons.modules.metrics",
     "ConversationDataModule": "icons.datamodules.datamodule",
@@ -70,16 +70,16 @@ HOME = {
     "projected_gradients": "icons.gradients",
     "select": "icons.consensus",
 }
-__all__ = [*HOME]
+__all__ = [*_HOME]
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # silent until somebody listens
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOME:
+    if name not in _HOME:
         raise AttributeError(f"module 'icons' has no attribute {name!r}")
-    value = globals()[name] = getattr(importlib.import_module(HOME[name]), name)
+    value = globals()[name] = getattr(importlib.import_module(_HOME[name]), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *HOME])
+    return sorted([*globals(), *_HOME])

@@ -40,11 +40,11 @@ SUMMED_SCORES = ("data", "tasks", "weights", "checkpoints", "drop_axes", "subspa
 
 PLACES = {"path", "images", "name"}
 """Where a file lies may change between a run and its resume; what is in it may not."""
-HINTS = {"model.fingerprint": " (frozen weights that are others, or the same in another number format: --model-dtype)"}
+_HINTS = {"model.fingerprint": " (frozen weights that are others, or the same in another number format: --model-dtype)"}
 """Said where a value shows nothing by itself."""
 IMAGE_FILES = "image_files"
 """Row -> image -> the mark of its file (`icons.datamodules.image_marks`), compared by `check_image_files` alone."""
-LATER = {"preprocessing.template", "preprocessing.preset", "reader"}
+_LATER = {"preprocessing.template", "preprocessing.preset", "reader"}
 """Fields that stores of former versions lack: nothing is known of them, and they agree with all."""
 
 
@@ -64,7 +64,7 @@ def check_compatible(
     >>> check_compatible({"dtype": "int8"}, {"dtype": "int8"}, ["dtype"])
     """
     for name, left, right in differences(a, b, fields):
-        raise ValueError(f"{name}: {what_a} has {left!r}, {what_b} has {right!r}{HINTS.get(name, '')}; {remedy}")
+        raise ValueError(f"{name}: {what_a} has {left!r}, {what_b} has {right!r}{_HINTS.get(name, '')}; {remedy}")
 
 
 def differences(a: Mapping[str, Any], b: Mapping[str, Any], fields: Iterable[str]) -> Iterator[tuple[str, Any, Any]]:
@@ -76,7 +76,7 @@ def differences(a: Mapping[str, Any], b: Mapping[str, Any], fields: Iterable[str
     one, other = plain(a), plain(b)
     for field in fields:
         left, right = lookup(one, field), lookup(other, field)
-        if not (field in LATER and None in (left, right)):
+        if not (field in _LATER and None in (left, right)):
             yield from leaves(field, left, right)
 
 

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 
 RESUME = 75  # EX_TEMPFAIL, which Windows has no name for: interrupted; the same line, run again, goes on
 CTRL_C = 130
-SET_DEATH_SIGNAL = 1  # prctl(2)
-STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-SIGNALS = (*STOPPING, signal.SIGINT)
+_SET_DEATH_SIGNAL = 1  # prctl(2)
+_STOPPING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+_SIGNALS = (*_STOPPING, signal.SIGINT)
 
 
 class Interruption:
@@ -38,7 +38,7 @@ class Interruption:
         if listener is not None:
             listener.watching = self
         elif threading.current_thread() is threading.main_thread():
-            for number in STOPPING:
+            for number in _STOPPING:
                 self.former[number] = signal.signal(number, lambda came, _: self.take(came))
 
     def give_back(self) -> None:
@@ -76,14 +76,14 @@ class Listener:
         self.watching: Interruption | None = None
         self.reader, writer = os.pipe()
         os.set_blocking(writer, False)
-        for number in SIGNALS:
+        for number in _SIGNALS:
             signal.signal(number, lambda *_: None)  # only then is the number written to the pipe
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         threading.Thread(target=self.listen, name="icons-signals", daemon=True).start()
 
     def listen(self) -> None:
         while taken := os.read(self.reader, 1):
-            if taken[0] not in SIGNALS:
+            if taken[0] not in _SIGNALS:
                 continue
             if self.watching is None:
                 self.leave(taken[0])
@@ -107,7 +107,7 @@ def take_signals(command: str) -> None:
         listener = Listener(command)
         os.register_at_fork(after_in_child=forget)
     if int(os.environ.get("LOCAL_RANK") or 0) > 0 and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def forget() -> None:
@@ -116,14 +116,14 @@ def forget() -> None:
     if listener is not None:
         listener = None
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in _SIGNALS:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def ignore(_: int = 0) -> None:
     """In a data loader's worker: the signal that comes to a whole group of processes is for the run, which lets its
     workers go when it is done with them. A worker that died of it would take the run along."""
-    for number in SIGNALS:
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-DECISIVE = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
+_DECISIVE = ("icons-lightning", "torch", "transformers", "peft", "lightning", "zarr", "numpy")
 Kind = TypeVar("Kind", bound="Manifest")
 
 
@@ -44,7 +44,7 @@ class DataEntry(msgspec.Struct, frozen=True):
 def versions(*names: str) -> dict[str, str | None]:
     """Installed versions of packages (default: those that decide about numbers); None for one that is not installed, as
     this one when it runs from its sources."""
-    installed: dict[str, str | None] = dict.fromkeys(names or DECISIVE)
+    installed: dict[str, str | None] = dict.fromkeys(names or _DECISIVE)
     for name in installed:
         with suppress(importlib.metadata.PackageNotFoundError):
             installed[name] = importlib.metadata.version(name)

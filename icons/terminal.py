@@ -7,7 +7,7 @@ from rich import console
 from rich.text import Text
 
 # what moves the cursor, sets colours and titles, or turns the direction of writing
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def legible(text: str) -> str:
@@ -16,7 +16,7 @@ def legible(text: str) -> str:
     >>> legible("a\\x1b[31mb")
     'a\\\\x1b[31mb'
     """
-    return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def counted(number: int, noun: str) -> str:

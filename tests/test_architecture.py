@@ -32,7 +32,7 @@ LAYERS = [
 ]
 LONGEST = 350
 OFFERING = {"gradients", "store", "preconditioner", "projection", "kronecker"}
-"""Rooms whose functions are not yet told apart by an underscore."""
+"""Rooms whose functions and constants are not yet told apart by an underscore."""
 
 
 def name_of(file: Path) -> str:
@@ -111,7 +111,16 @@ def test_what_begins_with_an_underscore_is_used_in_its_own_file_alone(file: Path
     assert not private, f"{file.name} takes what another module does not offer: {', '.join(private)}"
 
 
-def test_a_function_of_its_own_file_alone_begins_with_an_underscore() -> None:
+def defined_by(node: ast.stmt) -> list[str]:
+    """The function, or the constants, that a statement of a module defines."""
+    if isinstance(node, ast.FunctionDef):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    names = [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+    return [name for name in names if name.isupper()]
+
+
+def test_a_function_or_constant_of_its_own_file_alone_begins_with_an_underscore() -> None:
     users = Counter(
         word
         for folder in (PACKAGE, ROOT / "scripts", ROOT / "tests", ROOT / "docs")
@@ -120,11 +129,12 @@ def test_a_function_of_its_own_file_alone_begins_with_an_underscore() -> None:
         for word in set(re.findall(r"\w+", file.read_text()))
     )
     offered = [
-        f"{file.relative_to(PACKAGE)}: {node.name}"
+        f"{file.relative_to(PACKAGE)}: {name}"
         for file in FILES
         if name_of(file) not in OFFERING
         for node in ast.parse(file.read_text()).body
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and users[node.name] == 1
+        for name in defined_by(node)
+        if not name.startswith("_") and users[name] == 1
     ]
     assert not offered, f"begin with an underscore what its own file alone uses: {', '.join(offered)}"
 

@@ -20,7 +20,7 @@ from icons.terminal import counted
 from icons.validation.bakeoff import REFERENCES, tables
 from icons.validation.retraining import Retraining, side_by_side
 
-TABLE = "bakeoff.json"
+_TABLE = "bakeoff.json"
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def bakeoff(options: ValidateOptions, pools: Sequence[Pool]) -> int:
         for rule in names
     }
     content = tables(measured, list(files), options.measure)
-    put(options.out / TABLE, json.dumps(content, indent=1) + "\n")
+    put(options.out / _TABLE, json.dumps(content, indent=1) + "\n")
     show(content)
     return 0
 

@@ -35,13 +35,13 @@ COMMANDS = {
 }
 RESUMED = ("warmup", "factors", "gradients", "influence", "score")
 """Commands that a signal stops so that the same line goes on."""
-USER_ERROR, USAGE_ERROR = 1, 2
-SHORTAGES = ("can't start new thread", "Cannot allocate memory", "not enough memory", "unable to mmap")
+_USER_ERROR, _USAGE_ERROR = 1, 2
+_SHORTAGES = ("can't start new thread", "Cannot allocate memory", "not enough memory", "unable to mmap")
 """How Python and torch say that the system has given no more; neither has a class of its own for it."""
 SHORTAGE = (
     "memory or processes are used up (`ulimit -v`, `ulimit -u`); what was finished is kept: run the same line again"
 )
-TAIL = (
+_TAIL = (
     "icons COMMAND --help shows a command's options. icons --version. icons --print-completion bash (zsh, tcsh) prints",
     "what lets the shell complete them.",
 )
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
-        return 0 if words else USAGE_ERROR
+        return 0 if words else _USAGE_ERROR
     if words[0] == "--version":
         from importlib.metadata import version
 
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name = words[0]
     if name not in COMMANDS:
         print(f"icons: no command {name!r}; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
-        return USAGE_ERROR
+        return _USAGE_ERROR
     if argv is None and name in RESUMED:
         take_signals(name)
     from icons.cli.parser import LOUDNESS, parse, trainer_help
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _user_error(name, error if str(error) else "out of memory")
     except RuntimeError as error:
-        if os.environ.get("ICONS_TRACEBACK") or not any(words in str(error) for words in SHORTAGES):
+        if os.environ.get("ICONS_TRACEBACK") or not any(words in str(error) for words in _SHORTAGES):
             raise
         said = str(error).strip().partition("\n")[0]
         return _user_error(name, f"{said}: {SHORTAGE}")
@@ -117,7 +117,7 @@ def _user_error(name: str, error: object) -> int:
     from icons.terminal import legible  # rich, which `icons --help` does without
 
     print(legible(f"icons {name}: error: {error}"), file=sys.stderr)
-    return USER_ERROR
+    return _USER_ERROR
 
 
 def call(name: str, **options: Any) -> int:
@@ -149,7 +149,7 @@ def completed(words: Sequence[str]) -> int:
         return _user_error("--print-completion", missing(error.name or "") or error)
     except ValueError as error:
         print(f"icons: error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return _USAGE_ERROR
     return 0
 
 
@@ -157,4 +157,4 @@ def _overview() -> str:
     """The text of `icons --help`: the commands in the order of the method."""
     lines = [f"  {name:<10} {does}" for name, does in COMMANDS.items()]
     head = "usage: icons COMMAND [options]\n\nPick the training data a vision-language model really needs.\n\ncommands:"
-    return "\n".join([head, *lines, "", *TAIL])
+    return "\n".join([head, *lines, "", *_TAIL])

@@ -9,18 +9,18 @@ from icons.cli.command_line import COMMANDS, options_of
 from icons.cli.parser import choices_of, typed
 from icons.cli.words import accepts, dashed
 
-SHELLS = ("bash", "zsh", "tcsh")
+_SHELLS = ("bash", "zsh", "tcsh")
 
 
 def completion(shell: str) -> str:
-    """The script for one of `SHELLS`.
+    """The script for one of `_SHELLS`.
 
     Raises:
         ModuleNotFoundError: the extra `completion` is not installed.
         ValueError: another shell.
     """
-    if shell not in SHELLS:
-        raise ValueError(f"--print-completion {shell!r}: expected one of {', '.join(SHELLS)}")
+    if shell not in _SHELLS:
+        raise ValueError(f"--print-completion {shell!r}: expected one of {', '.join(_SHELLS)}")
     import shtab
 
     parser = argparse.ArgumentParser(prog="icons")

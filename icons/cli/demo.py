@@ -29,7 +29,7 @@ from icons.output import check_output, is_marked, mark, put
 from icons.store import ScoreStore
 from icons.terminal import counted
 
-MIB = 2**20
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -246,4 +246,4 @@ def accuracies(tuned: Path) -> dict[str, float]:
 def _peak_memory_mib() -> int:
     """Most resident memory of this process so far; macOS counts bytes, Linux KiB."""
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(used / (MIB if sys.platform == "darwin" else 1024))
+    return round(used / (_MIB if sys.platform == "darwin" else 1024))

@@ -27,11 +27,11 @@ from icons.terminal import counted
 
 log = logging.getLogger(__name__)
 
-PACKAGES = (
+_PACKAGES = (
     "torch", "lightning", "transformers", "peft", "torchmetrics", "numpy", "zarr", "numcodecs", "jsonargparse",
     "safetensors",
 )  # fmt: skip
-OPTIONAL = {
+_OPTIONAL = {
     "flash-attn": "flash",
     "bitsandbytes": "quantize",
     "obstore": "s3",
@@ -63,8 +63,8 @@ def doctor(options: DoctorOptions) -> int:
 def _software() -> dict[str, str]:
     """Versions of what the package stands on, and which extras are missing."""
     versions = {"icons": importlib.metadata.version("icons-lightning"), "python": platform.python_version()}
-    versions |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    for name, extra in OPTIONAL.items():
+    versions |= {name: importlib.metadata.version(name) for name in _PACKAGES}
+    for name, extra in _OPTIONAL.items():
         present = importlib.util.find_spec(name.replace("-", "_")) is not None
         versions[name] = importlib.metadata.version(name) if present else f"not installed (extra `{extra}`)"
     return versions

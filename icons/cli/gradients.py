@@ -32,7 +32,7 @@ from icons.terminal import counted
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 WRITING = ("chunk_rows", "shard", "retry_failed", "mixed_batches", "overwrite")
 """Options that are a writer's."""
-FIXED = {"inference_mode": False, "use_distributed_sampler": False}
+_FIXED = {"inference_mode": False, "use_distributed_sampler": False}
 
 
 def gradients(options: GradientsOptions) -> int:
@@ -186,12 +186,12 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
     Raises:
         ValueError: such a flag is given with another value.
     """
-    for flag, value in FIXED.items():
+    for flag, value in _FIXED.items():
         if (trainer or {}).get(flag, value) != value:
             raise ValueError(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
-    return predicting_strategy(TRAINER | bars() | (trainer or {}) | FIXED)
+    return predicting_strategy(TRAINER | bars() | (trainer or {}) | _FIXED)
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:

@@ -19,7 +19,7 @@ from icons.datamodules.traits import read_traits
 from icons.scores import Scorer
 from icons.store.manifest import ScoreManifest
 
-MOST_RECORDS, MOST_OF_TASK = 50_000, 2_000
+_MOST_RECORDS, _MOST_OF_TASK = 50_000, 2_000
 """Records read for the composition: of the pool, and of each task."""
 MOST_KINDS = 5
 
@@ -34,7 +34,7 @@ def measure(
 ) -> Health:
     """The measures of a selection, of a large pool by a seeded sample; what cannot be measured is a note."""
     generator, notes = np.random.default_rng(seed), list[str]()
-    rows = np.sort(generator.permutation(len(chosen.votes))[:MOST_RECORDS])
+    rows = np.sort(generator.permutation(len(chosen.votes))[:_MOST_RECORDS])
     selected = np.isin(rows, chosen.rows)
     asked = _asked_by(known, source_field, generator, notes)
     kinds = composition(read_traits(records, rows.tolist(), source_field, dialect), selected, asked)
@@ -80,7 +80,7 @@ def _task_files(facts: ScoreManifest, task: str) -> list[Path]:
 
 def _task_traits(file: Path, source_field: str | None, generator: np.random.Generator) -> Mapping[str, np.ndarray]:
     records = open_records(file)
-    rows = np.sort(generator.permutation(len(records))[:MOST_OF_TASK])
+    rows = np.sort(generator.permutation(len(records))[:_MOST_OF_TASK])
     return read_traits(records, rows.tolist(), source_field)
 
 

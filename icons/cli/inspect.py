@@ -16,8 +16,8 @@ from icons.cli.options.inspect import InspectOptions
 from icons.datamodules.dataset import ConversationDataset
 from icons.terminal import counted
 
-LEARNED, IMAGE, PLAIN = "bold green", "bold magenta", ""
-OPENING, CLOSING = "\N{LEFT DOUBLE ANGLE BRACKET}", "\N{RIGHT DOUBLE ANGLE BRACKET}"
+_LEARNED, IMAGE, PLAIN = "bold green", "bold magenta", ""
+_OPENING, _CLOSING = "\N{LEFT DOUBLE ANGLE BRACKET}", "\N{RIGHT DOUBLE ANGLE BRACKET}"
 EXAMPLES = 3
 
 
@@ -91,8 +91,8 @@ def as_text(dataset: ConversationDataset, sample: Mapping[str, Any], target: Con
             text.append(f"[image x {len(ids)}]", style=IMAGE)
             continue
         said = str(dataset.tokenizer.decode(ids))
-        bracketed = kind == LEARNED and (target.color_system is None or target.no_color)
-        text.append(OPENING + said + CLOSING if bracketed else said, style=kind)
+        bracketed = kind == _LEARNED and (target.color_system is None or target.no_color)
+        text.append(_OPENING + said + _CLOSING if bracketed else said, style=kind)
     return text
 
 
@@ -104,7 +104,7 @@ def runs(ids: Sequence[int], labels: Sequence[int], image: int | None) -> Iterat
     """
 
     def kind(pair: tuple[int, int]) -> str:
-        return IMAGE if pair[0] == image else PLAIN if pair[1] == IGNORE_INDEX else LEARNED
+        return IMAGE if pair[0] == image else PLAIN if pair[1] == IGNORE_INDEX else _LEARNED
 
     for style, pairs in groupby(zip(ids, labels, strict=True), kind):
         yield style, [token for token, _ in pairs]

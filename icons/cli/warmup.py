@@ -36,7 +36,7 @@ from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark
 from icons.terminal import counted
 
-HELD_OUT, MOST_HELD_OUT = "held-out", 256
+_HELD_OUT, _MOST_HELD_OUT = "held-out", 256
 
 
 def warmup(options: WarmupOptions) -> int:
@@ -121,7 +121,7 @@ def warmup(options: WarmupOptions) -> int:
         projector_learning_rate=options.projector_learning_rate,
         warmup_ratio=options.warmup_ratio,
         weight_decay=options.weight_decay,
-        tasks=list(tasks) or ([HELD_OUT] if held else []),
+        tasks=list(tasks) or ([_HELD_OUT] if held else []),
         settings=settings,
     )
     say(f"training on {share}, {counted(options.epochs, 'epoch')}")
@@ -199,7 +199,7 @@ def draw(num_rows: int, fraction: float, min_rows: int, held_out: float, seed: i
     if not 0 <= held_out < 1:
         raise ValueError(f"--held-out {held_out}: expected a share of the rows, from 0 to below 1")
     order = np.random.default_rng(seed).permutation(num_rows)
-    measured = min(MOST_HELD_OUT, math.ceil(held_out * num_rows), num_rows - 1)
+    measured = min(_MOST_HELD_OUT, math.ceil(held_out * num_rows), num_rows - 1)
     trained = min(max(math.ceil(fraction * num_rows), min_rows), num_rows - measured)
     return sorted(order[:trained].tolist()), sorted(order[num_rows - measured :].tolist())
 

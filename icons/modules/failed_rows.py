@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from icons.batch import Status
 from icons.store.failures import Failure, failures_in, kinds, shortened, told
 
-EVERY, SENTENCES = 16, 1000
+_EVERY, _SENTENCES = 16, 1000
 
 
 class FailedRows(Callback):
@@ -33,9 +33,9 @@ class FailedRows(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if trainer.current_epoch == 0:
             for failure in failures_in(batch):
-                kept = shortened(failure) if len(self.failures) < SENTENCES else failure._replace(id="", reason="")
+                kept = shortened(failure) if len(self.failures) < _SENTENCES else failure._replace(id="", reason="")
                 self.failures.setdefault(failure.row, kept)
-            if (batch_idx + 1) % EVERY == 0 or trainer.is_last_batch:
+            if (batch_idx + 1) % _EVERY == 0 or trainer.is_last_batch:
                 self.check(trainer)
 
     def check(self, trainer: Trainer) -> None:

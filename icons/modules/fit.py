@@ -22,7 +22,7 @@ from icons.modules.named_strategy import named_strategy
 from icons.modules.progress import FitProgress
 from icons.modules.warmup import WarmupModule
 
-PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
+_PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 TRAINER: dict[str, Any] = {
     "gradient_clip_val": 1.0,  # as in LLaVA: Hugging Face's default
     "num_sanity_val_steps": -1,  # measures all tasks before training
@@ -77,7 +77,7 @@ def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype:
     for flag, value in fixed.items():
         if given.get(flag, value) != value:
             raise ValueError(f"--trainer.{flag} {given[flag]}: expected {value}, or the option left out")
-    flags = TRAINER | {"max_epochs": epochs, "accumulate_grad_batches": accumulate, "precision": PRECISION[dtype]}
+    flags = TRAINER | {"max_epochs": epochs, "accumulate_grad_batches": accumulate, "precision": _PRECISION[dtype]}
     flags |= given
     flags["callbacks"] = _as_list(given.get("callbacks"))
     if any(isinstance(callback, Checkpoint) for callback in flags["callbacks"]):

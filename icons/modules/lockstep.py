@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 FOREVER = datetime.timedelta(days=365)  # how long a rank may read data, or wait for a disk
 DONE = torch.iinfo(torch.int64).max
-FIRST_WAIT_S, LONGEST_WAIT_S = 1e-5, 0.02
+_FIRST_WAIT_S, _LONGEST_WAIT_S = 1e-5, 0.02
 
 
 class LostRankError(ValueError):
@@ -91,12 +91,12 @@ class Lockstep:
             LostRankError: a rank has died.
         """
         first = torch.tensor([wanted])
-        wait_s = FIRST_WAIT_S
+        wait_s = _FIRST_WAIT_S
         with _all_living():
             work = dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group, async_op=True)
             while not work.is_completed():  # and not `wait`, in which no signal would be taken
                 time.sleep(wait_s)
-                wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
             work.wait()
         return int(first)
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from icons.modules.sharded_fit import SharedModelStrategy
 
 NAME = "model_parallel"
-FLATTENING = ("fsdp", "fsdp2", "fsdp_cpu_offload")
+_FLATTENING = ("fsdp", "fsdp2", "fsdp_cpu_offload")
 
 
 def named_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def named_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 def predicting_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
     """The same for what tells samples' gradients apart, where `fsdp` becomes `model_parallel`; it says so."""
-    if flags.get("strategy") in FLATTENING:
+    if flags.get("strategy") in _FLATTENING:
         say(f"--trainer.strategy {flags['strategy']}: taken as {NAME} (FSDP2), under which gradients can be told apart")
         flags = {**flags, "strategy": NAME}
     return named_strategy(flags)
@@ -34,7 +34,7 @@ def sharing_ranks(flags: Mapping[str, Any], ranks: int) -> int:
     (8, 1, 1)
     """
     strategy = flags.get("strategy")
-    return ranks if strategy in (NAME, *FLATTENING) or isinstance(strategy, ModelParallelStrategy) else 1
+    return ranks if strategy in (NAME, *_FLATTENING) or isinstance(strategy, ModelParallelStrategy) else 1
 
 
 @rank_zero_only

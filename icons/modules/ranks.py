@@ -19,7 +19,7 @@ from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnect
 from icons.interruption import Interruption
 
 WORDS = 2048  # bytes of an outcome, at most
-POLL_S, LAST_WAIT_S = 0.05, 60.0
+_POLL_S, _LAST_WAIT_S = 0.05, 60.0
 FOREVER = datetime.timedelta(days=365)  # how long one rank may take longer than another
 
 
@@ -66,7 +66,7 @@ class Ranks:
         parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         work = dist.all_gather(parts, own, group=self.group, async_op=True)
         while not work.is_completed():  # and not `wait`, in which no signal would be taken
-            time.sleep(POLL_S)
+            time.sleep(_POLL_S)
         work.wait()
         return [Outcome(*json.loads(bytes(part.tolist()))) for part in parts]
 
@@ -152,7 +152,7 @@ def release(launched: list[Any]) -> None:
 def wait_for(processes: Sequence[Any]) -> None:
     for process in processes:
         with suppress(subprocess.TimeoutExpired):
-            process.wait(LAST_WAIT_S)
+            process.wait(_LAST_WAIT_S)
 
 
 def worst(outcomes: Sequence[Outcome]) -> Outcome:

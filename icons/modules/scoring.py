@@ -19,9 +19,9 @@ from icons.store import GradientStore, ScoreStore
 from icons.store.failures import check_some_done
 from icons.store.unit_writer import UnitWriter, statuses_of
 
-UNIT_ROWS = 1 << 14
-UNIT_BYTES = 32 << 20
-COPIED = {"norm": "float32", "loss": "float32", "tokens": "int32"}
+_UNIT_ROWS = 1 << 14
+_UNIT_BYTES = 32 << 20
+_COPIED = {"norm": "float32", "loss": "float32", "tokens": "int32"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Scoring:
             return error
 
     def create(self, scorer: Scorer, manifest: Mapping[str, Any]) -> ScoreStore:
-        extra: dict[str, tuple[str, list[tuple[str, int]]]] = {name: (dtype, []) for name, dtype in COPIED.items()}
+        extra: dict[str, tuple[str, list[tuple[str, int]]]] = {name: (dtype, []) for name, dtype in _COPIED.items()}
         for name, rows in scorer.checkpoints[0].tasks.rows.items():
             if self.pairwise:
                 extra[f"pairwise_{name}"] = ("float32", [(f"validation_{name}", len(rows))])
@@ -231,7 +231,7 @@ class Scoring:
             advance(len(part.rows))
         values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         span = slice(rows.start, rows.stop)
-        values |= {name: stores[0].stored(name, span) for name in COPIED}
+        values |= {name: stores[0].stored(name, span) for name in _COPIED}
         return {**values, "status": status_of(stores, span)}
 
 
@@ -261,7 +261,7 @@ def _units_to_do(store: ScoreStore, stores: Sequence[GradientStore]) -> dict[int
 def unit_rows(scorer: Scorer, widest: int) -> int:
     """Rows per unit of the score store: whole units of the gradient store, few enough that no chunk exceeds 32 MB."""
     chunk = scorer.checkpoints[0].train.partition.chunk_rows
-    most = min(UNIT_ROWS, UNIT_BYTES // (4 * widest))
+    most = min(_UNIT_ROWS, _UNIT_BYTES // (4 * widest))
     return min(chunk * max(1, most // chunk), scorer.num_rows)
 
 

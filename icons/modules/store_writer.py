@@ -23,7 +23,7 @@ from icons.store.failures import FailureLog, failures_in
 from icons.store.image_files import renew_images
 from icons.store.unit_writer import UnitWriter, statuses_of
 
-MIXED = "mixed"
+_MIXED = "mixed"
 
 
 class _NoInterval:
@@ -197,7 +197,7 @@ class StoreWriter(BasePredictionWriter):
                 f"batches: the store {self.path} has {begun!r}, this run has {own!r}; a row's last bits depend on its "
                 "batch: give the same --batch-size and --max-tokens, or --mixed-batches to go on all the same"
             )
-        store.amend(batches=MIXED)
+        store.amend(batches=_MIXED)
 
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
         """The manifest: what the rows are made from."""

@@ -23,7 +23,7 @@ from icons.scores.task_means import SAMPLE_ROWS
 
 DIM = 8192
 """Numbers of a validation row's projection; models with no more trainable numbers are not projected."""
-SMALLEST = 1e-6
+_SMALLEST = 1e-6
 """A direction that holds less than this share of the strongest one's squared length is rounding."""
 
 Directions = dict[str, Float[Tensor, "directions ..."]]
@@ -165,7 +165,7 @@ def orthonormal(sums: Sequence[Mapping[str, Float[Tensor, "sums ..."]]]) -> Dire
     flat = {name: value.flatten(1).double() for name, value in total.items()}
     gram = torch.stack([value @ value.T for value in flat.values()]).sum(dim=0)
     values, vectors = torch.linalg.eigh(gram)
-    kept = (values > values[-1].clamp(min=1e-30) * SMALLEST).nonzero()[:, 0].flip(0)
+    kept = (values > values[-1].clamp(min=1e-30) * _SMALLEST).nonzero()[:, 0].flip(0)
     turn = (vectors[:, kept] / values[kept].sqrt()).T
     return {name: (turn @ flat[name]).float().reshape(len(kept), *value.shape[1:]) for name, value in total.items()}
 

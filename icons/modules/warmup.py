@@ -15,8 +15,8 @@ from icons.models.warmup_folder import Trained
 from icons.modules.moments import gather
 from icons.modules.sharded_fit import ShardedFit
 
-PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
-LEAST_FALL = 0.05
+_PROJECTOR_NAMES = ("multi_modal_projector", "mm_projector")
+_LEAST_FALL = 0.05
 
 
 class WarmupModule(ShardedFit):
@@ -130,7 +130,7 @@ class WarmupModule(ShardedFit):
         """AdamW over named parameters, so that its moments are known by name in every checkpoint."""
         groups: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
         for name, parameter in self.trained().items():
-            projector = any(part in name for part in PROJECTOR_NAMES)
+            projector = any(part in name for part in _PROJECTOR_NAMES)
             rate = self.projector_learning_rate if projector else self.learning_rate
             decay = self.weight_decay if parameter.dim() > 1 else 0.0
             groups.setdefault((rate, decay), []).append((name, parameter))
@@ -252,11 +252,11 @@ misleads: train longer (--epochs), on more (--fraction), or with a higher --lear
     if not tasks:
         return None
     fall = sum((before[task] - after[task]) / max(before[task], 1e-12) for task in tasks) / len(tasks)
-    if fall >= LEAST_FALL:
+    if fall >= _LEAST_FALL:
         return None
     losses = ", ".join(f"{task} {before[task]:.4g} -> {after[task]:.4g}" for task in tasks)
     moved = f"fell by {100 * fall:.1f} %" if fall >= 0 else f"rose by {-100 * fall:.1f} %" if fall < 0 else "is NaN"
     return (
-        f"the warm-up has hardly learned: the loss {moved} ({losses}), expected {100 * LEAST_FALL:.0f} % or more; "
+        f"the warm-up has hardly learned: the loss {moved} ({losses}), expected {100 * _LEAST_FALL:.0f} % or more; "
         "influence from here misleads: train longer (--epochs), on more (--fraction), or with a higher --learning-rate"
     )

@@ -28,7 +28,7 @@ from icons.gradients.structure import members_of
 from icons.models.loading import checkpoint_layers
 
 Kind = Literal["per-sample", "training", "forward"]
-FEW, MORE = 2, 3
+FEW, _MORE = 2, 3
 """Layers that are run; each of the others is taken to add what the third adds."""
 # torch counts the attention kernels of GPUs alone; the arguments are shapes
 ATTENTION: dict[Any, Any] = {
@@ -84,10 +84,10 @@ def _over_layers(model: nn.Module, measure: Callable[["_LanguagePart"], float]) 
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     name = next((n for n, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child)), None)
     count = len(getattr(decoder, name)) if name else 0
-    if name is None or count <= MORE:
+    if name is None or count <= _MORE:
         return measure(_LanguagePart(decoder, head))
-    few, more = (measure(_LanguagePart(shortened(decoder, name, layers), head)) for layers in (FEW, MORE))
-    return few + (more - few) * (count - FEW) / (MORE - FEW)
+    few, more = (measure(_LanguagePart(shortened(decoder, name, layers), head)) for layers in (FEW, _MORE))
+    return few + (more - few) * (count - FEW) / (_MORE - FEW)
 
 
 def image_operations(model: nn.Module, sample: Mapping[str, Any]) -> float:

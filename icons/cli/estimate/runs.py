@@ -27,8 +27,8 @@ from icons.modules.named_strategy import sharing_ranks
 from icons.partition import Partition, parse_shard
 from icons.store import fitting_chunk_rows
 
-ROW_BYTES = 4 + 4 + 4 + 1  # norm, loss, tokens, status
-LOOKED_AT = 8
+_ROW_BYTES = 4 + 4 + 4 + 1  # norm, loss, tokens, status
+_LOOKED_AT = 8
 """Rows whose images are opened, for the work of the vision tower."""
 
 
@@ -51,7 +51,7 @@ class Plan:
     @classmethod
     def of(cls, model: nn.Module, dataset: Any, rows: Sequence[int], **load: Any) -> "Plan":
         """Takes the lengths of 256 of a ConversationDataset's rows, and the images of 8."""
-        some = evenly(rows, LOOKED_AT)
+        some = evenly(rows, _LOOKED_AT)
         batch = dataset.collate([dataset[row] for row in some])
         images = batch if "pixel_values" in batch else {}
         return cls(model, Workload(dataset.lengths(evenly(rows)), **load), images, max(1, len(batch["input_ids"])))
@@ -124,7 +124,7 @@ def estimate_gradients(
         settings=settings,
         rows_per_rank=per_rank,
         steps=math.ceil(max(per_rank) / plan.load.batch_size),
-        files={"gradients": int(num_rows * dim * BYTES[store_dtype]), "scalars": num_rows * (ROW_BYTES + scale)},
+        files={"gradients": int(num_rows * dim * BYTES[store_dtype]), "scalars": num_rows * (_ROW_BYTES + scale)},
         memory=memory | {"a batch": plan.batch_memory(kind)},
         seconds=max(per_rank) * plan.row_operations(kind) / speed,
         speed=said,

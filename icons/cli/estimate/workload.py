@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "8bit": 1.0, "4bit": 0.5}
-TOWERS = ("vision_tower", "vision_model", "visual")
+_TOWERS = ("vision_tower", "vision_model", "visual")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ModelSize:
     def of(cls, model: nn.Module) -> "ModelSize":
         """Counts a model, which may be on the meta device."""
         frozen = {name: value.numel() for name, value in model.named_parameters() if not value.requires_grad}
-        tower = sum(count for name, count in frozen.items() if set(TOWERS) & set(name.split(".")))
+        tower = sum(count for name, count in frozen.items() if set(_TOWERS) & set(name.split(".")))
         ends = [end.weight for end in _ends_of(model) if not end.weight.requires_grad]
         text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
         sizes = groupby(sorted((layer_of(name), count) for name, count in frozen.items()), key=lambda item: item[0])

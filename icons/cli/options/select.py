@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-BUDGET, SOURCES, PAIRS = {"group": "budget"}, {"group": "sources"}, {"group": "gradients to look at"}
+_BUDGET, SOURCES, PAIRS = {"group": "budget"}, {"group": "sources"}, {"group": "gradients to look at"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +42,20 @@ class SelectOptions:
     {training formats}"""
     images: Path | None = None
     """with --format, the folder that relative image names start from; without it they stay relative"""
-    num_rows: int | None = field(default=None, metadata=BUDGET)
+    num_rows: int | None = field(default=None, metadata=_BUDGET)
     """rows to select, in place of --fraction"""
-    vote_fraction: float | None = field(default=None, metadata=BUDGET)
+    vote_fraction: float | None = field(default=None, metadata=_BUDGET)
     """share of the rows that each task votes for; default: the selected share"""
-    weight: list[str] | None = field(default=None, metadata=BUDGET)
+    weight: list[str] | None = field(default=None, metadata=_BUDGET)
     """TASK=NUMBER, the weight of a task; repeat it for each"""
-    task_quota: list[str] | None = field(default=None, metadata=BUDGET)
+    task_quota: list[str] | None = field(default=None, metadata=_BUDGET)
     """TASK=SHARE, at least this share of the selection from rows the task votes for; repeat it for each"""
-    max_tokens: int | None = field(default=None, metadata=BUDGET)
+    max_tokens: int | None = field(default=None, metadata=_BUDGET)
     """supervised tokens of the whole selection, at most"""
-    include: Path | None = field(default=None, metadata=BUDGET)
+    include: Path | None = field(default=None, metadata=_BUDGET)
     """file of rows that are always in: row numbers, one a line (.txt), or a JSON list of row numbers, of ids, or of
     records with ids"""
-    exclude: Path | None = field(default=None, metadata=BUDGET)
+    exclude: Path | None = field(default=None, metadata=_BUDGET)
     """file of rows that are never in, in the same forms"""
     source_field: str | None = field(default=None, metadata=SOURCES)
     """field of the records that names their source; a dotted name looks inside. Default: the first folder of the

@@ -7,7 +7,7 @@ from typing import Literal
 from icons.cli.options.groups import LearningOptions, PartsOptions, ReadingOptions, TrainerOptions
 
 BAD = {"group": "bad records"}
-BAKE_OFF = {"group": "rules"}
+_BAKE_OFF = {"group": "rules"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +39,14 @@ class ValidateOptions(PartsOptions, ReadingOptions, LearningOptions, TrainerOpti
     """folder for the trainings and the table"""
     images: Path | None = None
     """image folder of the pool"""
-    rule: list[str] | None = field(default=None, metadata=BAKE_OFF)
+    rule: list[str] | None = field(default=None, metadata=_BAKE_OFF)
     """method of `icons select` to train on the selection of; repeat it for each. Only these are then trained"""
-    fraction: list[float] | None = field(default=None, metadata=BAKE_OFF)
+    fraction: list[float] | None = field(default=None, metadata=_BAKE_OFF)
     """share of the pool to select; repeat it for further shares; default: 0.2"""
-    pool: list[str] | None = field(default=None, metadata=BAKE_OFF)
+    pool: list[str] | None = field(default=None, metadata=_BAKE_OFF)
     """NAME=DATA,SCORES or NAME=DATA,SCORES,IMAGES: a further pool with its own scores; repeat it for each.
     Intervals are then over pools"""
-    measure: Literal["accuracy", "loss"] = field(default="accuracy", metadata=BAKE_OFF)
+    measure: Literal["accuracy", "loss"] = field(default="accuracy", metadata=_BAKE_OFF)
     """what is compared: exact matches, or the loss"""
     subsets: int = 60
     """number of random subsets to train on"""

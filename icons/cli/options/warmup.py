@@ -17,7 +17,7 @@ from icons.cli.options.groups import (
     TrainerOptions,
 )
 
-LEARNING = {"group": "training"}
+_LEARNING = {"group": "training"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +54,15 @@ class WarmupOptions(DataOptions, PartsOptions, LearningOptions, LoadingOptions, 
     processor: dict[str, Any] | None = field(default=None, metadata=DATA)
     """a setting of an image-text model's image processor, as --processor.max_pixels 400000; default: the model
     folder's"""
-    accumulate: int = field(default=1, metadata={**LEARNING, "least": 1})
+    accumulate: int = field(default=1, metadata={**_LEARNING, "least": 1})
     """batches per optimizer step"""
-    projector_learning_rate: float = field(default=2e-5, metadata=LEARNING)
+    projector_learning_rate: float = field(default=2e-5, metadata=_LEARNING)
     """learning rate of the projector between vision tower and language model"""
-    warmup_ratio: float = field(default=0.03, metadata=LEARNING)
+    warmup_ratio: float = field(default=0.03, metadata=_LEARNING)
     """share of the steps over which the learning rate rises; after that it falls along a cosine"""
-    weight_decay: float = field(default=0.0, metadata=LEARNING)
+    weight_decay: float = field(default=0.0, metadata=_LEARNING)
     """weight decay of the adapter's and the projector's matrices"""
-    seed: int = field(default=0, metadata=LEARNING)
+    seed: int = field(default=0, metadata=_LEARNING)
     """seed of the choice of rows, their order, the adapter's first values and dropout"""
     lora_targets: str | None = field(default=None, metadata={**ADAPTER, "pattern": True})
     """regular expression over module names; default: the language model's linear layers"""

@@ -20,7 +20,7 @@ from icons.output import put
 
 SAMPLES, SAMPLE_BYTES = 64, 4096
 SMALL = 64 << 20  # bytes that are read again rather than looked up
-FIND_BYTES = 1 << 16
+_FIND_BYTES = 1 << 16
 
 
 class ChangedFileError(OSError):
@@ -51,13 +51,13 @@ class State(NamedTuple):
         try:
             now = State.of(file)
         except FileNotFoundError:
-            raise ChangedFileError(f"{path}: has vanished while it was read; {ADVICE}") from None
+            raise ChangedFileError(f"{path}: has vanished while it was read; {_ADVICE}") from None
         if now != self:
             what = f"{now.size:,} bytes, {self.size:,} before" if now.size != self.size else "its content"
-            raise ChangedFileError(f"{path}: has changed while it was read ({what}); {ADVICE}")
+            raise ChangedFileError(f"{path}: has changed while it was read ({what}); {_ADVICE}")
 
 
-ADVICE = (
+_ADVICE = (
     "expected a file that stays as it is until the run has ended: put the former one back and run the same line again, "
     "or give a new --out"
 )
@@ -101,7 +101,7 @@ class DataFile:
         try:
             number = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
         except FileNotFoundError:
-            raise ChangedFileError(f"{self.path}: has vanished while it was read; {ADVICE}") from None
+            raise ChangedFileError(f"{self.path}: has vanished while it was read; {_ADVICE}") from None
         weakref.finalize(self, os.close, number)
         return number
 
@@ -115,16 +115,16 @@ class DataFile:
         if content and len(content) < length:  # a read of more than 2 GB comes in parts
             return content + self.read(number, begin + len(content), length - len(content))
         if len(content) < length:
-            raise ChangedFileError(f"{self.path}: was cut short while it was read; {ADVICE}")
+            raise ChangedFileError(f"{self.path}: was cut short while it was read; {_ADVICE}")
         return content
 
     def find(self, wanted: bytes, begin: int) -> int:
         """The first place of one byte at or behind `begin`; -1: there is none."""
         while begin < len(self):
-            index = self[begin : begin + FIND_BYTES].find(wanted)
+            index = self[begin : begin + _FIND_BYTES].find(wanted)
             if index >= 0:
                 return begin + index
-            begin += FIND_BYTES
+            begin += _FIND_BYTES
         return -1
 
 

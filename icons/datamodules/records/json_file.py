@@ -27,7 +27,7 @@ class Identified(msgspec.Struct):
     id: Any = None
 
 
-ID = msgspec.json.Decoder(Identified)
+_ID = msgspec.json.Decoder(Identified)
 
 
 class RecordIndex:
@@ -88,7 +88,7 @@ class RecordIndex:
     def id(self, row: int) -> str:
         content = self.raw(row)
         try:
-            return id_of({"id": ID.decode(content).id})
+            return id_of({"id": _ID.decode(content).id})
         except (ValueError, RecursionError):  # not JSON, or JSON with what only Python reads
             with contextlib.suppress(RecordError):
                 return id_of(decode(content))
