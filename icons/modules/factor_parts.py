@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from icons.gradients.covariances import CovarianceSums
 from icons.models.tensor_files import write_tensors
-from icons.output import is_empty, is_marked, mark
+from icons.output import MARK, is_empty, is_marked, mark, sweep_partials
 
 COMMAND = "factors"
 
@@ -63,15 +64,20 @@ class FactorParts:
         return (CovarianceSums.of(tensors), about["reason"]) if about.get("digest") == digest(tensors) else None
 
     def remove(self) -> None:
-        """Takes the folder away, if it is ours; another run may be at it too."""
-        if is_marked(self.folder, COMMAND):
-            rmtree(self.folder, ignore_errors=True)
+        """Takes the parts away, and the folder if nothing else lies there; another run may be at it too."""
+        with suppress(FileNotFoundError):
+            if is_marked(self.folder, COMMAND):
+                for file in self.folder.glob("[0-9][0-9].safetensors"):
+                    file.unlink(missing_ok=True)
+                sweep_partials(self.folder)
+                if [file.name for file in self.folder.iterdir()] == [MARK]:
+                    rmtree(self.folder, ignore_errors=True)
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 (16 hex digits) over names and numbers."""
-    found = hashlib.sha256()
+    whole = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(name.encode())
-        found.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:16]
+        whole.update(name.encode())
+        whole.update(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return whole.hexdigest()[:16]

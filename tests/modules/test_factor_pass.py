@@ -23,6 +23,7 @@ from icons.kronecker import KroneckerFactors, KroneckerPreconditioner
 from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
 from icons.models.saved_factors import load_factors
+from icons.modules.factor_parts import FactorParts
 from icons.modules.factor_pass import ChosenRows, FactorPass, FactorSettings
 from icons.projection import CountSketch, Identity
 from icons.store import GradientStore, ScoreStore
@@ -262,6 +263,18 @@ def test_a_folder_of_the_users_is_not_taken_for_parts(
     assert factors(data, tmp_path / "f.safetensors") == 1
     assert "f.safetensors.parts: is where parts of f.safetensors go, and holds something" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "f.safetensors.parts").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_user_has_put_beside_the_parts_stays(tmp_path: Path) -> None:
+    parts = FactorParts(tmp_path / "f.safetensors", {})
+    parts.make()
+    parts.write(0, CovarianceSums(), "")
+    (parts.folder / "notes.txt").touch()
+    parts.remove()
+    assert sorted(file.name for file in parts.folder.iterdir()) == [".icons.json", "notes.txt"]
+    (parts.folder / "notes.txt").unlink()
+    parts.remove()
+    assert not parts.folder.exists()
 
 
 def test_a_run_without_a_usable_row_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,28 +53,10 @@ def gradients(path: Path, again: bool = False) -> None:
     writer.finish()
 
 
-def scores(path: Path) -> None:
-    """What `icons influence` does to a store."""
+def filled(path: Path, put: Callable[[UnitWriter, int, np.ndarray], None], extra: Any = None) -> None:
+    """A score store with what `put` stores of the rows of each unit."""
 
     def create() -> None:
-        ScoreStore.create(path, num_rows=NUM_ROWS, tasks=["a", "b"], chunk_rows=4)
-
-    store = ScoreStore.taken_up(path, lambda store: None, create)
-    writer = UnitWriter(store)
-    writer.sweep()
-    for unit in store.missing():
-        if writer.claim(unit):
-            rows = np.asarray(store.partition.unit_rows(unit))
-            values = np.stack([rows, rows * 2.0], axis=1).astype(np.float32)
-            writer.store_unit(unit, {"influence": values, "stderr": values, "status": np.ones(len(rows), np.uint8)})
-    writer.finish()
-
-
-def exact_scores(path: Path) -> None:
-    """What `icons score` does to a store."""
-
-    def create() -> None:
-        extra: Any = {"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])}
         ScoreStore.create(path, num_rows=NUM_ROWS, tasks=["a", "b"], chunk_rows=4, extra=extra)
 
     store = ScoreStore.taken_up(path, lambda store: None, create)
@@ -82,10 +64,28 @@ def exact_scores(path: Path) -> None:
     writer.sweep()
     for unit in store.missing():
         if writer.claim(unit):
-            rows = np.asarray(store.partition.unit_rows(unit))
-            values = results(rows)
-            writer.collect(rows, values | dict.fromkeys(("influence", "stderr"), values["gradient"][:, :2]))
+            put(writer, unit, np.asarray(store.partition.unit_rows(unit)))
     writer.finish()
+
+
+def scores(path: Path) -> None:
+    """What `icons influence` does to a store."""
+
+    def put(writer: UnitWriter, unit: int, rows: np.ndarray) -> None:
+        values = np.stack([rows, rows * 2.0], axis=1).astype(np.float32)
+        writer.store_unit(unit, {"influence": values, "stderr": values, "status": np.ones(len(rows), np.uint8)})
+
+    filled(path, put)
+
+
+def exact_scores(path: Path) -> None:
+    """What `icons score` does to a store."""
+
+    def put(writer: UnitWriter, unit: int, rows: np.ndarray) -> None:
+        values = results(rows)
+        writer.collect(rows, values | dict.fromkeys(("influence", "stderr"), values["gradient"][:, :2]))
+
+    filled(path, put, {"norm": ("float32", []), "loss": ("float32", []), "tokens": ("int32", [])})
 
 
 def influence(path: Path) -> None:
