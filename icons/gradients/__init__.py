@@ -4,13 +4,16 @@ per_sample.py       whole, projected as they stream by, or scored against tasks;
 capture.py          each parameter's gradients, sample by sample, block by block: once
 self_test.py        a sample's loss is known to depend on the sample alone, and
 proof.py            every layer's blocks have agreed with autograd; what is
+strangers.py        (towers, which do not see the text, are found out)
 paths.py            known of a model is kept with it; each of these from
+structure.py        its modules and parameters, seen in one walk,
 backward_pass.py    one forward and backward pass, in which
 tap.py              a layer's inputs and its output's gradient are seen, and
 layers.py           turned into per-sample gradients
 output_layer.py     only supervised positions reach the output layer; each token's cross-entropy
 loss_scale.py       float16 loses no small gradient, and
 chance.py           chance is refused
+garbage.py          no search for garbage while a pass is on
 packing.py          4-bit weights on a CPU
 features.py         what else can be collected of a sample
 """

@@ -233,7 +233,7 @@ class BackwardPass:
                 if self.proving:
                     size = division.lengths(kept[0]).to(gradient.device) * division.lengths(gradient)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
-                elif self.watch is not None and part.name not in self.plan.hidden and part.kind == "weight":
+                if self.watch is not None and part.name not in self.plan.hidden and part.kind == "weight":
                     self.show(part.name, division, kept[0], gradient)
                 pieces = self.pieces(part, division)
                 if len(pieces) == 1:

@@ -17,10 +17,11 @@ from icons.gradients.backward_pass import (
 )
 from icons.gradients.chance import refuse_dropout
 from icons.gradients.loss_scale import LossScale
+from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import Paths, paths_of
 from icons.gradients.proof import prove
 from icons.gradients.repeatable import repeatable
-from icons.gradients.self_test import refuse_unknown, self_test
+from icons.gradients.self_test import SelfTest, refuse_unknown
 from icons.gradients.structure import Members, members_of
 
 
@@ -79,7 +80,6 @@ def per_sample_blocks(
     slow = known.plan(members).slow
 
     def compute() -> Float[Tensor, " batch"]:
-        self_test(model, batch, known)
         return _run(model, batch, members, known, begin, watch, in_pieces)
 
     try:
@@ -99,9 +99,15 @@ def _run(
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
     scale, unproven, this_time = LossScale.of(batch, members), set[str](), set[str]()
-    if not known.proven:
-        this_time = prove(model, batch, members, known)
+    test, to_prove = SelfTest.of(model, batch, known), not known.proven
+    if test is not None and not to_prove:
+        with torch.no_grad():
+            test.compare(SupervisedPositions(model, batch["labels"]).run(model, batch))
     while True:
+        if to_prove:
+            losses, this_time = prove(model, batch, members, known, begin, watch, test)
+            if losses is not None:
+                return losses
         try:
             return BackwardPass(
                 model,
@@ -115,13 +121,12 @@ def _run(
                 in_pieces=in_pieces,
             ).run()
         except OverflowedError:
-            continue
+            to_prove = False
         except UnprovenError as error:
             again = error.names & unproven  # a proof on the telling batch has not met what this batch does
             for name in again:
                 known.leave(name)
-            if not again:
-                this_time = prove(model, batch, members, known)
+            to_prove = not again
             unproven |= error.names
 
 

@@ -3,14 +3,10 @@
 With weights w of the samples that differ, `sum_i w_i block_i` must be the gradient of `sum_i w_i loss_i`, which
 autograd gives. The blocks come from a backward pass without weights: were a block another sample's, or wrong in itself,
 the sums would differ. The weights are powers of two, so that weighing rounds nothing.
-
-A layer of a vision tower can look laid out as the batch is, and be so in one batch, while its rows are images. So what
-does not see the text is a stranger, whatever it looks like: its input does not move when the text does. Its rows are
-the samples' as `icons.gradients.ownership` has it, or nobody knows whose.
 """
 
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import IGNORE_INDEX, Batch
-from icons.gradients.backward_pass import BackwardPass, OverflowedError, finite, owners_in
+from icons.batch import Batch
+from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, Watcher, finite, owners_in
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN
-from icons.gradients.paths import Paths, is_text
+from icons.gradients.paths import Paths
+from icons.gradients.self_test import SelfTest
+from icons.gradients.strangers import Strangers
 from icons.gradients.structure import Members
 from icons.gradients.tap import NarrowInputs
 
@@ -50,24 +48,44 @@ class Truth:
         }
 
 
-def prove(model: nn.Module, batch: Batch, members: Members, known: Paths) -> set[str]:
+def prove(
+    model: nn.Module,
+    batch: Batch,
+    members: Members,
+    known: Paths,
+    begin: Callable[[Members], Receiver],
+    watch: Watcher | None,
+    test: SelfTest | None,
+) -> tuple[Float[Tensor, " batch"] | None, set[str]]:
     """Finds, for each parameter, the quickest path that is right on this batch, and writes it down.
 
-    Costs one pass for the truth, and one for each path that has to be tried.
+    Costs one pass for the truth, and one for each path that has to be tried. The last of these is the batch's own pass,
+    if no parameter is slow: what was received in it stands.
+
+    Args:
+        model: any.
+        batch: not empty.
+        members: of the model.
+        known: of the model.
+        begin: see `icons.gradients.capture`.
+        watch: see `icons.gradients.capture`.
+        test: to be passed first.
 
     Returns:
-        Parameters of which nothing could be shown, their gradient not being finite: for this batch they are slow.
+        The losses if the receiver has all blocks, else None; and parameters of which nothing could be shown, their
+        gradient not being finite: for this batch they are slow.
     """
-    size = len(batch["labels"])
-    if known.kind[1]:
-        look_for_strangers(model, batch, members, known)
-    truth, scale = truth_of(model, batch, members, known), LossScale.of(batch, members)
+    strangers = Strangers.of(model, batch, members, known)
+    truth = truth_of(model, batch, members, known, strangers, test)
+    scale = LossScale.of(batch, members)
     noise: dict[str, float] | None = None
     while True:
-        verdict = Verdict(truth)
-        backward_pass = BackwardPass(model, batch, members, known, verdict.receive, scale=scale, proving=True)
+        verdict = Verdict(truth, begin(members))
+        backward_pass = BackwardPass(
+            model, batch, members, known, verdict.receive, scale=scale, proving=True, watch=watch
+        )
         try:
-            backward_pass.run()
+            losses = backward_pass.run()
         except OverflowedError:
             continue
         wrong, silent, unknown = verdict.of(backward_pass, noise or {})
@@ -77,17 +95,18 @@ def prove(model: nn.Module, batch: Batch, members: Members, known: Paths) -> set
         for name in wrong:
             known.worsen(name, backward_pass.met[name])
         if not wrong:
-            for name in set(members.trainable) - known.slow(members.trainable) - unknown:
-                known.record(name, backward_pass.met[name], size, name in silent)
-            return unknown
+            slow = known.plan(members).slow
+            for name in set(members.trainable) - slow - unknown:
+                known.record(name, backward_pass.met[name], len(batch["labels"]), name in silent)
+            return None if slow or unknown else losses, unknown
 
 
 class Verdict:
-    """Compares blocks with the truth as they stream by."""
+    """Compares blocks with the truth as they stream by to a receiver."""
 
-    def __init__(self, truth: Truth) -> None:
-        self.truth = truth
-        self.found: dict[str, Tensor] = {}  # |sum - truth|, |truth|, root of sum of |w block|^2
+    def __init__(self, truth: Truth, pass_on: Receiver) -> None:
+        self.truth, self.pass_on = truth, pass_on
+        self.numbers: dict[str, Tensor] = {}  # |sum - truth|, |truth|, root of sum of |w block|^2
 
     def receive(self, name: str, block: Tensor, rows: slice) -> None:
         kept = self.truth.weights != 0
@@ -97,7 +116,8 @@ class Verdict:
         total = weights @ flat
         true = torch.zeros_like(total) if expected is None else expected.reshape(-1).to(total)
         spread = (weights[:, None] * flat).norm()
-        self.found[name] = torch.stack([(total - true).norm(), true.norm(), spread])
+        self.numbers[name] = torch.stack([(total - true).norm(), true.norm(), spread])
+        self.pass_on(name, block, rows)
 
     def of(self, backward_pass: BackwardPass, noise: Mapping[str, float]) -> tuple[set[str], set[str], set[str]]:
         """Names found wrong; names without any gradient; names whose gradient is not finite.
@@ -109,7 +129,7 @@ class Verdict:
         wrong: set[str] = set()
         silent: set[str] = set()
         unknown: set[str] = set()
-        for name, numbers in self.found.items():
+        for name, numbers in self.numbers.items():
             error, true, spread = numbers.tolist()
             sizes = backward_pass.size_of.get(name)  # of a broken sample they are nothing to measure by
             kept = () if sizes is None else sizes[self.truth.weights.to(sizes.device) != 0].tolist()
@@ -140,17 +160,31 @@ def is_half(backward_pass: BackwardPass) -> bool:
     return any(torch.is_autocast_enabled(kind) for kind in {kind for _, kind in dtypes})
 
 
-def truth_of(model: nn.Module, batch: Batch, members: Members, known: Paths) -> Truth:
+def truth_of(
+    model: nn.Module,
+    batch: Batch,
+    members: Members,
+    known: Paths,
+    strangers: Strangers | None = None,
+    test: SelfTest | None = None,
+) -> Truth:
     """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
-    its activations in the CPU's."""
+    its activations in the CPU's. Its forward pass serves the self-test and the search for strangers too."""
     try:
-        return ordinary_pass(model, batch, members, known)
+        return ordinary_pass(model, batch, members, known, strangers, test)
     except torch.OutOfMemoryError:
         with torch.autograd.graph.save_on_cpu():
-            return ordinary_pass(model, batch, members, known)
+            return ordinary_pass(model, batch, members, known, strangers, test)
 
 
-def ordinary_pass(model: nn.Module, batch: Batch, members: Members, known: Paths) -> Truth:
+def ordinary_pass(
+    model: nn.Module,
+    batch: Batch,
+    members: Members,
+    known: Paths,
+    strangers: Strangers | None,
+    test: SelfTest | None,
+) -> Truth:
     parameters, scaled = members.trainable, needs_scale(members)
     grads = {name: parameter.grad for name, parameter in parameters.items()}
     inputs = NarrowInputs(owners_in(members, known.plan(members).sockets), known.narrow)
@@ -162,9 +196,16 @@ def ordinary_pass(model: nn.Module, batch: Batch, members: Members, known: Paths
                 stack.callback(handle.remove)
             stack.callback(inputs.forget)
             stack.enter_context(torch.enable_grad())
-            with without_chance(model):
+            with without_chance(model), strangers.watching() if strangers else nullcontext():
                 losses = positions.run(model, batch)
             inputs.checking = False
+            if strangers is not None:
+                strangers.compare()
+            if test is not None:
+                test.compare(losses)
+                if not known.narrows and positions.head is not None:
+                    positions = SupervisedPositions(model, batch["labels"], narrow=False)
+                    losses = positions.run(model, batch)
             weights = sample_weights(losses)
             if not bool((weights != 0).all()):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite))
@@ -210,61 +251,3 @@ def sample_weights(losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     orders = [torch.randperm(len(WEIGHTS), generator=generator) for _ in range(-(-count // len(WEIGHTS)))]
     weights = torch.tensor(WEIGHTS, dtype=losses.dtype)[torch.cat(orders)[:count]].to(losses.device)
     return torch.where(losses.detach().isfinite(), weights, 0)
-
-
-def look_for_strangers(model: nn.Module, batch: Batch, members: Members, known: Paths) -> None:
-    """Writes down which modules get the same when the text is moved by a token, or its embeddings are made longer:
-    those of towers, whose rows are images."""
-    owners = [owner for owners in members.structure.owners.values() for owner in owners]
-    modules = {members.modules[number] for owner in owners for number in (owner.module, owner.around)}
-    if all(module in known.sees_text for module in modules):
-        return
-    before = fingerprints(model, modules, batch)
-    try:
-        after = fingerprints(model, modules, moved(batch))
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever a model says to a text whose last token is gone
-        embeddings: Any = getattr(model, "get_input_embeddings", lambda: None)()
-        if embeddings is None:
-            for name in members.trainable:
-                known.leave(name)
-            return
-        handle = embeddings.register_forward_hook(lambda _module, _args, output: output * 1.5)
-        try:
-            after = fingerprints(model, modules, batch)
-        finally:
-            handle.remove()
-    for module, value in before.items():
-        same = torch.allclose(value, after[module], rtol=1e-6, atol=0)
-        known.sees_text[module] = known.sees_text.get(module, True) and not same
-
-
-def moved(batch: Batch) -> Batch:
-    """The batch with its text one place further right: another token at the beginning, none at the end."""
-    shape, labels = batch["labels"].shape, batch["labels"]
-    found = dict(batch)
-    for name, value in batch.items():
-        if is_text(name, value, shape):
-            found[name] = torch.cat([value[:, :1], value[:, :-1]], dim=1)
-    if "input_ids" in found:
-        found["input_ids"][:, 0] = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX][0]
-    return found
-
-
-def fingerprints(model: nn.Module, modules: Iterable[nn.Module], batch: Batch) -> dict[nn.Module, Tensor]:
-    """A number for what each module gets, in which the order of its numbers counts."""
-    found: dict[nn.Module, Tensor] = {}
-
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
-        if given is not None:
-            flat = given.detach().flatten().double().nan_to_num(0, 0, 0)
-            ramp = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
-            found[module] = found.get(module, torch.zeros((), dtype=torch.float64)) + (flat.abs() @ ramp).cpu()
-
-    with ExitStack() as stack, torch.no_grad():
-        for module in modules:
-            stack.callback(module.register_forward_pre_hook(watch, with_kwargs=True).remove)
-        SupervisedPositions(model, batch["labels"]).run(model, batch)
-    return found

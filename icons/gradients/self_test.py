@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
-from icons.gradients.chance import without_chance
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.packing import keep_unpacked
 from icons.gradients.paths import Paths, is_text
@@ -56,7 +55,7 @@ def refuse_unknown(model: nn.Module, members: Members) -> None:
     if members.structure.accepted:
         return
     named = dict(model.named_parameters())
-    refuse_pieces(model, named)
+    _refuse_pieces(model, named)
     empty = next((name for name, parameter in named.items() if parameter.is_meta), None)
     if empty is not None:
         raise ValueError(
@@ -66,7 +65,7 @@ def refuse_unknown(model: nn.Module, members: Members) -> None:
     members.structure.accepted = True
 
 
-def refuse_pieces(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
+def _refuse_pieces(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
     """Frozen weights may be sharded by FSDP2, which gathers a layer's before it is called.
 
     Args:
@@ -82,7 +81,7 @@ def refuse_pieces(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
         for module in modules.values()
         if isinstance(module, FSDPModule) and isinstance(module, nn.Module)
         for parameter in module.parameters()
-        if not parameter.requires_grad and sum(map(is_shard, getattr(parameter, "placements", ()))) < 2
+        if not parameter.requires_grad and sum(map(_is_shard, getattr(parameter, "placements", ()))) < 2
     }
     pieces = next(
         (
@@ -102,54 +101,74 @@ def refuse_pieces(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
         )
 
 
-def is_shard(placement: Any) -> bool:
+def _is_shard(placement: Any) -> bool:
     return not placement.is_replicate()
 
 
-def self_test(model: nn.Module, batch: Batch, known: Paths) -> None:
-    """Runs once per model, and once more when padding first stands on the left; costs three forward passes.
+class SelfTest:
+    """Losses of the batch changed in ways that must not matter, for `compare` with its own.
 
-    Raises:
-        ValueError: a loss depends on padding, or on the samples of its batch.
-
-    Warns:
-        WholeLogitsWarning: logits are mixed or scaled by position after the output layer: it cannot be narrowed.
-        SeesItsTargetWarning: a loss depends on the token that it is to predict.
-        RouterLossWarning: the model's config asks for the loss of its routers.
+    Args:
+        model: any.
+        batch: with a supervised token.
+        known: of the model.
+        left: whether its padding stands on the left.
     """
-    mask = batch.get("attention_mask")
-    left = mask is not None and bool((mask[:, 0] == 0).any())
-    side = "left" if left else "right"
-    if side in known.tested or not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
-        return  # losses that are all zero tell nothing: the next batch is tested
-    kind = type(model).__name__
-    if not known.tested:
-        tell_router_loss(model)
-    with torch.no_grad():
-        with without_chance(model):
-            losses = SupervisedPositions(model, batch["labels"]).run(model, batch)
-        ended, padded = with_another_end(batch), with_more_padding(model, batch, left)
-        both = None if ended is None else with_more_padding(model, ended, left) or ended
-        found = losses_or_none(model, both)
-        causal = True
-        if found is None or differ(model, losses, found):
-            losses = whole_losses(model, batch, known, losses)
-            refuse(model, losses, losses_or_none(model, padded), "its padding")
-            found = losses_or_none(model, ended)
-            causal = found is None or not differ(model, losses, found)
-        alone, row = on_its_own(batch, by_row=not causal)
-        refuse(model, losses[row : row + 1], losses_or_none(model, alone), "its padding or the samples beside it")
-    if not causal:
-        warnings.warn(
-            f"{kind}: a sample's loss depends on the very token that it is to predict: nothing hides later tokens "
-            "from earlier ones (PaliGemma: token_type_ids 1 where the answer begins)",
-            SeesItsTargetWarning,
-            stacklevel=4,
-        )
-    known.tested.add(side)
+
+    def __init__(self, model: nn.Module, batch: Batch, known: Paths, left: bool) -> None:
+        self.model, self.batch, self.known, self.left = model, batch, known, left
+        self.ended, self.padded = _with_another_end(batch), _with_more_padding(model, batch, left)
+        both = None if self.ended is None else _with_more_padding(model, self.ended, left) or self.ended
+        with torch.no_grad():
+            self.changed = _losses_or_none(model, both)
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch, known: Paths) -> "SelfTest | None":
+        """The test; None if the model has passed it. It comes once per model, and once more when padding first stands
+        on the left, and costs a forward pass, and one of a row alone."""
+        mask = batch.get("attention_mask")
+        left = mask is not None and bool((mask[:, 0] == 0).any())
+        if _side(left) in known.tested or not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
+            return None  # losses that are all zero tell nothing: the next batch is tested
+        if not known.tested:
+            _tell_router_loss(model)
+        return cls(model, batch, known, left)
+
+    @torch.no_grad()
+    def compare(self, losses: Float[Tensor, " batch"]) -> None:
+        """Compares with the losses of the batch as it is.
+
+        Raises:
+            ValueError: a loss depends on padding, or on the samples of its batch.
+
+        Warns:
+            WholeLogitsWarning: logits are mixed or scaled by position after the output layer: it cannot be narrowed.
+            SeesItsTargetWarning: a loss depends on the token that it is to predict.
+            RouterLossWarning: the model's config asks for the loss of its routers.
+        """
+        model, causal, losses = self.model, True, losses.detach()
+        if self.changed is None or _differ(model, losses, self.changed):
+            losses = _whole_losses(model, self.batch, self.known, losses)
+            _refuse(model, losses, _losses_or_none(model, self.padded), "its padding")
+            changed = _losses_or_none(model, self.ended)
+            causal = changed is None or not _differ(model, losses, changed)
+        alone, row = _on_its_own(self.batch, by_row=not causal)
+        _refuse(model, losses[row : row + 1], _losses_or_none(model, alone), "its padding or the samples beside it")
+        if not causal:
+            warnings.warn(
+                f"{type(model).__name__}: a sample's loss depends on the very token that it is to predict: nothing "
+                "hides later tokens from earlier ones (PaliGemma: token_type_ids 1 where the answer begins)",
+                SeesItsTargetWarning,
+                stacklevel=4,
+            )
+        self.known.tested.add(_side(self.left))
 
 
-def tell_router_loss(model: nn.Module) -> None:
+def _side(left: bool) -> str:
+    return "left" if left else "right"
+
+
+def _tell_router_loss(model: nn.Module) -> None:
     """Says that the balance of a mixture of experts, where training asks for it, is left out: it is a batch's."""
     config: Any = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
@@ -164,20 +183,20 @@ def tell_router_loss(model: nn.Module) -> None:
             return
 
 
-def refuse(model: nn.Module, losses: Tensor, changed: Tensor | None, cause: str) -> None:
-    if changed is not None and differ(model, losses, changed):
-        place = int((losses - changed).abs().argmax())
+def _refuse(model: nn.Module, losses: Tensor, changed: Tensor | None, cause: str) -> None:
+    if changed is not None and _differ(model, losses, changed):
+        worst = int((losses - changed).abs().argmax())
         raise ValueError(
             f"per-sample gradients: in {type(model).__name__} a sample's loss depends on {cause}: got "
-            f"{float(losses[place]):.6g} in its batch and {float(changed[place]):.6g} otherwise; expected the same: "
+            f"{float(losses[worst]):.6g} in its batch and {float(changed[worst]):.6g} otherwise; expected the same: "
             "pad on the right, give all that the model's processor gives (token_type_ids), or batches of one row"
         )
 
 
-def whole_losses(model: nn.Module, batch: Batch, known: Paths, narrowed: Tensor) -> Float[Tensor, " batch"]:
+def _whole_losses(model: nn.Module, batch: Batch, known: Paths, narrowed: Tensor) -> Float[Tensor, " batch"]:
     """The losses from all logits. Where they are others, the model is not narrowed any more."""
     whole = SupervisedPositions(model, batch["labels"], narrow=False).run(model, batch)
-    if differ(model, whole, narrowed):
+    if _differ(model, whole, narrowed):
         known.narrows = False
         warnings.warn(
             f"{type(model).__name__}: logits change after the output layer by more than their own position; it runs on "
@@ -188,7 +207,7 @@ def whole_losses(model: nn.Module, batch: Batch, known: Paths, narrowed: Tensor)
     return whole
 
 
-def losses_or_none(model: nn.Module, batch: Batch | None) -> Float[Tensor, " batch"] | None:
+def _losses_or_none(model: nn.Module, batch: Batch | None) -> Float[Tensor, " batch"] | None:
     """The losses; None where the batch could not be changed, or where the model does not take it so."""
     if batch is None:
         return None
@@ -200,7 +219,7 @@ def losses_or_none(model: nn.Module, batch: Batch | None) -> Float[Tensor, " bat
         return None
 
 
-def differ(model: nn.Module, one: Float[Tensor, " batch"], two: Float[Tensor, " batch"]) -> bool:
+def _differ(model: nn.Module, one: Float[Tensor, " batch"], two: Float[Tensor, " batch"]) -> bool:
     """Whether losses differ by more than another order of the same sums, in the model's precision, explains."""
     half = any(value.dtype in (torch.float16, torch.bfloat16) for value in model.parameters())
     half = half or torch.is_autocast_enabled(one.device.type)
@@ -209,16 +228,16 @@ def differ(model: nn.Module, one: Float[Tensor, " batch"], two: Float[Tensor, " 
     return bool(((one - two).abs() > tolerance * one.abs().clamp(min=0.1))[both].any())
 
 
-def with_another_end(batch: Batch) -> Batch | None:
+def _with_another_end(batch: Batch) -> Batch | None:
     """The batch with another token at the end of each row: one that is only predicted, never read."""
     ids, labels = batch.get("input_ids"), batch["labels"]
     if ids is None or ids.shape != labels.shape:
         return None
-    places = torch.arange(labels.shape[1], device=labels.device)
+    positions = torch.arange(labels.shape[1], device=labels.device)
     mask = batch.get("attention_mask", torch.ones_like(labels))
     if mask.shape != labels.shape:
         return None
-    last = (places * (mask != 0)).argmax(dim=1)
+    last = (positions * (mask != 0)).argmax(dim=1)
     rows = torch.arange(len(labels), device=labels.device)
     predicted = labels[rows, last] != IGNORE_INDEX
     targets = labels[labels != IGNORE_INDEX]
@@ -228,12 +247,12 @@ def with_another_end(batch: Batch) -> Batch | None:
     return dict(batch) | {"input_ids": changed}
 
 
-def with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | None:
+def _with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | None:
     """The batch with one column of padding more; None if there is no mask, or the model might have no such position."""
     length = batch["labels"].shape[1]
-    if "attention_mask" not in batch or length >= longest(model):
+    if "attention_mask" not in batch or length >= _longest(model):
         return None
-    found = dict(batch)
+    padded = dict(batch)
     for name, value in batch.items():
         if (
             isinstance(value, Tensor)
@@ -243,19 +262,19 @@ def with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | Non
             edge = value[:, :1] if left else value[:, -1:]
             fill = {"labels": IGNORE_INDEX, "attention_mask": 0}.get(name)
             column = edge if fill is None else torch.full_like(edge, fill)
-            found[name] = torch.cat([column, value] if left else [value, column], dim=1)
-    return found
+            padded[name] = torch.cat([column, value] if left else [value, column], dim=1)
+    return padded
 
 
-def longest(model: nn.Module) -> int:
+def _longest(model: nn.Module) -> int:
     """Positions that the model has, by its configuration; 0 if it does not say."""
     config: Any = getattr(model, "config", None)
     texts = [config, getattr(config, "text_config", None), getattr(config, "llm_config", None)]
-    found = [getattr(text, name, None) for text in texts if text is not None for name in LENGTHS]
-    return max((value for value in found if isinstance(value, int)), default=0)
+    lengths = [getattr(text, name, None) for text in texts if text is not None for name in LENGTHS]
+    return max((value for value in lengths if isinstance(value, int)), default=0)
 
 
-def on_its_own(batch: Batch, by_row: bool = False) -> tuple[Batch | None, int]:
+def _on_its_own(batch: Batch, by_row: bool = False) -> tuple[Batch | None, int]:
     """The most padded row without its padding, and its number; None where the batch does not tell whose its images are.
 
     With `by_row`, a field whose first dimension is the batch's is taken to hold something for each row.
