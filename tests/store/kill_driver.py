@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -100,6 +101,41 @@ def fork(work: Callable[..., None], *given: Any, **options: Any) -> int:
         os._exit(1)
 
 
+def files(path: str) -> dict[str, bytes]:
+    """A store's files; what kills left half-written is no matter."""
+    found = {str(file.relative_to(path)): file for file in Path(path).rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in found.items() if not name.endswith(".partial")}
+
+
+def ended(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def compare(path: str, rounds: int, moments: random.Random) -> int:
+    """Stores of which each is filled by one to three ranks, one of which is killed at some moment, and then by one run;
+    how many are the undisturbed store, byte for byte, of how many."""
+    begun_at = time.monotonic()
+    assert ended(fork(fill, f"{path}/undisturbed", 0, 1)) == 0
+    took, expected = time.monotonic() - begun_at, files(f"{path}/undisturbed")
+    units = list(range(-(-NUM_ROWS // CHUNK_ROWS)))
+    kills = equal = 0
+    for number in range(rounds):
+        out, world = f"{path}/killed", moments.randint(1, 3)
+        pids = [fork(fill, out, rank, world, units) for rank in range(world)]
+        time.sleep(moments.uniform(0, took))
+        os.kill(pids[-1], signal.SIGKILL)
+        ends = [ended(pid) for pid in pids]
+        kills += ends[-1] == -signal.SIGKILL
+        assert not any(ends[:-1]), "a rank that was not killed ended with an error"
+        assert ended(fork(fill, out, 0, 1)) == 0
+        found = files(out)
+        differ = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        equal += not differ
+        print(f"{kills} kills, {number + 1} compared, {equal} equal {differ[:9] or ''}", flush=True)
+        shutil.rmtree(out)
+    return rounds - equal
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("path")
@@ -107,9 +143,12 @@ def main() -> None:
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--together", type=int, default=0, help="runs on the same units at once")
     parser.add_argument("--freezes", type=int, default=0, help="stores PATH-0 and so on, each by a run that is stopped")
+    parser.add_argument("--compare", type=int, default=0, help="stores in the folder PATH, a kill each, compared")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     moments = random.Random(given.seed)
+    if given.compare:
+        sys.exit(compare(given.path, given.compare, moments) != 0)
     kills = 0
     while kills < given.kills:
         todo = planned(given.path) if given.world > 1 else None
