@@ -152,7 +152,7 @@ def resume(folder: Path, given: argparse.Namespace) -> float:
     options = {"num_rows": given.resume_rows, "dim": DIM, "manifest": {"data": {"fingerprint": "x"}}}
     store = GradientStore.create(folder / "resume", **options)
     for unit in range(store.partition.num_units):
-        store.write_chunk("status", unit, np.ones(len(store.partition.unit_rows(unit)), np.uint8))
+        store.chunks.write("status", unit, np.ones(len(store.partition.unit_rows(unit)), np.uint8))
     store.storage.flush()
 
     def again() -> None:

@@ -31,7 +31,7 @@ LAYERS = [
     {"cli"},
 ]
 LONGEST = 350
-OFFERING = {"gradients", "store", "preconditioner", "projection", "kronecker"}
+OFFERING = {"gradients", "preconditioner", "projection", "kronecker"}
 """Rooms whose functions and constants are not yet told apart by an underscore."""
 
 

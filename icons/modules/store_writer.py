@@ -202,10 +202,10 @@ class StoreWriter(BasePredictionWriter):
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
         """The manifest: what the rows are made from."""
         describes = [getattr(part, "describe", dict) for part in (datamodule, pl_module)]
-        found = {name: value for describe in describes for name, value in describe().items()}
+        described = {name: value for describe in describes for name, value in describe().items()}
         settings = {"shards": self.shard[1], "chunk_rows": self.chunk_rows, "threads": torch.get_num_threads()}
         own = {"batches": batches_of(datamodule), "versions": versions(), "settings": settings}
-        return {**found, **own, **self.manifest}
+        return {**described, **own, **self.manifest}
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if writers(trainer)[-1] is self:

@@ -77,7 +77,7 @@ def from_bytes(content: np.ndarray, shape: Sequence[int], dtype: np.dtype) -> np
     if len(content) != num_bytes(shape, dtype):
         raise ValueError(f"got {len(content)} bytes; expected {num_bytes(shape, dtype)}")
     numbers = content[:-CHECKSUM_BYTES]
-    stated, found = int.from_bytes(content[-CHECKSUM_BYTES:].tobytes(), "little"), google_crc32c.value(numbers)
-    if stated != found:
-        raise ValueError(f"checksum: got {found:#010x}; expected {stated:#010x}")
+    stated, computed = int.from_bytes(content[-CHECKSUM_BYTES:].tobytes(), "little"), google_crc32c.value(numbers)
+    if stated != computed:
+        raise ValueError(f"checksum: got {computed:#010x}; expected {stated:#010x}")
     return numbers.view(dtype).reshape(shape)

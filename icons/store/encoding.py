@@ -9,12 +9,12 @@ from icons.batch import Status
 
 DTYPES = ("float16", "float32", "int8")
 FIELDS = ("gradient", "norm", "loss", "tokens", "status")
-FLOAT16_LIMIT = 65520.0  # from here on, rounding to the nearest float16 gives infinity
-FLOAT16_SAFE = 2.0**-10  # a row with a number as large loses less to float16's narrow range than to its rounding
-FLOAT16_TOP = 14  # exponent that the largest number of any other row gets
-SAFE_BITS = int(np.float16(FLOAT16_SAFE).view(np.uint16))  # the same, as integers
-INF_BITS = int(np.float16(np.inf).view(np.uint16))
-SIGN = np.uint16(1 << 15)
+_FLOAT16_LIMIT = 65520.0  # from here on, rounding to the nearest float16 gives infinity
+_FLOAT16_SAFE = 2.0**-10  # a row with a number as large loses less to float16's narrow range than to its rounding
+_FLOAT16_TOP = 14  # exponent that the largest number of any other row gets
+_SAFE_BITS = int(np.float16(_FLOAT16_SAFE).view(np.uint16))  # the same, as integers
+_INF_BITS = int(np.float16(np.inf).view(np.uint16))
+_SIGN = np.uint16(1 << 15)
 TORCH_SERIAL = 32767  # numbers: from 32,768 on torch cuts an operation into parts for its threads
 
 
@@ -31,7 +31,7 @@ def encode(
     Args:
         gradient: `[n, K]`.
         dtype: one of `DTYPES`.
-        largest: `largest_of(gradient)`, if it is known.
+        largest: `_largest_of(gradient)`, if it is known.
         out: where the stored rows are put, if they are float16; default: new memory.
 
     >>> encode(np.array([[1.0, -2.0]], dtype=np.float32), "int8")[0].tolist()
@@ -39,38 +39,38 @@ def encode(
     """
     if dtype == "float32":
         return gradient, None
-    largest = largest_of(gradient) if largest is None else largest
+    largest = _largest_of(gradient) if largest is None else largest
     if dtype == "float16":
-        scale = float16_scale(largest)
+        scale = _float16_scale(largest)
         scaled = gradient if (scale == 1).all() else gradient / scale[:, None]  # exact: powers of two
-        return to_float16(scaled, out), scale
+        return _to_float16(scaled, out), scale
     scale = (largest / np.float32(127)).astype(np.float32)
     steps = gradient / np.where(scale > 0, scale, 1)[:, None]
     return np.rint(steps).clip(-127, 127).astype(np.int8), scale
 
 
-def largest_of(gradient: np.ndarray) -> np.ndarray:
+def _largest_of(gradient: np.ndarray) -> np.ndarray:
     """Each row's largest magnitude, `[n]`; NaN if there is one.
 
-    >>> largest_of(np.array([[1.0, -2.0], [0.0, 0.0]])).tolist()
+    >>> _largest_of(np.array([[1.0, -2.0], [0.0, 0.0]])).tolist()
     [2.0, 0.0]
     """
     return np.maximum(gradient.max(axis=1, initial=0), np.abs(gradient.min(axis=1, initial=0)))
 
 
-def float16_scale(largest: np.ndarray) -> np.ndarray:
+def _float16_scale(largest: np.ndarray) -> np.ndarray:
     """What to divide each row by, `[n]` float32, by its largest magnitude.
 
-    >>> float16_scale(np.array([2.0, 3e-5, 0.0, 1e6], dtype=np.float32)).tolist()
+    >>> _float16_scale(np.array([2.0, 3e-5, 0.0, 1e6], dtype=np.float32)).tolist()
     [1.0, 9.313225746154785e-10, 1.0, 32.0]
     """
-    exponent = np.frexp(largest)[1] - 1 - FLOAT16_TOP
-    keep = (largest == 0) | ((largest >= FLOAT16_SAFE) & (largest < FLOAT16_LIMIT)) | ~np.isfinite(largest)
+    exponent = np.frexp(largest)[1] - 1 - _FLOAT16_TOP
+    keep = (largest == 0) | ((largest >= _FLOAT16_SAFE) & (largest < _FLOAT16_LIMIT)) | ~np.isfinite(largest)
     # -126: beyond it float32 itself has no whole powers of two
     return np.where(keep, 1, np.ldexp(np.float32(1), np.maximum(exponent, -126))).astype(np.float32)
 
 
-def to_float16(gradient: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _to_float16(gradient: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """The nearest float16, in `out` if that is given (C-contiguous). torch converts in vector registers, ten times as
     fast as numpy, to the same bits.
 
@@ -86,19 +86,19 @@ def to_float16(gradient: np.ndarray, out: np.ndarray | None = None) -> np.ndarra
     return half
 
 
-def needs_no_scale(half: np.ndarray) -> bool:
-    """Whether each row's largest magnitude was, before it was rounded to these float16, certainly above `FLOAT16_SAFE`
-    and below `FLOAT16_LIMIT`: rounding keeps the order, and both limits are numbers of float16 or round to infinity.
+def _needs_no_scale(half: np.ndarray) -> bool:
+    """Whether each row's largest magnitude was, before it was rounded to these float16, certainly above `_FLOAT16_SAFE`
+    and below `_FLOAT16_LIMIT`: rounding keeps the order, and both limits are numbers of float16 or round to infinity.
 
-    Reads half the bytes of `largest_of`. As integers, float16 of one sign lie in the order of their magnitudes, and all
-    negative ones above all others.
+    Reads half the bytes of `_largest_of`. As integers, float16 of one sign lie in the order of their magnitudes, and
+    all negative ones above all others.
 
-    >>> [needs_no_scale(np.array([row], np.float16)) for row in ([1.0, -2.0], [0.0, -1e-3], [1.0, np.nan])]
+    >>> [_needs_no_scale(np.array([row], np.float16)) for row in ([1.0, -2.0], [0.0, -1e-3], [1.0, np.nan])]
     [True, True, False]
     """
     positive = half.view(np.int16).max(axis=1, initial=0)
-    negative = half.view(np.uint16).max(axis=1, initial=SIGN) - SIGN
-    return bool(((np.maximum(positive, negative) > SAFE_BITS) & (positive < INF_BITS) & (negative < INF_BITS)).all())
+    negative = half.view(np.uint16).max(axis=1, initial=_SIGN) - _SIGN
+    return bool(((np.maximum(positive, negative) > _SAFE_BITS) & (positive < _INF_BITS) & (negative < _INF_BITS)).all())
 
 
 def encode_rows(
@@ -121,18 +121,18 @@ def encode_rows(
         raise ValueError("status: got 0 (not written); expected 1 (done) or a code of failure for every row")
     norm, loss = (np.array(results[name], dtype=np.float32) for name in ("norm", "loss"))
     tokens = np.array(results["tokens"], dtype=np.int32)
-    if dtype == "float16" and needs_no_scale(half := to_float16(gradient, out)):
+    if dtype == "float16" and _needs_no_scale(half := _to_float16(gradient, out)):
         stored, scale = half, np.ones(len(half), np.float32) if scaled else None
     else:
-        largest = largest_of(gradient)
-        limit = FLOAT16_LIMIT if dtype == "float16" and not scaled else np.inf
+        largest = _largest_of(gradient)
+        limit = _FLOAT16_LIMIT if dtype == "float16" and not scaled else np.inf
         beyond = (status == Status.DONE) & ~(largest < limit)
         if beyond.any():
             gradient = np.where(beyond[:, None], np.float32(0), gradient)
             largest[beyond] = 0
             status[beyond], norm[beyond], loss[beyond], tokens[beyond] = Status.NON_FINITE, np.nan, np.nan, 0
         if dtype == "float16" and not scaled:
-            stored, scale = to_float16(gradient, out), None
+            stored, scale = _to_float16(gradient, out), None
         else:
             stored, scale = encode(gradient, dtype, largest, out)
     scales = {} if scale is None else {"scale": scale}

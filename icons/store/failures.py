@@ -20,10 +20,10 @@ from icons.store.gradient_store import GradientStore
 from icons.store.row_store import RowStore
 from icons.terminal import counted
 
-FOLDER = "status/failures/"
+_FOLDER = "status/failures/"
 MOST_ROWS, LONGEST = 1000, 300
-EXAMPLES = 3
-PLAIN = {  # what is said of a row without a sentence of its own
+_EXAMPLES = 3
+_PLAIN = {  # what is said of a row without a sentence of its own
     Status.BAD_RECORD: "the record is no conversation",
     Status.IMAGE_MISSING: "its image is missing",
     Status.IMAGE_BROKEN: "its image cannot be decoded",
@@ -31,7 +31,7 @@ PLAIN = {  # what is said of a row without a sentence of its own
     Status.NON_FINITE: "the loss or the gradient is not finite, or too large for the store's dtype",
     Status.TOO_LARGE: "it is larger than the settings allow",
 }
-OWN = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[\d/\\]\S*")  # what tells one row's sentence from another's of its kind
+_OWN = re.compile(r"'[^']*'|\"[^\"]*\"|\S*[\d/\\]\S*")  # what tells one row's sentence from another's of its kind
 
 
 class Failure(NamedTuple):
@@ -83,7 +83,7 @@ class FailureLog:
                 self.write(unit, self.failures.pop(unit, []))
 
     def write(self, unit: int, failures: Sequence[Failure]) -> None:
-        key = f"{FOLDER}{unit}.jsonl"
+        key = f"{_FOLDER}{unit}.jsonl"
         if failures:
             lines = [
                 json.dumps({"row": one.row, "id": one.id, "status": one.status.name.lower(), "reason": one.reason})
@@ -120,38 +120,38 @@ def failures_of(store: RowStore, rows: Sequence[int] | np.ndarray | None = None)
     statuses = store.statuses()
     failed = np.flatnonzero(statuses > Status.DONE)
     failed = failed if rows is None else np.intersect1d(failed, np.asarray(rows))
-    source, known, unit = source_of(store), dict[int, Failure](), -1
+    source, known, unit = _source_of(store), dict[int, Failure](), -1
     for row in failed.tolist():
         if store.partition.unit_of(row) != unit:
             unit = store.partition.unit_of(row)
-            known = read(source, store.partition.unit_rows(unit))
+            known = _read(source, store.partition.unit_rows(unit))
         status = Status(int(statuses[row]))
         own = known.get(row)
-        yield own if own is not None and own.status == status else Failure(row, "", status, PLAIN.get(status, ""))
+        yield own if own is not None and own.status == status else Failure(row, "", status, _PLAIN.get(status, ""))
 
 
-def source_of(store: RowStore) -> RowStore:
+def _source_of(store: RowStore) -> RowStore:
     """The store that holds the sentences: the one itself, or the first that its scores were made from."""
-    if store.KIND != "score" or store.storage.list(FOLDER):
+    if store.KIND != "score" or store.storage.list(_FOLDER):
         return store
     for made_from in (store.manifest.get("train") or [])[:1]:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found = GradientStore.open(made_from["path"])
-            if found.num_rows == store.num_rows:
-                return found
+            source = GradientStore.open(made_from["path"])
+            if source.num_rows == store.num_rows:
+                return source
     return store
 
 
-def read(source: RowStore, rows: range) -> dict[int, Failure]:
+def _read(source: RowStore, rows: range) -> dict[int, Failure]:
     """The sentences of the rows, by row; what cannot be read is left out."""
-    found = {}
+    failures = {}
     for unit in range(source.partition.unit_of(rows.start), source.partition.unit_of(rows.stop - 1) + 1):
-        for line in (source.storage.get(f"{FOLDER}{unit}.jsonl") or b"").splitlines():
+        for line in (source.storage.get(f"{_FOLDER}{unit}.jsonl") or b"").splitlines():
             with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 one = json.loads(line)
                 failure = Failure(int(one["row"]), str(one["id"]), Status[one["status"].upper()], str(one["reason"]))
-                found[failure.row] = failure
-    return found
+                failures[failure.row] = failure
+    return failures
 
 
 def check_some_done(store: RowStore, rows: np.ndarray | None = None) -> None:
@@ -183,13 +183,13 @@ def kinds(failures: Iterable[Failure]) -> list[FailureKind]:
     >>> [(kind.count, len(kind.examples)) for kind in kinds([one, two])]
     [(2, 2)]
     """
-    found: dict[tuple[Status, str], FailureKind] = {}
+    by_sentence: dict[tuple[Status, str], FailureKind] = {}
     for failure in failures:
-        kind = found.setdefault((failure.status, OWN.sub("…", failure.reason)), FailureKind(failure.status))
+        kind = by_sentence.setdefault((failure.status, _OWN.sub("…", failure.reason)), FailureKind(failure.status))
         kind.count += 1
-        if len(kind.examples) < EXAMPLES:
+        if len(kind.examples) < _EXAMPLES:
             kind.examples.append(failure)
-    return sorted(found.values(), key=lambda kind: -kind.count)
+    return sorted(by_sentence.values(), key=lambda kind: -kind.count)
 
 
 def told(failures: Iterable[Failure]) -> Iterator[str]:

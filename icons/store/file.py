@@ -12,7 +12,7 @@ from icons.output import flush_path
 from icons.process import process_mark
 
 PARTIAL = ".partial"
-METADATA = "zarr.json"
+_METADATA = "zarr.json"
 Guard = Callable[[], None]
 """Called just before a file gets its name; raises to prevent it."""
 
@@ -38,7 +38,7 @@ def write_file(
     """
     path, partial = root / key, write_partial(root, key, parts)
     try:
-        if key.endswith(METADATA):
+        if key.endswith(_METADATA):
             flush_path(partial)
         (guard or nothing)()
         if not exclusive:
@@ -124,12 +124,12 @@ def read_file(path: Path) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        found = os.fstat(descriptor)
-        if stat.S_ISDIR(found.st_mode):
+        about = os.fstat(descriptor)
+        if stat.S_ISDIR(about.st_mode):
             return None
-        _check_regular(path, found.st_mode)
-        content = os.read(descriptor, found.st_size + 1)
-        while len(content) < found.st_size and (more := os.read(descriptor, found.st_size)):
+        _check_regular(path, about.st_mode)
+        content = os.read(descriptor, about.st_size + 1)
+        while len(content) < about.st_size and (more := os.read(descriptor, about.st_size)):
             content += more
         return content
     finally:
@@ -154,7 +154,7 @@ def _check_regular(path: Path, mode: int) -> None:
 
 def raise_if_vanished(root: Path, error: BaseException) -> None:
     """A missing file means nothing to the user; that the whole store is missing does."""
-    if isinstance(error, FileNotFoundError) and not (root / METADATA).exists():
+    if isinstance(error, FileNotFoundError) and not (root / _METADATA).exists():
         raise vanished(root) from error
 
 

@@ -66,15 +66,15 @@ class DurableLocalStore(LocalStore):
     def flush_paths(self, paths: Iterable[Path]) -> None:
         """`fsync` of files and of the folders that name them, all side by side; a folder above those only until its
         names have been durable once."""
-        found: dict[Path, None] = dict.fromkeys(paths)
+        files: dict[Path, None] = dict.fromkeys(paths)
         folders: set[Path] = set()
-        for folder in [path.parent for path in found]:
+        for folder in [path.parent for path in files]:
             while folder not in folders and len(folder.parts) >= len(self.root.parts):
                 folders.add(folder)
                 if folder in self.named:
                     break
                 folder = folder.parent
-        self.flush_side_by_side([*found, *(folders - found.keys())])
+        self.flush_side_by_side([*files, *(folders - files.keys())])
         self.named |= folders
 
     def flush_side_by_side(self, paths: Sequence[Path]) -> None:
@@ -95,13 +95,13 @@ class DurableLocalStore(LocalStore):
     async def get(self, key: str, *rest: Any, **options: Any) -> Buffer | None:
         with suppress(FileNotFoundError, NotADirectoryError):
             checked_file(self.root / key)
-        found = await super().get(key, *rest, **options)
-        return self.found(key, found)
+        value = await super().get(key, *rest, **options)
+        return self._checked(key, value)
 
     def get_sync(self, key: str, *rest: Any, **options: Any) -> Buffer | None:
-        return self.found(key, super().get_sync(key, *rest, **options))
+        return self._checked(key, super().get_sync(key, *rest, **options))
 
-    def found(self, key: str, value: Buffer | None) -> Buffer | None:
+    def _checked(self, key: str, value: Buffer | None) -> Buffer | None:
         if value is None:
             check_unwritten(key, self.is_file)
         return value
@@ -121,15 +121,15 @@ class DurableLocalStore(LocalStore):
 
     def keys(self, prefix: str) -> list[str]:
         """Every file below a folder of the store, sorted."""
-        found: list[str] = []
+        keys: list[str] = []
         waiting = [prefix.rstrip("/")]
         while waiting:
             folder = waiting.pop()
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
                 for entry in entries:
                     key = f"{folder}/{entry.name}" if folder else entry.name
-                    (waiting if entry.is_dir() else found).append(key)
-        return sorted(found)
+                    (waiting if entry.is_dir() else keys).append(key)
+        return sorted(keys)
 
     def sweep(self, units: Iterable[int]) -> None:
         """Removes what killed runs of this machine left half-written: of the store, and of these units. What living

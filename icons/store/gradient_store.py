@@ -32,7 +32,7 @@ from icons.store.row_store import RowStore
 from icons.store.score_store import ScoreStore
 from icons.store.storage import Storage
 
-MIN_CHUNK_BYTES, MAX_CHUNK_BYTES, PARALLEL_UNITS = 2_000_000, 16_000_000, 64
+_MIN_CHUNK_BYTES, _MAX_CHUNK_BYTES, _PARALLEL_UNITS = 2_000_000, 16_000_000, 64
 
 
 class UnitRows(NamedTuple):
@@ -155,8 +155,8 @@ class GradientStore(RowStore):
         asked = {"rows": num_rows, "dim": dim, "chunk_rows": chunk_rows or self.partition.chunk_rows}
         what = f"the store {self.path}"
         check_compatible(
-            {**compared(self.manifest), **here},
-            {**compared(manifest), **asked},
+            {**_compared(self.manifest), **here},
+            {**_compared(manifest), **asked},
             [*RESUMED, *(["computation"] if "computation" in self.manifest else []), *here],
             what,
             "this run",
@@ -174,12 +174,12 @@ class GradientStore(RowStore):
             rows: a slice, or row numbers in any order.
         """
         if isinstance(rows, slice) and rows.step in (None, 1):
-            found = self.stored("gradients", rows).astype(np.float32, copy=False)
-            return found if self.scale is None else found * self.stored("scale", rows)[:, None]
+            stored = self.stored("gradients", rows).astype(np.float32, copy=False)
+            return stored if self.scale is None else stored * self.stored("scale", rows)[:, None]
         index = np.arange(self.num_rows)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         try:
-            found = np.asarray(self.gradients.oindex[index], dtype=np.float32)
-            return found if self.scale is None else found * np.asarray(self.scale.oindex[index])[:, None]
+            stored = np.asarray(self.gradients.oindex[index], dtype=np.float32)
+            return stored if self.scale is None else stored * np.asarray(self.scale.oindex[index])[:, None]
         except (ValueError, RuntimeError) as error:
             raise self.damaged("gradients", error) from error
 
@@ -224,7 +224,7 @@ class GradientStore(RowStore):
         return "\n".join(lines)
 
 
-def compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _compared(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest without what may differ between a run and its resume."""
     return {
         name: {key: entry for key, entry in value.items() if key not in PLACES} if isinstance(value, Mapping) else value
@@ -242,8 +242,8 @@ def fitting_chunk_rows(num_rows: int, dim: int, dtype: str) -> int:
     (1024, 256)
     """
     row_bytes = dim * np.dtype(dtype).itemsize
-    rows = 1 << max(0, (MAX_CHUNK_BYTES // row_bytes).bit_length() - 1)
-    while rows * row_bytes >= 2 * MIN_CHUNK_BYTES and -(-num_rows // rows) < PARALLEL_UNITS and rows > 1:
+    rows = 1 << max(0, (_MAX_CHUNK_BYTES // row_bytes).bit_length() - 1)
+    while rows * row_bytes >= 2 * _MIN_CHUNK_BYTES and -(-num_rows // rows) < _PARALLEL_UNITS and rows > 1:
         rows //= 2
     return min(rows, num_rows)
 

@@ -20,10 +20,10 @@ from icons.partition import Partition
 from icons.store.foreign import check_array
 from icons.store.storage import Storage
 
-LAYOUT = "icons_layout"
+_LAYOUT = "icons_layout"
 READABLE_STATUS = {str(int(status)): status.name.lower() for status in Status}
 # the CF convention's words for the same, which xarray shows
-FLAGS: dict[str, Any] = {
+_FLAGS: dict[str, Any] = {
     "flag_values": [int(status) for status in Status],
     "flag_meanings": " ".join(status.name.lower() for status in Status),
 }
@@ -64,10 +64,10 @@ def documents(columns: Mapping[str, Column], partition: Partition, attributes: d
             compressors=compressors,
             fill_value=np.dtype(column.dtype).type(column.fill),
             dimension_names=("row", *(dimension for dimension, _ in column.dimensions)),
-            attributes=FLAGS if name == "status" else {},
+            attributes=_FLAGS if name == "status" else {},
         )
     layout = {name: json.loads(memory[f"{name}/zarr.json"].to_bytes()) for name in columns}
-    group.update_attributes({LAYOUT: layout})
+    group.update_attributes({_LAYOUT: layout})
     return {key: memory[key].to_bytes() for key in sorted(memory, key=lambda key: (key == "zarr.json", key))}
 
 
@@ -86,49 +86,49 @@ def check_layout(storage: Storage) -> None:
 
 def changed_arrays(storage: Storage) -> dict[str, str]:
     """Arrays whose file is not the one that `create` wrote: name -> what is wrong with it."""
-    found: dict[str, str] = {}
-    for name, made in stated_layout(storage).items():
+    changes: dict[str, str] = {}
+    for name, made in _stated_layout(storage).items():
         text = storage.get(f"{name}/zarr.json")
         try:
             now = json.loads(text or b"null")
         except ValueError:
             now = None
         if not isinstance(now, dict):
-            found[name] = "is missing or damaged; expected the array's metadata"
+            changes[name] = "is missing or damaged; expected the array's metadata"
             continue
         for entry in sorted({*now, *made} - {"attributes"}):
             if now.get(entry) != made.get(entry):
                 said = f"has {entry} {now.get(entry)!r}; expected {made.get(entry)!r}, as the store was made"
-                found.setdefault(name, said)
-    return found
+                changes.setdefault(name, said)
+    return changes
 
 
 def restore_arrays(storage: Storage, names: Iterable[str]) -> None:
     """Writes the files of these arrays as the store was made; no chunk is touched."""
-    layout = stated_layout(storage)
+    layout = _stated_layout(storage)
     for name in names:
         storage.put(f"{name}/zarr.json", json.dumps(layout[name], indent=2).encode())
     storage.flush()
 
 
-def stated_layout(storage: Storage) -> dict[str, dict[str, Any]]:
+def _stated_layout(storage: Storage) -> dict[str, dict[str, Any]]:
     """Array -> its metadata as the store was made; empty for a store of format 1."""
     attributes = json.loads(storage.get("zarr.json") or b"{}").get("attributes", {})
-    return dict(attributes.get(LAYOUT) or {})
+    return dict(attributes.get(_LAYOUT) or {})
 
 
 def group_array(group: zarr.Group, name: str, path: str) -> zarr.Array[Any]:
     """An array of the group, set to write chunks even if all of their values are the fill value."""
     try:
-        found = group[name]
+        array = group[name]
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
             f"store {path}: {name}/zarr.json is missing or damaged ({error}); expected the file that `create` wrote: "
             "copy it from a store of the same shape, or compute the store anew"
         ) from error
-    check_array(found, name, path)
-    assert isinstance(found, zarr.Array)
-    return found.with_config({"write_empty_chunks": True})
+    check_array(array, name, path)
+    assert isinstance(array, zarr.Array)
+    return array.with_config({"write_empty_chunks": True})
 
 
 def parse_codec(codec: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -142,13 +142,13 @@ def parse_codec(codec: str | Mapping[str, Any] | None) -> dict[str, Any] | None:
     """
     if codec is None:
         return None
-    found = json.loads(codec) if isinstance(codec, str) and codec.startswith("{") else codec
-    found = {"name": found} if isinstance(found, str) else dict(found)
+    named = json.loads(codec) if isinstance(codec, str) and codec.startswith("{") else codec
+    named = {"name": named} if isinstance(named, str) else dict(named)
     try:
-        get_codec_class(found["name"])
+        get_codec_class(named["name"])
     except KeyError as error:
         raise ValueError(
             f"codec {codec!r}: unknown to zarr; expected a name such as zstd, gzip, blosc, numcodecs.lz4, or JSON with "
             "name and configuration"
         ) from error
-    return {"name": found["name"], "configuration": found.get("configuration", {})}
+    return {"name": named["name"], "configuration": named.get("configuration", {})}

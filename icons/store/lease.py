@@ -34,8 +34,8 @@ from typing import Protocol, runtime_checkable
 
 from icons.process import machine, start_time
 
-PREFIX = "status/lease"
-BEATS_PER_TIMEOUT = 6
+_PREFIX = "status/lease"
+_BEATS_PER_TIMEOUT = 6
 
 
 @runtime_checkable
@@ -163,7 +163,7 @@ class Leases:
     def sweep(self, is_done: Callable[[int], bool]) -> None:
         """Removes the leases of units that are done and whose owners all died before they could, the highest first."""
         leases: dict[int, list[int]] = {}
-        for key in self.keys.list(PREFIX):
+        for key in self.keys.list(_PREFIX):
             unit, _, generation = key.rpartition("/")[2].partition(".")
             if unit.isdigit() and generation.isdigit() and is_done(int(unit)):
                 leases.setdefault(int(unit), []).append(int(generation))
@@ -179,16 +179,16 @@ class Leases:
 
     def living(self) -> Holder | None:
         """Some owner, elsewhere or here, that may be computing now."""
-        holders = (Holder.from_bytes(self.keys.get(key) or b"") for key in self.keys.list(PREFIX))
+        holders = (Holder.from_bytes(self.keys.get(key) or b"") for key in self.keys.list(_PREFIX))
         return next((holder for holder in holders if holder is not None and self.is_alive(holder)), None)
 
     def generations(self, unit: int) -> list[int]:
         prefix = lease_key(unit, "")
-        return [int(key[len(prefix) :]) for key in self.keys.list(PREFIX) if key.startswith(prefix)]
+        return [int(key[len(prefix) :]) for key in self.keys.list(_PREFIX) if key.startswith(prefix)]
 
     def read(self, unit: int, generation: int) -> Holder | None:
-        found = self.keys.get(lease_key(unit, generation))
-        return None if found is None else Holder.from_bytes(found)
+        text = self.keys.get(lease_key(unit, generation))
+        return None if text is None else Holder.from_bytes(text)
 
     def is_alive(self, holder: Holder) -> bool:
         if holder.machine == self.me.machine:
@@ -208,7 +208,7 @@ class Leases:
     def beat(self) -> None:
         """Raises the counter of every lease that is held, until `close`."""
         count = 0
-        while not self.closed.wait(self.timeout_s / BEATS_PER_TIMEOUT):
+        while not self.closed.wait(self.timeout_s / _BEATS_PER_TIMEOUT):
             count += 1
             with self.lock:
                 for unit, generation in self.held.items():
@@ -222,4 +222,4 @@ class Leases:
 
 
 def lease_key(unit: int, generation: int | str) -> str:
-    return f"{PREFIX}/{unit}.{generation}"
+    return f"{_PREFIX}/{unit}.{generation}"

@@ -33,11 +33,11 @@ class CheckedObjectStore(ObjectStore[Any]):
 
     async def get(self, key: str, *rest: Any, **options: Any) -> Buffer | None:
         with self._told("read", key):
-            found = await super().get(key, *rest, **options)
-        status = status_key_of(key) if found is None else None
+            value = await super().get(key, *rest, **options)
+        status = status_key_of(key) if value is None else None
         if status is not None and await self.exists(status):
             raise ValueError(missing(key))
-        return found
+        return value
 
     async def exists(self, key: str) -> bool:
         with self._told("looked for", key):
@@ -131,11 +131,11 @@ def _profile(url: str) -> dict[str, Any]:
     session = boto3.Session()
     if session.get_credentials() is None:
         return {}
-    found: dict[str, Any] = {"credential_provider": auth.Boto3CredentialProvider(session)}
+    options: dict[str, Any] = {"credential_provider": auth.Boto3CredentialProvider(session)}
     region = os.environ.get("AWS_REGION") or session.region_name
     endpoint = session.client("s3", region_name=region or "us-east-1").meta.endpoint_url
-    found |= {"region": region} if region else {}
-    return found | ({} if endpoint.endswith(".amazonaws.com") else {"endpoint": endpoint})
+    options |= {"region": region} if region else {}
+    return options | ({} if endpoint.endswith(".amazonaws.com") else {"endpoint": endpoint})
 
 
 _FILES = {"AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials", "AWS_CONFIG_FILE": "~/.aws/config"}

@@ -14,18 +14,18 @@ from icons.agreement import plain
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store import unit_digest
-from icons.store.chunk import check_unwritten, chunk_key, from_bytes, to_parts
+from icons.store.chunk import chunk_key
+from icons.store.chunks import Chunks
 from icons.store.file import Guard, nothing, vanished
-from icons.store.folder import DurableLocalStore
-from icons.store.foreign import check_manifest, is_plain
+from icons.store.foreign import check_manifest
 from icons.store.former import article, discard, is_of_store, stored_kind
 from icons.store.layout import READABLE_STATUS, Column, check_layout, documents, group_array
 from icons.store.manifest import StoreManifest
 from icons.store.storage import Storage
 
 Kind = TypeVar("Kind", bound="RowStore")
-FORMAT = 2
-READABLE_FORMATS = (1, 2)
+_FORMAT = 2
+_READABLE_FORMATS = (1, 2)
 """1 has neither digests of units nor the layout among its attributes."""
 
 
@@ -41,6 +41,7 @@ class RowStore:
         self.arrays = {name: group_array(group, name, self.path) for name in self.manifest["arrays"]}
         self.status = self.arrays["status"]
         self.partition = Partition(self.status.shape[0], self.status.chunks[0])
+        self.chunks = Chunks(storage, self.arrays, self.partition)
 
     @classmethod
     def open(cls: type[Kind], path: str | Path, mode: str = "r") -> Kind:
@@ -60,8 +61,8 @@ class RowStore:
             raise ValueError(f"store {path}: is {article(kind)}; expected a {cls.KIND} store made by icons")
         group = zarr.open_group(storage.zarr_store, mode="r" if mode == "r" else "r+", zarr_format=3)
         written: Any = dict(group.attrs["icons"]).get("format")  # type: ignore[arg-type]
-        if written not in READABLE_FORMATS:
-            raise ValueError(f"store {path}: has format {written!r}; expected {FORMAT}: read it with a newer version")
+        if written not in _READABLE_FORMATS:
+            raise ValueError(f"store {path}: has format {written!r}; expected {_FORMAT}: read it with a newer version")
         check_layout(storage)
         return cls(storage, group)
 
@@ -119,7 +120,7 @@ class RowStore:
                 "nothing there was touched"
             )
         names = {"icons_status": READABLE_STATUS}
-        made = {"format": FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)}
+        made = {"format": _FORMAT, "kind": cls.KIND, "arrays": [*columns], **plain(manifest)}
         whole = {"icons": made, **names, **plain(attributes or {})}
         # Several runs may create the store at once: the first one's files stay. The group's own file comes last, so
         # that whoever finds it finds a whole store, after a loss of power as well.
@@ -236,44 +237,19 @@ class RowStore:
         self.check_values(unit, values)
         if not self.storage.exists("zarr.json"):
             raise vanished(self.path)
-        checksums = {
-            name: self.write_chunk(name, unit, value, guard) for name, value in values.items() if name != "status"
-        }
+        rows = {name: value for name, value in values.items() if name != "status"}
+        checksums = {name: self.chunks.write(name, unit, value, guard) for name, value in rows.items()}
         if self.has_digests:
-            checksums["status"] = unit_digest.stated(self.status_parts(unit, values["status"])[-1])
+            checksums["status"] = unit_digest.stated(self.chunks.parts("status", values["status"])[-1])
             self.storage.put_parts(unit_digest.digest_key(unit), [unit_digest.to_bytes(checksums)], guard)
 
     def commit(self, statuses: Mapping[int, np.ndarray], guards: Mapping[int, Guard] | None = None) -> list[int]:
         """Makes all that was written durable, and then writes the `status` of these units; several at a time, because
         it takes a disk hardly longer. The units to which no guard has objected."""
         keys = {chunk_key("status", unit, 1): unit for unit in statuses}
-        parts = {key: self.status_parts(unit, statuses[unit]) for key, unit in keys.items()}
+        parts = {key: self.chunks.parts("status", statuses[unit]) for key, unit in keys.items()}
         guarded = {key: (guards or {}).get(unit, nothing) for key, unit in keys.items()}
         return [keys[key] for key in self.storage.put_whole(parts, guarded)]
-
-    def status_parts(self, unit: int, status: np.ndarray) -> list[bytes | memoryview]:
-        return to_parts(self.padded("status", status), self.status.dtype)
-
-    def write_chunk(self, name: str, unit: int, values: np.ndarray, guard: Guard = nothing) -> str:
-        """Writes one chunk; its checksum."""
-        array, rows = self.arrays[name], self.partition.unit_rows(unit)
-        key = chunk_key(name, unit, array.ndim)
-        if is_plain(array):
-            parts = to_parts(self.padded(name, values), array.dtype)
-            self.storage.put_parts(key, parts, guard)
-            return unit_digest.stated(parts[-1])
-        guard()
-        array[rows.start : rows.stop] = values
-        return unit_digest.stated(self.storage.get(key) or b"")
-
-    def padded(self, name: str, values: np.ndarray) -> np.ndarray:
-        """The rows of a whole chunk: behind the store's last row comes the fill value."""
-        array = self.arrays[name]
-        if len(values) == array.chunks[0]:
-            return values
-        whole = np.full(array.chunks, array.fill_value, array.dtype)
-        whole[: len(values)] = values
-        return whole
 
     @property
     def has_digests(self) -> bool:
@@ -287,50 +263,10 @@ class RowStore:
         Raises:
             ValueError: a chunk is damaged, or missing although its unit is finished.
         """
-        array, (start, stop, step) = self.arrays[name], rows.indices(self.num_rows)
-        assert step == 1
-        units = range(start // self.partition.chunk_rows, -(-stop // self.partition.chunk_rows))
         try:
-            folder = self.storage.folder
-            if (
-                folder is None or not is_plain(array) or array.chunks[0] != self.partition.chunk_rows
-            ):  # an object store answers zarr many chunks at once
-                return np.asarray(array[start:stop])
-            if len(units) == 1:
-                first = self.partition.unit_rows(units[0]).start
-                chunk = self.read_chunk(folder, name, units[0])
-                found = chunk[start - first : stop - first]
-                return found if 2 * len(found) > len(chunk) else found.copy()  # a few rows do not keep a chunk alive
-            found = np.empty((max(0, stop - start), *array.shape[1:]), array.dtype)
-            for unit in units:
-                of_unit = self.partition.unit_rows(unit)
-                low, high = max(start, of_unit.start), min(stop, of_unit.stop)
-                part = self.read_chunk(folder, name, unit)
-                found[low - start : high - start] = part[low - of_unit.start : high - of_unit.start]
-            return found
+            return self.chunks.read(name, rows)
         except (ValueError, RuntimeError) as error:
             raise self.damaged(name, error) from error
-
-    def read_chunk(self, folder: DurableLocalStore, name: str, unit: int) -> np.ndarray:
-        """A whole chunk, rows beyond the last one included."""
-        array = self.arrays[name]
-        key = chunk_key(name, unit, array.ndim)
-        content = folder.read_array(key)
-        if content is None:
-            check_unwritten(key, folder.is_file)
-            return np.full(array.chunks, array.fill_value, array.dtype)
-        try:
-            return from_bytes(content, array.chunks, array.dtype)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-
-    def decoded(self, name: str, unit: int, content: np.ndarray) -> np.ndarray:
-        """A whole chunk out of its bytes (`[bytes]` uint8); one with a compressor is read again, by zarr."""
-        array = self.arrays[name]
-        if is_plain(array):
-            return from_bytes(content, array.chunks, array.dtype)
-        rows = self.partition.unit_rows(unit)
-        return np.asarray(array[rows.start : rows.stop])
 
     def check_values(self, unit: int, values: Mapping[str, np.ndarray]) -> None:
         if set(values) != set(self.arrays):

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import pandas
     import xarray
 
-SCORE_CHUNK_ROWS = 1 << 16
-SCALARS = ("norm", "loss", "tokens")
+_SCORE_CHUNK_ROWS = 1 << 16
+_SCALARS = ("norm", "loss", "tokens")
 
 
 class ScoreStore(RowStore):
@@ -94,7 +94,7 @@ class ScoreStore(RowStore):
             fill = np.nan if np.dtype(dtype).kind == "f" else 0
             columns[name] = Column(dtype, fill, tuple((dimension, length) for dimension, length in dimensions))
         columns["status"] = Column("uint8", 0)
-        partition = Partition(num_rows, chunk_rows or min(SCORE_CHUNK_ROWS, num_rows))
+        partition = Partition(num_rows, chunk_rows or min(_SCORE_CHUNK_ROWS, num_rows))
         named = {"tasks": tasks, **(attributes or {})}
         return cls._create(path, partition, columns, manifest or {}, named, overwrite=overwrite)
 
@@ -118,11 +118,11 @@ class ScoreStore(RowStore):
         table: dict[str, Any] = {}
         for prefix, array in (("", self.influence), ("stderr_", self.stderr)):
             values = np.asarray(array[:])
-            table |= {f"{prefix}{task}": values[:, place] for place, task in enumerate(self.tasks)}
-        table |= {name: np.asarray(self.arrays[name][:]) for name in SCALARS if name in self.arrays}
+            table |= {f"{prefix}{task}": values[:, column] for column, task in enumerate(self.tasks)}
+        table |= {name: np.asarray(self.arrays[name][:]) for name in _SCALARS if name in self.arrays}
         names = {status.value: status.name.lower() for status in Status}
         table["status"] = [names.get(code, str(code)) for code in self.statuses().tolist()]
-        frame = module("pandas", "table").DataFrame(table)
+        frame = _module("pandas", "table").DataFrame(table)
         return frame.rename_axis("row")
 
     def to_xarray(self, ids: Sequence[str] | None = None) -> "xarray.Dataset":
@@ -136,7 +136,7 @@ class ScoreStore(RowStore):
         """
         if ids is not None and len(ids) != self.num_rows:
             raise ValueError(f"ids: got {len(ids)}; expected {self.num_rows}, one for each row")
-        data = module("xarray", "table").open_zarr(self.group.store, consolidated=False)
+        data = _module("xarray", "table").open_zarr(self.group.store, consolidated=False)
         named: dict[str, Any] = {"task": self.tasks, "row": np.arange(self.num_rows)}
         return data.assign_coords(named if ids is None else named | {"id": ("row", list(ids))})
 
@@ -149,7 +149,7 @@ class ScoreStore(RowStore):
         )
 
 
-def module(name: str, extra: str) -> Any:
+def _module(name: str, extra: str) -> Any:
     """A package that only an extra brings.
 
     Raises:

@@ -13,7 +13,7 @@ from icons.store.file import Guard, LostUnit, make_root, nothing
 from icons.store.folder import DurableLocalStore
 from icons.store.object_store import open_url
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 def is_url(path: str | Path) -> bool:
@@ -42,15 +42,15 @@ class Storage:
 
     def __init__(self, path: str | Path, mode: str = "r") -> None:
         self.path, self.mode = str(path), mode
-        self.zarr_store: Store = open_url(self.path, mode) if is_url(path) else open_folder(Path(path), mode)
+        self.zarr_store: Store = open_url(self.path, mode) if is_url(path) else _open_folder(Path(path), mode)
         # a folder is asked directly: zarr would ask it in another thread, which takes ten times as long
         self.folder = self.zarr_store if isinstance(self.zarr_store, DurableLocalStore) else None
 
     def get(self, key: str) -> bytes | None:
         if self.folder:
             return self.folder.read(key)
-        found = run(self.zarr_store.get(key, default_buffer_prototype()))
-        return None if found is None else found.to_bytes()
+        value = _run(self.zarr_store.get(key, default_buffer_prototype()))
+        return None if value is None else value.to_bytes()
 
     def put(self, key: str, value: bytes) -> None:
         self.put_parts(key, [value])
@@ -65,7 +65,7 @@ class Storage:
             self.folder.set_parts(key, parts, guard)
         else:
             (guard or nothing)()
-            run(self.zarr_store.set(key, as_buffer(b"".join(parts))))
+            _run(self.zarr_store.set(key, _as_buffer(b"".join(parts))))
 
     def put_whole(self, values: Mapping[str, Sequence[bytes | memoryview]], guards: Mapping[str, Guard]) -> list[str]:
         """`put_parts` of several, each of which survives a loss of power from the moment it is seen, and so does what
@@ -85,7 +85,7 @@ class Storage:
         """Writes `key` unless it exists, atomically; whether it was written. `value` must differ from any other's."""
         if self.folder:
             return self.folder.create_sync(key, value)
-        run(self.zarr_store.set_if_not_exists(key, as_buffer(value)))
+        _run(self.zarr_store.set_if_not_exists(key, _as_buffer(value)))
         return self.get(key) == value
 
     def put_all_new(self, values: Mapping[str, bytes]) -> list[str]:
@@ -98,7 +98,7 @@ class Storage:
     def delete(self, key: str) -> None:
         if self.folder:
             return self.folder.delete_sync(key)
-        return run(self.zarr_store.delete(key))
+        return _run(self.zarr_store.delete(key))
 
     def sweep(self, units: Iterable[int]) -> None:
         """Removes files that runs were writing when they were killed, of the store and of these units; an object store
@@ -121,39 +121,39 @@ class Storage:
             self.folder.flush_deleted(keys)
 
     def exists(self, key: str) -> bool:
-        return self.folder.is_file(key) if self.folder else run(self.zarr_store.exists(key))
+        return self.folder.is_file(key) if self.folder else _run(self.zarr_store.exists(key))
 
     def list(self, prefix: str) -> list[str]:
         """Every key that lies below `prefix`, sorted."""
         if self.folder:
             return self.folder.keys(prefix)
-        return run(collect(self.zarr_store, prefix))
+        return _run(_collect(self.zarr_store, prefix))
 
     def first(self, wanted: Callable[[str], bool]) -> str | None:
         """Some key that is wanted; looks no further than that."""
-        return run(first(self.zarr_store, wanted))
+        return _run(_first(self.zarr_store, wanted))
 
 
-def run(work: Coroutine[Any, Any, T]) -> T:
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
     return sync(work)
 
 
-def as_buffer(value: bytes) -> Buffer:
+def _as_buffer(value: bytes) -> Buffer:
     return default_buffer_prototype().buffer.from_bytes(value)
 
 
-async def collect(store: Store, prefix: str) -> list[str]:
+async def _collect(store: Store, prefix: str) -> list[str]:
     return sorted([key async for key in store.list_prefix(prefix)])
 
 
-async def first(store: Store, wanted: Callable[[str], bool]) -> str | None:
+async def _first(store: Store, wanted: Callable[[str], bool]) -> str | None:
     async for key in store.list_prefix(""):
         if wanted(key):
             return key
     return None
 
 
-def open_folder(path: Path, mode: str) -> Store:
+def _open_folder(path: Path, mode: str) -> Store:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"store {path}: is a file; expected a folder")
     if mode == "w":

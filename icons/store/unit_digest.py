@@ -12,12 +12,12 @@ import numpy as np
 
 from icons.store.chunk import CHECKSUM_BYTES
 
-PREFIX = "status/digest/"
+_PREFIX = "status/digest/"
 SINCE_FORMAT = 2
 
 
 def digest_key(unit: int) -> str:
-    return f"{PREFIX}{unit}"
+    return f"{_PREFIX}{unit}"
 
 
 def to_bytes(checksums: Mapping[str, str]) -> bytes:
@@ -27,10 +27,10 @@ def to_bytes(checksums: Mapping[str, str]) -> bytes:
 def from_bytes(content: bytes | None) -> dict[str, str] | None:
     """Array -> checksum; None for what is no digest."""
     try:
-        found = json.loads(content or b"")
+        checksums = json.loads(content or b"")
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return checksums if isinstance(checksums, dict) else None
 
 
 def stated(chunk: np.ndarray | bytes | memoryview) -> str:

@@ -20,14 +20,14 @@ from icons.store.lease import Leases
 from icons.store.row_store import RowStore
 from icons.terminal import counted
 
-Columns = dict[str, np.ndarray]
-Encode = Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], Columns]
-Item = TypeVar("Item")
+_Columns = dict[str, np.ndarray]
+_Encode = Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], _Columns]
+_Item = TypeVar("_Item")
 WRITERS = 2  # so that one copies while the other makes checksums, or waits for an object store
 UNCOMMITTED = 8  # written units that may wait until they are made durable
 
 
-class OpenUnit:
+class _OpenUnit:
     """A unit of which some rows have arrived, encoded as they will be stored.
 
     Args:
@@ -36,23 +36,23 @@ class OpenUnit:
         columns: memory for its arrays, of a unit that has been stored; each array that it lacks is made.
     """
 
-    def __init__(self, encode: Encode, num_rows: int, columns: Columns) -> None:
+    def __init__(self, encode: _Encode, num_rows: int, columns: _Columns) -> None:
         self.encode, self.columns = encode, columns
         self.arrived = np.zeros(num_rows, dtype=bool)
 
     def add(self, position: np.ndarray, results: Mapping[str, np.ndarray]) -> bool:
         """Puts rows at their positions; whether the unit is whole now."""
-        place: np.ndarray | slice = position
-        out: Columns = {}
+        rows: np.ndarray | slice = position
+        out: _Columns = {}
         if (np.diff(position) == 1).all():  # in order, as rows of equal length come: they are encoded where they belong
-            place = slice(int(position[0]), int(position[-1]) + 1)
-            out = {name: column[place] for name, column in self.columns.items()}
+            rows = slice(int(position[0]), int(position[-1]) + 1)
+            out = {name: column[rows] for name, column in self.columns.items()}
         for name, values in self.encode(results, out).items():
             if name not in self.columns:
                 self.columns[name] = np.empty((len(self.arrived), *values.shape[1:]), values.dtype)
             if values is not out.get(name):
-                self.columns[name][place] = values
-        self.arrived[place] = True
+                self.columns[name][rows] = values
+        self.arrived[rows] = True
         return bool(self.arrived.all())
 
 
@@ -84,11 +84,11 @@ class UnitWriter:
         self.store, self.on_unit = store, on_unit
         self.again = dict(again or {})
         self.leases = Leases(store.storage, lease_timeout_s)
-        self.open_units: dict[int, OpenUnit] = {}
+        self.open_units: dict[int, _OpenUnit] = {}
         self.elsewhere: dict[int, str] = {}  # units that another run holds, and who it is
-        self.spare: list[Columns] = []
+        self.spare: list[_Columns] = []
         self.error: BaseException | None = None
-        self.waiting: queue.Queue[tuple[int, Columns] | None] = queue.Queue(queue_units)
+        self.waiting: queue.Queue[tuple[int, _Columns] | None] = queue.Queue(queue_units)
         self.written: queue.Queue[tuple[int, np.ndarray] | None] = queue.Queue(UNCOMMITTED)
         self.writers = [
             threading.Thread(target=self.write_units, name="icons-writer", daemon=True) for _ in range(WRITERS)
@@ -148,12 +148,12 @@ class UnitWriter:
             rows = self.store.partition.unit_rows(unit)
             opened, here = self.open_units.get(unit), units == unit
             if opened is None:
-                opened = self.open_units[unit] = OpenUnit(self.store.encode, len(rows), self.memory_for(len(rows)))
+                opened = self.open_units[unit] = _OpenUnit(self.store.encode, len(rows), self.memory_for(len(rows)))
             mine = values if here.all() else {name: values[name][here] for name in self.store.FIELDS}
             if opened.add(row[here] - rows.start, mine):
                 self.pass_on(unit, self.open_units.pop(unit).columns)
 
-    def store_unit(self, unit: int, columns: Columns) -> None:
+    def store_unit(self, unit: int, columns: _Columns) -> None:
         """Passes a whole unit that was claimed on to be stored; waits while too many wait before it.
 
         Args:
@@ -166,7 +166,7 @@ class UnitWriter:
         self.store.check_values(unit, columns)
         self.pass_on(unit, columns)
 
-    def memory_for(self, num_rows: int) -> Columns:
+    def memory_for(self, num_rows: int) -> _Columns:
         """The arrays of a unit that has been stored, to be used again: fresh memory costs as much as filling it."""
         while self.spare:
             columns = self.spare.pop()
@@ -174,7 +174,7 @@ class UnitWriter:
                 return columns
         return {}
 
-    def pass_on(self, unit: int, columns: Columns) -> None:
+    def pass_on(self, unit: int, columns: _Columns) -> None:
         while True:
             self.check()
             try:
@@ -184,7 +184,7 @@ class UnitWriter:
 
     def write_units(self) -> None:
         """A background thread: writes the rows of what is passed on; after an error it only empties the queue."""
-        for unit, columns in drained(self.waiting):
+        for unit, columns in _drained(self.waiting):
             if self.error is None:
                 try:
                     with suppress(LostUnit):
@@ -203,7 +203,7 @@ class UnitWriter:
         disk that has lost something may call the same files safe when it is asked again.
         """
         failed = False
-        for group in drained_together(self.written):
+        for group in _drained_together(self.written):
             if not failed:
                 try:
                     self.commit(dict(group))
@@ -280,22 +280,22 @@ class UnitWriter:
 
 
 def statuses_of(store: RowStore, units: Iterable[int], statuses: np.ndarray) -> dict[int, np.ndarray]:
-    """Some units' part of what `store.statuses()` has found."""
+    """Some units' part of all statuses."""
     rows = {unit: store.partition.unit_rows(unit) for unit in units}
     return {unit: statuses[of_unit.start : of_unit.stop] for unit, of_unit in rows.items()}
 
 
-def drained(items: "queue.Queue[Item | None]") -> Iterator[Item]:
+def _drained(items: "queue.Queue[_Item | None]") -> Iterator[_Item]:
     """What a queue brings, until it brings None, which stays there for other threads."""
     while (item := items.get()) is not None:
         yield item
     items.put(None)
 
 
-def drained_together(items: "queue.Queue[Item | None]") -> Iterator[list[Item]]:
+def _drained_together(items: "queue.Queue[_Item | None]") -> Iterator[list[_Item]]:
     """What a queue brings, as much at once as is ready and the queue can hold, until it brings None."""
-    for item in drained(items):
-        group: list[Item] = [item]
+    for item in _drained(items):
+        group: list[_Item] = [item]
         with suppress(queue.Empty):
             while len(group) < items.maxsize:
                 more = items.get_nowait()

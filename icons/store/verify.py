@@ -17,7 +17,7 @@ from icons.store.storage import Storage
 
 log = logging.getLogger(__name__)
 
-GROUP_BYTES = 1 << 24
+_GROUP_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Finding:
     what: str
 
     def __str__(self) -> str:
-        place = "store" if not self.array else self.array if self.unit is None else f"{self.array}, unit {self.unit}"
-        return f"{place}: {self.what}"
+        where = "store" if not self.array else self.array if self.unit is None else f"{self.array}, unit {self.unit}"
+        return f"{where}: {self.what}"
 
 
 def verify_layout(storage: Storage) -> list[Finding]:
@@ -53,14 +53,14 @@ def verify(store: RowStore, on_unit: Callable[[], None] | None = None) -> Iterat
         store: opened.
         on_unit: called after each unit.
     """
-    shapes = list(verify_shapes(store))
+    shapes = list(_verify_shapes(store))
     yield from shapes
     if shapes:
         return
     status = set(store.storage.list("status/c/"))
-    for units in groups(store):
+    for units in _groups(store):
         written = [unit for unit in units if chunk_key("status", unit, 1) in status]
-        findings = verify_units(store, written)
+        findings = _verify_units(store, written)
         read = (store.storage.path, units.start, units.stop - 1, len(written), len(findings))
         log.debug("%s: units %d to %d: %d written, read again; %d findings", *read)
         yield from findings
@@ -69,10 +69,10 @@ def verify(store: RowStore, on_unit: Callable[[], None] | None = None) -> Iterat
                 on_unit()
 
 
-def groups(store: RowStore) -> Iterator[range]:
+def _groups(store: RowStore) -> Iterator[range]:
     """Units that are read together, so that small ones cost no more than their files."""
     row_bytes = store.num_bytes() / store.num_rows
-    size = max(1, int(GROUP_BYTES / (row_bytes * store.partition.chunk_rows)))
+    size = max(1, int(_GROUP_BYTES / (row_bytes * store.partition.chunk_rows)))
     for start in range(0, store.partition.num_units, size):
         yield range(start, min(start + size, store.partition.num_units))
 
@@ -88,7 +88,7 @@ def repair(store: RowStore, findings: Iterable[Finding]) -> list[int]:
     return units
 
 
-def verify_shapes(store: RowStore) -> Iterator[Finding]:
+def _verify_shapes(store: RowStore) -> Iterator[Finding]:
     """Arrays against one another and against the manifest."""
     for name, array in store.arrays.items():
         if (array.shape[0], array.chunks[0]) != (store.num_rows, store.partition.chunk_rows):
@@ -101,26 +101,26 @@ def verify_shapes(store: RowStore) -> Iterator[Finding]:
         "projector.dim": (facts.projector.dim, store.dim),
         "data.num_rows": (facts.data.num_rows, store.num_rows),
     }
-    for name, (said, found) in stated.items():
-        if said is not None and said != found:
-            yield Finding("", None, f"the manifest says {name} = {said!r}, the arrays have {found!r}")
+    for name, (said, actual) in stated.items():
+        if said is not None and said != actual:
+            yield Finding("", None, f"the manifest says {name} = {said!r}, the arrays have {actual!r}")
 
 
-def verify_units(store: RowStore, units: Sequence[int]) -> list[Finding]:
+def _verify_units(store: RowStore, units: Sequence[int]) -> list[Finding]:
     """Findings of finished units, ascending."""
     findings: list[Finding] = []
     whole: list[tuple[int, dict[str, np.ndarray]]] = []
     for unit in units:
-        values, found = read_unit(store, unit)
-        findings += found
+        values, of_unit = _read_unit(store, unit)
+        findings += of_unit
         if len(values) == len(store.arrays):
             whole.append((unit, values))
     if whole:
-        findings += verify_values(store, whole)
+        findings += _verify_values(store, whole)
     return sorted(findings, key=lambda finding: finding.unit or 0)
 
 
-def read_unit(store: RowStore, unit: int) -> tuple[dict[str, np.ndarray], list[Finding]]:
+def _read_unit(store: RowStore, unit: int) -> tuple[dict[str, np.ndarray], list[Finding]]:
     """The rows of a finished unit by array, without those that cannot be read, and what is wrong with its files."""
     values: dict[str, np.ndarray] = {}
     findings: list[Finding] = []
@@ -130,12 +130,12 @@ def read_unit(store: RowStore, unit: int) -> tuple[dict[str, np.ndarray], list[F
     num_rows = len(store.partition.unit_rows(unit))
     for name, array in store.arrays.items():
         key = chunk_key(name, unit, array.ndim)
-        content = read_chunk(store.storage, key)
+        content = _read_chunk(store.storage, key)
         if content is None:
             findings.append(Finding(name, unit, f"the chunk {key} is missing"))
             continue
         try:
-            values[name] = store.decoded(name, unit, content)[:num_rows]
+            values[name] = store.chunks.decoded(name, unit, content)[:num_rows]
         except Exception as error:  # zarr has no one class for what it cannot decode
             findings.append(Finding(name, unit, f"the chunk {key} is damaged ({str(error).partition('.')[0]})"))
             continue
@@ -145,7 +145,7 @@ def read_unit(store: RowStore, unit: int) -> tuple[dict[str, np.ndarray], list[F
     return values, findings
 
 
-def read_chunk(storage: Storage, key: str) -> np.ndarray | None:
+def _read_chunk(storage: Storage, key: str) -> np.ndarray | None:
     if storage.folder is not None:
         return storage.folder.read_array(key)
     try:
@@ -155,24 +155,24 @@ def read_chunk(storage: Storage, key: str) -> np.ndarray | None:
     return None if content is None else np.frombuffer(content, np.uint8)
 
 
-def verify_values(store: RowStore, units: Sequence[tuple[int, dict[str, np.ndarray]]]) -> list[Finding]:
+def _verify_values(store: RowStore, units: Sequence[tuple[int, dict[str, np.ndarray]]]) -> list[Finding]:
     """What rows say, against their status: several units at once, since most of it costs as much for one as for all."""
-    values = {name: np.concatenate([found[name] for _, found in units]) for name in store.arrays}
+    values = {name: np.concatenate([of_unit[name] for _, of_unit in units]) for name in store.arrays}
     rows = np.concatenate([np.asarray(store.partition.unit_rows(unit)) for unit, _ in units])
-    checks = gradient_checks if isinstance(store, GradientStore) else score_checks
+    checks = _gradient_checks if isinstance(store, GradientStore) else _score_checks
     findings = []
-    for name, what, wrong in [*status_checks(values), *checks(values)]:
+    for name, what, wrong in [*_status_checks(values), *checks(values)]:
         places = rows[wrong]
         for unit in np.unique(places // store.partition.chunk_rows).tolist():
             here = places[places // store.partition.chunk_rows == unit]
-            findings.append(Finding(name, unit, f"{what}: {describe_rows(here)}"))
+            findings.append(Finding(name, unit, f"{what}: {_describe_rows(here)}"))
     return findings
 
 
-Check = tuple[str, str, np.ndarray]  # array, what is wrong, which rows
+_Check = tuple[str, str, np.ndarray]  # array, what is wrong, which rows
 
 
-def status_checks(values: dict[str, np.ndarray]) -> list[Check]:
+def _status_checks(values: dict[str, np.ndarray]) -> list[_Check]:
     status = values["status"]
     return [
         ("status", "not written, in a unit that is", status == Status.NOT_WRITTEN),
@@ -180,7 +180,7 @@ def status_checks(values: dict[str, np.ndarray]) -> list[Check]:
     ]
 
 
-def gradient_checks(values: dict[str, np.ndarray]) -> list[Check]:
+def _gradient_checks(values: dict[str, np.ndarray]) -> list[_Check]:
     done, failed = values["status"] == Status.DONE, values["status"] > Status.DONE
     gradient = values["gradients"]
     finite, zero = np.isfinite(gradient).all(axis=1), ~gradient.any(axis=1)
@@ -198,16 +198,16 @@ def gradient_checks(values: dict[str, np.ndarray]) -> list[Check]:
     return checks
 
 
-def score_checks(values: dict[str, np.ndarray]) -> list[Check]:
+def _score_checks(values: dict[str, np.ndarray]) -> list[_Check]:
     done = values["status"] == Status.DONE
     finite = np.isfinite(values["influence"]).all(axis=1)
     return [("influence", "status says done, and a number is not finite", done & ~finite)]
 
 
-def describe_rows(rows: np.ndarray) -> str:
+def _describe_rows(rows: np.ndarray) -> str:
     """Some row numbers, for a message.
 
-    >>> describe_rows(np.arange(10))
+    >>> _describe_rows(np.arange(10))
     'rows 0, 1, 2, 3, 4 and 5 more'
     """
     first = ", ".join(str(row) for row in rows[:5].tolist())
