@@ -18,7 +18,7 @@ from icons.terminal import counted
 
 _LEARNED, IMAGE, PLAIN = "bold green", "bold magenta", ""
 _OPENING, _CLOSING = "\N{LEFT DOUBLE ANGLE BRACKET}", "\N{RIGHT DOUBLE ANGLE BRACKET}"
-EXAMPLES = 3
+_EXAMPLES = 3
 
 
 def inspect(options: InspectOptions) -> int:
@@ -125,6 +125,6 @@ def summary(samples: Sequence[Mapping[str, Any]]) -> int:
             kinds[Status(sample["failed"]).name.lower()][sample["reason"]].append(sample["row"])
     for status, reasons in sorted(kinds.items()):
         lines.append(f"  {status}: {counted(sum(map(len, reasons.values())), 'row')}")
-        lines += [f"    row {rows[0]}: {reason}" for reason, rows in [*reasons.items()][:EXAMPLES]]
+        lines += [f"    row {rows[0]}: {reason}" for reason, rows in [*reasons.items()][:_EXAMPLES]]
     tell("\n".join(lines))
     return len(good)
