@@ -17,11 +17,12 @@ from icons.gradients.covariances import CovarianceSums, covariance_sums, with_dr
 from icons.kronecker import KroneckerFactors
 from icons.manifest import versions
 from icons.models.fingerprint import adapter_fingerprint, base_description
+from icons.modules.computation import batches_of, check_trainer, computation
 from icons.modules.factor_parts import FactorParts
 from icons.modules.progress import RowProgress
 from icons.modules.ranks import Run, launched_by, own_signals
 from icons.modules.sharding import ShardedModule, end_lockstep
-from icons.modules.store_writer import ask_to_stop, batches_of, broadcast, check_trainer, computation
+from icons.modules.store_writer import ask_to_stop, broadcast
 from icons.partition import Partition, UnitPlan, assign, parse_shard
 from icons.store.failures import failures_in
 

@@ -1,7 +1,6 @@
 """StoreWriter: the callback that stores what `Trainer.predict` computes, and says which rows are still to do."""
 
 import signal
-import sys
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,16 +13,15 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from icons.manifest import versions
+from icons.modules.computation import adopt_threads, batches_of, check_batches, check_trainer, computation
 from icons.modules.progress import RowProgress
 from icons.modules.ranks import Run, launched_by, own_signals
-from icons.modules.sharding import check_strategy, end_lockstep
+from icons.modules.sharding import end_lockstep
 from icons.partition import UnitPlan, assign, parse_shard
 from icons.store import GradientStore, ScoreStore
 from icons.store.failures import FailureLog, failures_in
 from icons.store.image_files import renew_images
 from icons.store.unit_writer import UnitWriter, statuses_of
-
-_MIXED = "mixed"
 
 
 class _NoInterval:
@@ -123,37 +121,24 @@ class StoreWriter(BasePredictionWriter):
         own_signals(trainer)
         if writers(trainer)[-1] is self:
             self.run = Run(launched_by(trainer.strategy))
-        found = broadcast(trainer, self.prepare(trainer, pl_module) if trainer.is_global_zero else None)
-        if isinstance(found, Exception):  # on every rank, since the others would wait for rank 0 for ever
-            raise found
+        work = broadcast(trainer, self.prepare(trainer, pl_module) if trainer.is_global_zero else None)
+        if isinstance(work, Exception):  # on every rank, since the others would wait for rank 0 for ever
+            raise work
         self.store = self.STORE.open(self.path, mode="r+")
-        self.adopt_threads(trainer)
-        again = found["again"]
+        self.threads = adopt_threads(trainer, self.store)
+        again = work["again"]
         self.writer = UnitWriter(
             self.store, again=again, queue_units=self.queue_units, lease_timeout_s=self.lease_timeout_s
         )
         self.failures = FailureLog(self.store, again)
         if trainer.is_global_zero:
             self.writer.sweep()
-        mine = assign(found["todo"], trainer.world_size, trainer.global_rank)
+        mine = assign(work["todo"], trainer.world_size, trainer.global_rank)
         self.plan = UnitPlan(self.store.partition, mine, self.writer.claim)
         datamodule = getattr(trainer, "datamodule", None)
         if datamodule is not None:
             datamodule.plan = self.plan if writers(trainer)[0] is self else self.beside(datamodule.plan)
         self.progress = RowProgress(trainer)
-
-    def adopt_threads(self, trainer: Trainer) -> None:
-        """On a CPU a sum's last bits depend on the number of threads that share it: each rank takes as many as the
-        store was begun with, so that neither ranks nor a resume make a difference."""
-        assert self.store is not None
-        begun = self.store.facts.settings.threads
-        own = torch.get_num_threads()
-        if not begun or begun == own or trainer.strategy.root_device.type != "cpu":
-            return
-        if trainer.is_global_zero:
-            print(f"{self.path}: {begun} threads a rank, with which it was begun ({own} otherwise)", file=sys.stderr)
-        self.threads = own
-        torch.set_num_threads(begun)
 
     def beside(self, plan: UnitPlan) -> UnitPlan:
         """This rank's work with that of the writers before this one."""
@@ -178,26 +163,10 @@ class StoreWriter(BasePredictionWriter):
             again = statuses_of(store, failed, statuses)
             todo = sorted(mine & set(store.missing()) | set(again))
             if todo:
-                self.check_batches(store, batches_of(datamodule))
+                check_batches(store, batches_of(datamodule), self.mixed_batches)
             return {"todo": todo, "again": again}
         except Exception as error:
             return error
-
-    def check_batches(self, store: GradientStore | ScoreStore, own: Mapping[str, Any]) -> None:
-        """Who stands beside a row in its batch changes the row's last bits.
-
-        Raises:
-            ValueError: the store was begun with other batches, and `mixed_batches` is not set.
-        """
-        begun = store.facts.batches
-        if begun == own:
-            return
-        if not self.mixed_batches:
-            raise ValueError(
-                f"batches: the store {self.path} has {begun!r}, this run has {own!r}; a row's last bits depend on its "
-                "batch: give the same --batch-size and --max-tokens, or --mixed-batches to go on all the same"
-            )
-        store.amend(batches=_MIXED)
 
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
         """The manifest: what the rows are made from."""
@@ -302,14 +271,6 @@ def writers(trainer: Trainer) -> list[StoreWriter]:
     return [callback for callback in trainer.callbacks if isinstance(callback, StoreWriter)]  # type: ignore[attr-defined]
 
 
-def computation(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """The manifest's part on how numbers are computed, where neither model nor data say it."""
-    # of every part: a LLaVA's own config says nothing of its parts' kernels
-    configs = (getattr(module, "config", None) for module in pl_module.modules())
-    kernels = {str(kernel) for config in configs if (kernel := getattr(config, "_attn_implementation", None))}
-    return {"computation": {"precision": str(trainer.precision), "attention": ", ".join(sorted(kernels)) or None}}
-
-
 def ask_to_stop(trainer: Trainer) -> None:
     """Has this rank, and those that it has started, end after the current unit."""
     for writer in _unit_writers(trainer):
@@ -322,28 +283,9 @@ def _unit_writers(trainer: Trainer) -> list[UnitWriter]:
     return [each.writer for each in writers(trainer) if each.writer is not None]
 
 
-def check_trainer(trainer: Trainer, writer: str) -> None:
-    check_strategy(trainer.strategy)
-    if trainer.predict_loop.inference_mode:
-        raise ValueError(
-            f"{writer}: got Trainer(inference_mode=True), under which every gradient is a silent zero; expected "
-            "Trainer(inference_mode=False)"
-        )
-    if trainer._accelerator_connector.use_distributed_sampler:
-        raise ValueError(
-            f"{writer}: got Trainer(use_distributed_sampler=True), under which ranks would share units; expected "
-            "Trainer(use_distributed_sampler=False): the writer gives every rank its own units"
-        )
-
-
 def broadcast(trainer: Trainer, value: Any) -> Any:
     return trainer.strategy.broadcast(value, src=0)
 
 
 def _as_numpy(values: torch.Tensor) -> np.ndarray:
     return values.detach().cpu().numpy()
-
-
-def batches_of(datamodule: Any) -> dict[str, Any]:
-    """What decides which rows stand in a batch together."""
-    return {name: getattr(datamodule, name, None) for name in ("batch_size", "max_tokens")}

@@ -7,7 +7,7 @@ none is held in memory for longer, because a disk takes its time to be sure.
 
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -17,43 +17,13 @@ import numpy as np
 from icons.store import GradientStore, ScoreStore
 from icons.store.file import LostUnit
 from icons.store.lease import Leases
+from icons.store.open_unit import Columns, OpenUnit
 from icons.store.row_store import RowStore
 from icons.terminal import counted
 
-_Columns = dict[str, np.ndarray]
-_Encode = Callable[[Mapping[str, np.ndarray], Mapping[str, np.ndarray]], _Columns]
 _Item = TypeVar("_Item")
 WRITERS = 2  # so that one copies while the other makes checksums, or waits for an object store
 UNCOMMITTED = 8  # written units that may wait until they are made durable
-
-
-class _OpenUnit:
-    """A unit of which some rows have arrived, encoded as they will be stored.
-
-    Args:
-        encode: the store's.
-        num_rows: of the unit.
-        columns: memory for its arrays, of a unit that has been stored; each array that it lacks is made.
-    """
-
-    def __init__(self, encode: _Encode, num_rows: int, columns: _Columns) -> None:
-        self.encode, self.columns = encode, columns
-        self.arrived = np.zeros(num_rows, dtype=bool)
-
-    def add(self, position: np.ndarray, results: Mapping[str, np.ndarray]) -> bool:
-        """Puts rows at their positions; whether the unit is whole now."""
-        rows: np.ndarray | slice = position
-        out: _Columns = {}
-        if (np.diff(position) == 1).all():  # in order, as rows of equal length come: they are encoded where they belong
-            rows = slice(int(position[0]), int(position[-1]) + 1)
-            out = {name: column[rows] for name, column in self.columns.items()}
-        for name, values in self.encode(results, out).items():
-            if name not in self.columns:
-                self.columns[name] = np.empty((len(self.arrived), *values.shape[1:]), values.dtype)
-            if values is not out.get(name):
-                self.columns[name][rows] = values
-        self.arrived[rows] = True
-        return bool(self.arrived.all())
 
 
 class UnitWriter:
@@ -69,7 +39,6 @@ class UnitWriter:
             again meanwhile. A unit is marked as not written when it is claimed, and by nobody afterwards.
         queue_units: finished units that may wait; `collect` waits when there are more.
         lease_timeout_s: see `Leases`.
-        on_unit: called with the number of rows after each unit is stored, from a background thread.
     """
 
     def __init__(
@@ -79,16 +48,15 @@ class UnitWriter:
         again: Mapping[int, np.ndarray] | None = None,
         queue_units: int = 2,
         lease_timeout_s: float = 90.0,
-        on_unit: Callable[[int], None] | None = None,
     ) -> None:
-        self.store, self.on_unit = store, on_unit
+        self.store = store
         self.again = dict(again or {})
         self.leases = Leases(store.storage, lease_timeout_s)
-        self.open_units: dict[int, _OpenUnit] = {}
+        self.open_units: dict[int, OpenUnit] = {}
         self.elsewhere: dict[int, str] = {}  # units that another run holds, and who it is
-        self.spare: list[_Columns] = []
+        self.spare: list[Columns] = []
         self.error: BaseException | None = None
-        self.waiting: queue.Queue[tuple[int, _Columns] | None] = queue.Queue(queue_units)
+        self.waiting: queue.Queue[tuple[int, Columns] | None] = queue.Queue(queue_units)
         self.written: queue.Queue[tuple[int, np.ndarray] | None] = queue.Queue(UNCOMMITTED)
         self.writers = [
             threading.Thread(target=self.write_units, name="icons-writer", daemon=True) for _ in range(WRITERS)
@@ -148,12 +116,12 @@ class UnitWriter:
             rows = self.store.partition.unit_rows(unit)
             opened, here = self.open_units.get(unit), units == unit
             if opened is None:
-                opened = self.open_units[unit] = _OpenUnit(self.store.encode, len(rows), self.memory_for(len(rows)))
+                opened = self.open_units[unit] = OpenUnit(self.store.encode, len(rows), self.memory_for(len(rows)))
             mine = values if here.all() else {name: values[name][here] for name in self.store.FIELDS}
             if opened.add(row[here] - rows.start, mine):
                 self.pass_on(unit, self.open_units.pop(unit).columns)
 
-    def store_unit(self, unit: int, columns: _Columns) -> None:
+    def store_unit(self, unit: int, columns: Columns) -> None:
         """Passes a whole unit that was claimed on to be stored; waits while too many wait before it.
 
         Args:
@@ -166,7 +134,7 @@ class UnitWriter:
         self.store.check_values(unit, columns)
         self.pass_on(unit, columns)
 
-    def memory_for(self, num_rows: int) -> _Columns:
+    def memory_for(self, num_rows: int) -> Columns:
         """The arrays of a unit that has been stored, to be used again: fresh memory costs as much as filling it."""
         while self.spare:
             columns = self.spare.pop()
@@ -174,7 +142,7 @@ class UnitWriter:
                 return columns
         return {}
 
-    def pass_on(self, unit: int, columns: _Columns) -> None:
+    def pass_on(self, unit: int, columns: Columns) -> None:
         while True:
             self.check()
             try:
@@ -214,8 +182,6 @@ class UnitWriter:
         guards = {unit: partial(self.check_ours, unit) for unit in statuses}
         for unit in self.store.commit(statuses, guards):
             self.leases.release(unit, done=True)
-            if self.on_unit is not None:
-                self.on_unit(len(statuses[unit]))
 
     def check_ours(self, unit: int) -> None:
         """Called before each file of a unit is seen.
