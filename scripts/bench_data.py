@@ -75,14 +75,14 @@ def index_figures(folder: Path, size: float) -> dict[str, tuple[str, str]]:
         count = make(path, size, lines)
         path.read_bytes()[:1]  # in the page cache: the disk is not what is measured
         before = anonymous_megabytes()
-        seconds = timed(lambda path=path: RecordIndex.open(path))  # type: ignore[misc]
+        seconds = timed(lambda path=path: RecordIndex(path))  # type: ignore[misc]
         megabytes = path.stat().st_size / MEGABYTE
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         found[f"first index of {megabytes:,.0f} MB {name}"] = (f"{megabytes / seconds:,.0f} MB/s", f">= {wanted} MB/s")
         found[f"memory kept by the {name} index"] = (f"{anonymous_megabytes() - before:,.0f} MB", "<= 300 MB")
         found[f"peak resident, mapped file included ({name})"] = (f"{peak:,.0f} MB", "")
-        found[f"opening the {name} again"] = (f"{timed(lambda path=path: RecordIndex.open(path)):.3f} s", "<= 0.2 s")  # type: ignore[misc]
-        index = RecordIndex.open(path)
+        found[f"opening the {name} again"] = (f"{timed(lambda path=path: RecordIndex(path)):.3f} s", "<= 0.2 s")  # type: ignore[misc]
+        index = RecordIndex(path)
         rows = random.Random(0).sample(range(count), 2000)
         found[f"one random record of {count:,} ({name})"] = (
             f"{1000 * timed(lambda i=index, r=rows: [i[row] for row in r]) / len(rows):.3f} ms", "<= 1 ms",  # type: ignore[misc]
@@ -175,7 +175,7 @@ def loader_figures(folder: Path, count: int = 192) -> dict[str, tuple[str, str]]
     records = [{**record(row), "image": f"{row:05d}.jpg"} for row in range(count)]
     (folder / "pictures.json").write_text(json.dumps(records))
     places = ModelFolder.open(TOKENIZER, clip, TOKENIZER.parent / "mm_projector.bin")
-    dataset = ConversationDataset(RecordIndex.open(folder / "pictures.json"), folder, places, Preprocessing())
+    dataset = ConversationDataset(RecordIndex(folder / "pictures.json"), folder, places, Preprocessing())
 
     def run(data: Any, collate: Any) -> float:
         loader = DataLoader(data, batch_size=8, num_workers=2, collate_fn=collate, persistent_workers=True)

@@ -105,7 +105,7 @@ class KnownData(ConversationDataModule):
 
 @lru_cache(maxsize=64)
 def known_samples(data: Path, images: Path, folder: ModelFolder, preprocessing: Any) -> KnownSamples:
-    records = RecordIndex.open(data)
+    records = RecordIndex(data)
     return KnownSamples(records, images, folder, preprocessing).use(known_features(images, folder, preprocessing.pad))
 
 

@@ -30,28 +30,18 @@ from icons.output import check_output, is_marked, mark
 from icons.projection import PROJECTORS
 from icons.store import GradientStore, ScoreStore, fitting_chunk_rows
 from icons.store.former import holds_store
+from icons.terminal import counted
 
 
 def score(options: ScoreOptions) -> int:
     """Scores every training row on every task exactly; the same line, run again, resumes."""
     flags = predict_flags(options.trainer)
     _check_directions(options)
-    parts = list(options.weights or [1 / len(options.checkpoint)] * len(options.checkpoint))
-    states: list[Path | None] = (
-        [*options.optimizer_state] if options.optimizer_state else [None] * len(options.checkpoint)
-    )
+    weights: list[float] = _one_each("--weights", options.weights, options.checkpoint, 1 / len(options.checkpoint))
+    states: list[Path | None] = _one_each("--optimizer-state", options.optimizer_state, options.checkpoint)
+    factors: list[Path | None] = _one_each("--factors", options.factors, options.checkpoint)
     preconditioner = chosen(options.preconditioner, False, bool(options.factors))
     check_curvature(preconditioner, options.factors, options.damping)
-    factors: list[Path | None] = [*options.factors] if options.factors else [None] * len(options.checkpoint)
-    if len(factors) != len(options.checkpoint):
-        raise ValueError(
-            f"--factors: got {len(factors)} files for {len(options.checkpoint)} checkpoints; expected one for each"
-        )
-    if len(parts) != len(options.checkpoint) or len(states) != len(options.checkpoint):
-        raise ValueError(
-            f"--checkpoint: got {len(options.checkpoint)}, with {len(parts)} --weights and {len(states)} "
-            "--optimizer-state; expected one of each for every checkpoint"
-        )
     if options.keep_gradients is not None and preconditioner == "kfac":
         raise ValueError(
             f"--keep-gradients {options.keep_gradients}: got --preconditioner kfac, whose whole updates a projection "
@@ -103,7 +93,7 @@ def score(options: ScoreOptions) -> int:
         scored = {name: modules[name] for name in files if any(name in members for members in columns.values())}
         new_groups = {name: members for name, members in groups.items() if name in columns}
         with quiet():
-            directed = find_directed(
+            vectors, spans = find_directed(
                 Trainer(**{"enable_progress_bar": False} | flags),
                 model,
                 scored,
@@ -114,7 +104,7 @@ def score(options: ScoreOptions) -> int:
                 options.subspace,
             )
         kinds = new_groups, options.reduce, getattr(torch, options.vector_dtype), options.offload
-        tasks = ScoredTasks(directed.vectors, *kinds, spans=directed.spans)
+        tasks = ScoredTasks(vectors, *kinds, spans=spans)
         scorer = InfluenceScorer(
             model,
             tasks,
@@ -139,8 +129,21 @@ def score(options: ScoreOptions) -> int:
     if not runner.is_global_zero:
         return shared(runner, 0)
     stores = [ScoreStore.open(path) for path in outs]
-    total = stores[0] if single else _weighted_sum(stores, parts, options.out, options.overwrite)
+    total = stores[0] if single else _weighted_sum(stores, weights, options.out, options.overwrite)
     return shared(runner, ended(total, options.strict, options.shard))
+
+
+def _one_each(option: str, given: Sequence[Any] | None, checkpoints: Sequence[Path], default: Any = None) -> list[Any]:
+    """What an option gives for each checkpoint.
+
+    Raises:
+        ValueError: it is given more or fewer times.
+    """
+    if given and len(given) != len(checkpoints):
+        raise ValueError(
+            f"{option}: got {len(given)} for {counted(len(checkpoints), 'checkpoint')}; expected one for each"
+        )
+    return list(given or [default] * len(checkpoints))
 
 
 def _check_directions(options: ScoreOptions) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from icons.consensus.ranking import best
 from icons.scores import Scorer
-from icons.scores.rows import blocks, ranges
 from icons.scores.task_means import row_factor
 
 
@@ -30,9 +29,7 @@ class UnitRows:
 
     def blocks(self, width: int | None = None) -> Iterator[tuple[range, Float[Tensor, "block dim"]]]:
         """All rows, block by block: the whole of them, or their first `width` numbers at each checkpoint."""
-        pieces = ranges(range(self.scorer.num_rows), self.scorer.checkpoints[0].train)
-        streams = [blocks(checkpoint.train, pieces, self.scorer.device) for checkpoint in self.scorer.checkpoints]
-        for several in zip(*streams, strict=True):
+        for several in self.scorer.blocks(range(self.scorer.num_rows)):
             parts = [
                 block.gradient[:, :width] * (root * row_factor(block, self.scorer.normalize))[:, None]
                 for block, root in zip(several, self.roots, strict=True)

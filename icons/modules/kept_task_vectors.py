@@ -43,19 +43,6 @@ def describe_vectors(
     return {name: {**module.describe(), **model_part} for name, module in modules.items()}
 
 
-@dataclass(frozen=True)
-class _Directed:
-    """Task vectors without their leading axes, and spans, see `icons.modules.task_directions`.
-
-    Attributes:
-        vectors: task -> its vector.
-        spans: task -> its span, if scores are to be cosines within it.
-    """
-
-    vectors: dict[str, TaskVector]
-    spans: dict[str, TaskSpan]
-
-
 def find_directed(
     trainer: Trainer,
     model: nn.Module,
@@ -65,8 +52,9 @@ def find_directed(
     unit: bool,
     drop_axes: int = 0,
     subspace: float | None = None,
-) -> _Directed:
-    """The tasks' vectors without axes, or their spans; what `folder` has that was made from the same is not made anew.
+) -> tuple[dict[str, TaskVector], dict[str, TaskSpan]]:
+    """The tasks' vectors, without their leading axes, and their spans, if scores are to be cosines within these; see
+    `icons.modules.task_directions`. What `folder` has that was made from the same is not made anew.
 
     Args:
         drop_axes, subspace: as for `icons.influence`; one of them at most.
@@ -77,7 +65,7 @@ def find_directed(
     kept = _Kept(trainer, modules, folder)
     vectors = kept.parts_of("", manifests, lambda tasks: TaskVectorizer(model, tasks, unit))
     if not drop_axes and subspace is None:
-        return _Directed(vectors, {})
+        return vectors, {}
     about: dict[str, Any] = {"projector": sketch_of(model).describe()}
     made = kept.parts_of("sketch.", _with_directions(manifests, about), lambda tasks: TaskSketcher(model, tasks, unit))
     sketches = {task: sketch.vector for task, sketch in made.items()}
@@ -93,11 +81,11 @@ def find_directed(
     parts = kept.parts_of("sums.", about_tasks, lambda tasks: TaskCombiner(model, tasks, coefficients))
     if drop_axes:
         axes = orthonormal([parts[task].vector for task in modules])
-        return _Directed({task: without_axes(vector, axes) for task, vector in vectors.items()}, {})
+        return {task: without_axes(vector, axes) for task, vector in vectors.items()}, {}
     directions = {task: orthonormal([part.vector]) for task, part in parts.items()}
     located = kept.parts_of("places.", about_tasks, lambda tasks: TaskLocator(model, tasks, directions))
-    spans = {task: TaskSpan(directions[task], mean_within(part.vector["rows"])) for task, part in located.items()}
-    return _Directed(vectors, spans)
+    means = {task: mean_within(part.vector["rows"]) for task, part in located.items()}
+    return vectors, {task: TaskSpan(directions[task], mean) for task, mean in means.items()}
 
 
 def _with_directions(manifests: Mapping[str, Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

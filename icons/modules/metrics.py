@@ -8,7 +8,22 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class ConsensusVotes(Metric):
+class _Votes(Metric):
+    """Counts votes, for given thresholds."""
+
+    full_state_update = False
+    thresholds: Tensor
+
+    def __init__(self, thresholds: Sequence[float] | Float[Tensor, " tasks"]) -> None:
+        super().__init__()
+        self.register_buffer("thresholds", torch.as_tensor(thresholds, dtype=torch.float32))
+
+    def voted(self, influence: Float[Tensor, "batch tasks"]) -> Bool[Tensor, "scored tasks"]:
+        scored = influence.isfinite().all(dim=1)
+        return influence[scored] >= self.thresholds
+
+
+class ConsensusVotes(_Votes):
     """How many rows have 0, 1, ... S votes, for given thresholds.
 
     Twin of `icons.consensus.select(...).votes`, counted. A row with NaN for any task has no score and is not counted.
@@ -22,25 +37,22 @@ class ConsensusVotes(Metric):
     [1, 1, 1]
     """
 
-    full_state_update = False
     counts: Tensor
-    thresholds: Tensor
 
     def __init__(self, thresholds: Sequence[float] | Float[Tensor, " tasks"]) -> None:
-        super().__init__()
-        self.register_buffer("thresholds", torch.as_tensor(thresholds, dtype=torch.float32))
+        super().__init__(thresholds)
         zeros = torch.zeros(len(thresholds) + 1, dtype=torch.int64)
         self.add_state("counts", default=zeros, dist_reduce_fx="sum")
 
     def update(self, influence: Float[Tensor, "batch tasks"]) -> None:
-        votes = voted(influence, self.thresholds).sum(dim=1)
+        votes = self.voted(influence).sum(dim=1)
         self.counts += torch.bincount(votes, minlength=len(self.counts))
 
     def compute(self) -> Int[Tensor, " counts"]:
         return self.counts
 
 
-class TaskOverlap(Metric):
+class TaskOverlap(_Votes):
     """Of the rows that a task votes for (row of the matrix), the share that another votes for too (column).
 
     Twin of `icons.consensus.overlap.task_overlap`, for given thresholds. A task that votes for no row has 0 everywhere.
@@ -54,18 +66,15 @@ class TaskOverlap(Metric):
     [[1.0, 0.5], [1.0, 1.0]]
     """
 
-    full_state_update = False
     shared: Tensor
-    thresholds: Tensor
 
     def __init__(self, thresholds: Sequence[float] | Float[Tensor, " tasks"]) -> None:
-        super().__init__()
-        self.register_buffer("thresholds", torch.as_tensor(thresholds, dtype=torch.float32))
+        super().__init__(thresholds)
         zeros = torch.zeros(len(thresholds), len(thresholds), dtype=torch.float64)
         self.add_state("shared", default=zeros, dist_reduce_fx="sum")
 
     def update(self, influence: Float[Tensor, "batch tasks"]) -> None:
-        votes = voted(influence, self.thresholds).double()
+        votes = self.voted(influence).double()
         self.shared += votes.T @ votes
 
     def compute(self) -> Float[Tensor, "tasks tasks"]:
@@ -112,8 +121,3 @@ class RelativePerformance(Metric):
     def compute(self) -> Float[Tensor, ""]:
         accuracy = self.correct / self.total
         return 100 * (accuracy / self.reference)[self.total > 0].mean()
-
-
-def voted(influence: Float[Tensor, "batch tasks"], thresholds: Float[Tensor, " tasks"]) -> Bool[Tensor, "scored tasks"]:
-    scored = influence.isfinite().all(dim=1)
-    return influence[scored] >= thresholds

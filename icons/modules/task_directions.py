@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients import TaskMatrix, combined_gradients, scored_gradients
+from icons.models.fingerprint import num_trainable
 from icons.modules.task_vectorizer import TaskPass, TaskVector, add_to
 from icons.projection import CountSketch, Identity, Projector
 from icons.scores.axes import axis_coefficients
@@ -121,8 +122,7 @@ class TaskLocator(TaskPass):
 
 def sketch_of(model: nn.Module) -> Projector:
     """How validation rows are projected to find directions among them."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Identity() if trained <= DIM else CountSketch(DIM, seed=0)
+    return Identity() if num_trainable(model) <= DIM else CountSketch(DIM, seed=0)
 
 
 def each(directions: Directions) -> list[dict[str, Tensor]]:

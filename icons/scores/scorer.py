@@ -194,10 +194,12 @@ class Scorer:
 
     def score(self, rows: range) -> Iterator[ScoredRows]:
         """Scores of consecutive rows, block by block in order."""
+        return map(self.score_block, self.blocks(rows))
+
+    def blocks(self, rows: range) -> Iterator[tuple[Block, ...]]:
+        """Blocks of consecutive rows in order, each as every checkpoint has it."""
         pieces = ranges(rows, self.checkpoints[0].train)
-        streams = [blocks(checkpoint.train, pieces, self.device) for checkpoint in self.checkpoints]
-        for several in zip(*streams, strict=True):
-            yield self.score_block(several)
+        return zip(*(blocks(each.train, pieces, self.device) for each in self.checkpoints), strict=True)
 
     def score_block(self, several: Sequence[Block]) -> ScoredRows:
         """One block of rows, as each checkpoint has it."""

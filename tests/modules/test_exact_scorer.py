@@ -182,7 +182,7 @@ def test_stores_of_other_units_do_not_go_together(
 
 def test_what_does_not_fit_is_one_line(warmup: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--weights", 1.0, "--weights", 2.0) == 1
-    assert "got 1, with 2 --weights" in capsys.readouterr().err
+    assert "--weights: got 2 for 1 checkpoint; expected one for each" in capsys.readouterr().err
     assert score(warmup, tmp_path / "a.zarr", "--task", "a=nowhere.json") == 1
     assert "--task a: no file nowhere.json" in capsys.readouterr().err
     assert score(warmup, tmp_path / "a.zarr", *both_tasks(), "--trainer.inference_mode", "true") == 1

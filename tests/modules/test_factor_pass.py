@@ -234,7 +234,7 @@ def test_each_checkpoint_has_factors_of_its_own(tmp_path: Path, capsys: pytest.C
     words = ["--checkpoint", "a", "--checkpoint", "b", "--factors", "f", "--preconditioner", "kfac"]
     words += ["--task", "t=t.json", "--data", str(DATA / "data.json"), "--out", str(tmp_path / "s")]
     assert icons("score", *words) == 1
-    assert "--factors: got 1 files for 2 checkpoints; expected one for each" in capsys.readouterr().err
+    assert "--factors: got 1 for 2 checkpoints; expected one for each" in capsys.readouterr().err
 
 
 def test_whole_updates_are_not_projected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

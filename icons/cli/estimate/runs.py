@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from icons.cli.estimate.probe import Kind, image_operations, operations, peak_memory
@@ -22,7 +21,7 @@ from icons.models.loading import empty_model
 from icons.models.lora import LoraSettings
 from icons.modules.collector import DIFFERENTIATED
 from icons.modules.factor_pass import FactorSettings
-from icons.modules.fit import ranks_of
+from icons.modules.fit import ranks_of, resolved_dtype
 from icons.modules.named_strategy import sharing_ranks
 from icons.partition import Partition, parse_shard
 from icons.store import fitting_chunk_rows
@@ -236,16 +235,13 @@ def _plan(
 ) -> Plan:
     """The model on the meta device, and some of the rows."""
     lora = None if adapter is None else _lora_settings(adapter)
-    dtype: str = options.model_dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
     return Plan.of(
         empty_model(folder, lora=lora, target=options.target, trust_remote_code=options.trust_remote_code),
         dataset,
         rows,
         batch_size=options.batch_size,
         max_tokens=options.max_tokens,
-        dtype=dtype,
+        dtype=resolved_dtype(options.model_dtype),
         quantize=options.quantize,
         attention=options.attention,
         gradient_checkpointing=options.gradient_checkpointing,

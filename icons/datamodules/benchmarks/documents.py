@@ -1,7 +1,8 @@
 """Charts, documents and infographics: ChartQA, DocVQA, InfoVQA (three of the paper's unseen tasks)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from icons.datamodules.benchmarks.benchmark import Benchmark, Example
 from icons.datamodules.benchmarks.files import locate, locate_beside, read_json
@@ -22,25 +23,23 @@ def _read_chartqa(source: Path, split: str) -> Iterator[Example]:
 
 
 def _read_docvqa(source: Path, split: str) -> Iterator[Example]:
-    """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
     path = locate(source, f"{split}_v1.0_withQT.json", f"{split}_v1.0.json")
     images = locate_beside(path, source, "documents", "spdocvqa_images")
     for one in read_json(path)["data"]:
-        name = Path(one["image"]).name
-        yield Example(
-            str(one["questionId"]), within(images, name), name, short_answer(one["question"]), one["answers"][0]
-        )
+        yield _example_of(one, images, Path(one["image"]).name)
 
 
 def _read_infovqa(source: Path, split: str) -> Iterator[Example]:
-    """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
     path = locate(source, f"infographicsVQA_{split}_v1.0_withQT.json", f"infographic*VQA_{split}_v1.0.json")
     images = locate_beside(path, source, "infographicsvqa_images", f"infographic*{split}*images", "infographic*images")
     for one in read_json(path)["data"]:
-        name = one["image_local_name"]
-        yield Example(
-            str(one["questionId"]), within(images, name), name, short_answer(one["question"]), one["answers"][0]
-        )
+        yield _example_of(one, images, one["image_local_name"])
+
+
+def _example_of(one: Mapping[str, Any], images: Path, name: str) -> Example:
+    """The first of the accepted answers is taken: they are spellings of one answer, not votes."""
+    question, answer = short_answer(one["question"]), one["answers"][0]
+    return Example(str(one["questionId"]), within(images, name), name, question, answer)
 
 
 _RRC = "https://rrc.cvc.uab.es/?ch=17&com=downloads"

@@ -61,10 +61,6 @@ class RecordIndex:
             _write_cache(kept, layout, now)
         self.layout = layout
 
-    @classmethod
-    def open(cls, path: Path) -> "RecordIndex":
-        return cls(path)
-
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the whole file, its first 16 hex digits."""

@@ -68,7 +68,7 @@ def _open_several(files: Sequence[Path], path: Path) -> RecordSource:
         return TarRecords(files, path)
     if len(files) > 1:
         raise ValueError(f"{path}: names {len(files)} JSON files; expected one: join JSONL files with `cat`")
-    return RecordIndex.open(files[0])
+    return RecordIndex(files[0])
 
 
 def _form_of(file: Path) -> str:

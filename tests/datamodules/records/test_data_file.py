@@ -44,9 +44,9 @@ def overwrite(path: Path, place: int, content: bytes) -> None:
 def test_an_edit_of_the_same_size_and_time_outside_the_blocks_looked_at_is_seen(tmp_path: Path) -> None:
     place = large(tmp_path / "data.json")
     assert (tmp_path / "data.json").stat().st_size > SAMPLES * SAMPLE_BYTES
-    first = RecordIndex.open(tmp_path / "data.json")
+    first = RecordIndex(tmp_path / "data.json")
     overwrite(tmp_path / "data.json", place, b"y")
-    assert RecordIndex.open(tmp_path / "data.json").fingerprint != first.fingerprint
+    assert RecordIndex(tmp_path / "data.json").fingerprint != first.fingerprint
 
 
 @pytest.mark.parametrize("how", ["cut short", "changed", "vanished", "replaced"])
@@ -56,7 +56,7 @@ def test_a_file_that_changes_while_it_is_read_is_one_error_and_no_failed_row(
 ) -> None:
     path = tmp_path / "data.json"
     large(path)
-    index = RecordIndex.open(path)
+    index = RecordIndex(path)
     if opened:
         assert index[0]["id"] == "r0"
     if how == "cut short":
@@ -81,7 +81,7 @@ def test_a_file_that_is_cut_short_between_the_look_and_the_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     large(tmp_path / "data.json")
-    index = RecordIndex.open(tmp_path / "data.json")
+    index = RecordIndex(tmp_path / "data.json")
     monkeypatch.setattr(State, "check", lambda *_: os.truncate(tmp_path / "data.json", 5000))
     with pytest.raises(ChangedFileError, match="was cut short while it was read; expected a file that stays as it is"):
         index[700]
@@ -97,7 +97,7 @@ def test_an_error_from_a_worker_is_its_line_alone() -> None:
 def test_without_pread_the_same_bytes_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "data.json", rows=2)
     monkeypatch.delattr(os, "pread")
-    assert [RecordIndex.open(path)[row]["id"] for row in (1, 0)] == ["r1", "r0"]
+    assert [RecordIndex(path)[row]["id"] for row in (1, 0)] == ["r1", "r0"]
 
 
 def test_large_files_are_read_once_for_their_digest_and_again_when_they_change(

@@ -48,7 +48,7 @@ def write(path: Path, form: str, records: list[dict[str, Any]]) -> Path:
 @pytest.mark.parametrize("count", [1, 2, 17])
 def test_every_form_gives_the_same_records(tmp_path: Path, form: str, count: int) -> None:
     records = [record(number) for number in range(count)]
-    index = RecordIndex.open(write(tmp_path / "data.json", form, records))
+    index = RecordIndex(write(tmp_path / "data.json", form, records))
     assert [index[row] for row in range(len(index))] == records
     assert [msgspec.json.decode(index.raw(row)) for row in range(count)] == records
 
@@ -73,14 +73,14 @@ def test_any_text_at_any_block_border(
 
 def test_an_empty_list_has_no_records(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text("[ \n]")
-    assert len(RecordIndex.open(tmp_path / "data.json")) == 0
+    assert len(RecordIndex(tmp_path / "data.json")) == 0
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_selection_is_byte_for_byte_what_stood_in_the_file(tmp_path: Path, form: str) -> None:
-    index = RecordIndex.open(write(tmp_path / "data.json", form, [record(number) for number in range(6)]))
+    index = RecordIndex(write(tmp_path / "data.json", form, [record(number) for number in range(6)]))
     index.write_selection([1, 2, 5], tmp_path / "selected.json")
-    selected = RecordIndex.open(tmp_path / "selected.json")
+    selected = RecordIndex(tmp_path / "selected.json")
     assert [selected.entry(row) for row in range(3)] == [index.entry(row) for row in (1, 2, 5)]
     assert selected.layout.form == index.layout.form
     if index.layout.form != "lines":
@@ -91,7 +91,7 @@ def test_a_selection_is_byte_for_byte_what_stood_in_the_file(tmp_path: Path, for
 def test_a_broken_line_keeps_its_row_and_the_others_theirs(tmp_path: Path) -> None:
     lines = [json.dumps(record(0)), '{"id": "r1", ', "", json.dumps(record(2))]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    index = RecordIndex.open(tmp_path / "data.jsonl")
+    index = RecordIndex(tmp_path / "data.jsonl")
     assert len(index) == 3  # the blank line is no record
     assert index[2] == record(2)
     with pytest.raises(RecordError):
@@ -100,7 +100,7 @@ def test_a_broken_line_keeps_its_row_and_the_others_theirs(tmp_path: Path) -> No
 
 def test_a_broken_first_line_does_not_make_it_another_form(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"id": oops\n' + json.dumps(record(1)))
-    index = RecordIndex.open(tmp_path / "data.jsonl")
+    index = RecordIndex(tmp_path / "data.jsonl")
     assert (len(index), index[1]) == (2, record(1))
 
 
@@ -109,7 +109,7 @@ def test_a_broken_first_line_does_not_make_it_another_form(tmp_path: Path) -> No
 )
 def test_a_first_line_with_an_object_inside_costs_its_row_alone(tmp_path: Path, first: str) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join([first, json.dumps(record(1)), json.dumps(record(2))]))
-    index = RecordIndex.open(tmp_path / "data.jsonl")
+    index = RecordIndex(tmp_path / "data.jsonl")
     assert len(index) == 3 and [index[row] for row in (1, 2)] == [record(1), record(2)]
     assert index.id(0) == ("r0" if "NaN" in first else "")
 
@@ -123,7 +123,7 @@ def test_nan_and_bad_text_cost_their_record_at_most(tmp_path: Path) -> None:
         b'{"id": ""}',
     ]
     (tmp_path / "data.jsonl").write_bytes(b"\n".join(lines))
-    index = RecordIndex.open(tmp_path / "data.jsonl")
+    index = RecordIndex(tmp_path / "data.jsonl")
     assert index[0]["text"] == "a" and index[1]["score"] == float("inf")
     with pytest.raises(RecordError, match="not valid JSON"):
         index[2]
@@ -132,19 +132,19 @@ def test_nan_and_bad_text_cost_their_record_at_most(tmp_path: Path) -> None:
 
 def test_a_record_of_a_list_that_is_no_object_keeps_its_row(tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(json.dumps([record(0), None, "text", 7, [], record(5)]))
-    index = RecordIndex.open(tmp_path / "data.json")
+    index = RecordIndex(tmp_path / "data.json")
     assert [index[row] for row in range(6)] == [record(0), None, "text", 7, [], record(5)]
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     for form in ("list", "lines"):
         (tmp_path / form).write_bytes(b"\xef\xbb\xbf" + FORMS[form]([record(0), record(1)]).encode())
-        assert RecordIndex.open(tmp_path / form)[0] == record(0)
+        assert RecordIndex(tmp_path / form)[0] == record(0)
 
 
 def test_files_that_are_no_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such data file; expected JSON or JSONL"):
-        RecordIndex.open(tmp_path / "nothing.json")
+        RecordIndex(tmp_path / "nothing.json")
     data = tmp_path / "data.json"
     for content, message in {
         "": "the file is empty",
@@ -155,11 +155,11 @@ def test_files_that_are_no_data_are_refused(tmp_path: Path) -> None:
     }.items():
         data.write_text(content)
         with pytest.raises(ValueError, match=message):
-            RecordIndex.open(data)
+            RecordIndex(data)
 
 
 def test_a_row_that_is_not_there(tmp_path: Path) -> None:
-    index = RecordIndex.open(write(tmp_path / "data.json", "list", [record(0)]))
+    index = RecordIndex(write(tmp_path / "data.json", "list", [record(0)]))
     for row in (1, -1):
         with pytest.raises(IndexError, match="expected 0 to 0"):
             index[row]
@@ -167,34 +167,34 @@ def test_a_row_that_is_not_there(tmp_path: Path) -> None:
 
 def test_the_index_is_kept_and_made_anew_when_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "data.json", "list", [record(0), record(1)])
-    first = RecordIndex.open(path)
+    first = RecordIndex(path)
     with monkeypatch.context() as patch:
         patch.setattr("icons.datamodules.records.json_file.scan", lambda path: pytest.fail("scanned again"))
-        again = RecordIndex.open(path)
+        again = RecordIndex(path)
     assert (again[1], again.fingerprint) == (record(1), first.fingerprint)
     before = path.stat()
     path.write_bytes(path.read_bytes().replace(b"r1", b"s1"))  # same size, and the same time
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    changed = RecordIndex.open(path)
+    changed = RecordIndex(path)
     assert changed[1]["id"] == "s1"
     assert changed.fingerprint != first.fingerprint
 
 
 def test_a_damaged_cache_costs_a_scan_and_nothing_else(tmp_path: Path) -> None:
     path = write(tmp_path / "data.json", "list", [record(0)])
-    RecordIndex.open(path)
+    RecordIndex(path)
     for kept in cache_file(path).parent.iterdir():
         kept.write_bytes(b"\x00")
-    assert RecordIndex.open(path)[0] == record(0)
+    assert RecordIndex(path)[0] == record(0)
 
 
 def test_a_cache_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ICONS_CACHE", str(tmp_path / "file" / "cache"))
-    assert len(RecordIndex.open(write(tmp_path / "data.json", "list", [record(0)]))) == 1
+    assert len(RecordIndex(write(tmp_path / "data.json", "list", [record(0)]))) == 1
 
 
 def test_an_index_travels_to_another_process(tmp_path: Path) -> None:
-    index = RecordIndex.open(write(tmp_path / "data.json", "list", [record(0), record(1)]))
+    index = RecordIndex(write(tmp_path / "data.json", "list", [record(0), record(1)]))
     index[0]
     assert pickle.loads(pickle.dumps(index))[1] == record(1)
