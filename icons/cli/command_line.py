@@ -42,8 +42,9 @@ SHORTAGE = (
     "memory or processes are used up (`ulimit -v`, `ulimit -u`); what was finished is kept: run the same line again"
 )
 _TAIL = (
-    "icons COMMAND --help shows a command's options. icons --version. icons --print-completion bash (zsh, tcsh) prints",
-    "what lets the shell complete them.",
+    "icons COMMAND --help       a command's options",
+    "icons --version            the version",
+    "icons --print-completion   a script for shell completion, for bash, zsh or tcsh",
 )
 
 

@@ -42,6 +42,8 @@ _OPTIONAL = {
 
 def doctor(options: DoctorOptions) -> int:
     """Prints versions, accelerator, attention kernels and disk, and runs a self-test on a tiny model."""
+    if not options.folder.is_dir():
+        raise FileNotFoundError(f"--folder {options.folder}: no such folder; expected the one that stores will lie in")
     table = Table("", "", box=None, show_header=False)
     for name, value in {**_software(), **_hardware(options.folder)}.items():
         table.add_row(name, value)

@@ -8,6 +8,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -202,14 +203,22 @@ class _Parser(jsonargparse.ArgumentParser):
     """Says in one line what is wrong, with options as they are written."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        positional = [action.dest for action in self._actions if not action.option_strings]
         if missing := re.match(r"the following arguments are required: (.*)", message):
-            bare = {action.dest for action in self._actions if not action.option_strings}
-            names = [name if name in bare else f"--{dashed(name)}" for name in missing[1].split(", ")]
-            message = f"expected {', '.join(names)}; got none"
-        super().error(_one_line(message), ex)
+            message = f"missing: {', '.join(_written(name, positional) for name in missing[1].split(', '))}"
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            known = [name for action in self._actions for name in action.option_strings]
+            near = get_close_matches(unknown[1], known, n=1)
+            message = f"{unknown[1]}: no such option" + (f"; did you mean {near[0]}?" if near else "")
+        super().error(_one_line(message, positional), ex)
 
 
-def _one_line(message: str) -> str:
+def _written(name: str, positional: Sequence[str] = ()) -> str:
+    """A field as it is called on the command line."""
+    return name.upper() if name in positional else f"--{dashed(name)}"
+
+
+def _one_line(message: str, positional: Sequence[str] = ()) -> str:
     """What jsonargparse says of a value or of a YAML file, in one line.
 
     >>> _one_line('Parser key "num_rows":\\n  Expected a <class \\'int\\'>. Got value: x')
@@ -222,7 +231,7 @@ def _one_line(message: str) -> str:
     if key is None or value is None or not (choices or kinds):
         return " ".join(message.split())
     expected = f"one of {choices[0]}".replace("'", "") if choices else " or ".join(kinds)
-    return f"--{dashed(key[1])} {value[1]}: expected {expected}"
+    return f"{_written(key[1], positional)} {value[1]}: expected {expected}"
 
 
 class _Help(jsonargparse.DefaultHelpFormatter):

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from icons.cli.console import console
+from icons.cli.console import tell
 from icons.cli.options.groups import LearningOptions
 from icons.cli.options.validate import ValidateOptions
 from icons.cli.pairs import files_of
@@ -47,8 +47,6 @@ def share_of(trainings: Sequence[Retraining], shard: str | None) -> list[Retrain
 
 def left_to_others(count: int) -> int:
     """Says that other processes are still training; the exit status."""
-    console.print(
-        f"{counted(count, 'model')} {'is' if count == 1 else 'are'} being trained by other processes; the same line "
-        "then makes the table"
-    )
+    said = f"{counted(count, 'model')} {'is' if count == 1 else 'are'} still being trained by other processes"
+    tell(f"{said}; run the same line again when they are done, for the table")
     return RESUME

@@ -127,7 +127,7 @@ def test_a_model_that_another_process_trains_is_waited_for_by_the_user(
 ) -> None:
     monkeypatch.setattr("icons.cli.bakeoff.side_by_side", lambda *_: 0)
     assert run(make_pool(tmp_path), tmp_path / "out", "--rule", "vote") == 75
-    assert "2 models are being trained by other processes" in capsys.readouterr().out
+    assert "2 models are still being trained by other processes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

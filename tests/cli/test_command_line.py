@@ -35,9 +35,15 @@ def test_traceback_on_demand(installed: None, monkeypatch: pytest.MonkeyPatch) -
 
 def test_usage_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["status"]) == 2
-    assert "expected store; got none" in capsys.readouterr().err
+    assert "missing: STORE" in capsys.readouterr().err
     assert cli.main(["selct"]) == 2
     assert "no command 'selct'; expected one of demo, warmup" in capsys.readouterr().err
+    assert cli.main(["verify", "s.zarr", "--repare"]) == 2
+    assert "error: --repare: no such option; did you mean --repair?" in capsys.readouterr().err
+    assert cli.main(["verify", "s.zarr", "--zzz=1"]) == 2
+    assert capsys.readouterr().err.endswith("error: --zzz: no such option\n")
+    assert cli.main(["tasks", "lst"]) == 2
+    assert "error: ACTION lst: expected one of build, list" in capsys.readouterr().err
     assert cli.main([]) == 2
 
 

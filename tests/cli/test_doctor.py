@@ -23,3 +23,10 @@ def test_doctor_names_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setitem(doctor.SELF_TEST, "store returns what was written", broken)
     assert call("doctor") == 1
     assert "OSError: no such device" in capsys.readouterr().out
+
+
+def test_doctor_wants_a_folder_that_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--folder", "nowhere"]) == 1
+    assert (
+        "error: --folder nowhere: no such folder; expected the one that stores will lie in" in capsys.readouterr().err
+    )

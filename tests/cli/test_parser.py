@@ -83,10 +83,10 @@ def test_a_wrong_value_is_one_line(
 def test_what_is_missing_is_named_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("sample", SampleOptions, [])
-    assert "error: expected --train; got none" in capsys.readouterr().err
+    assert "error: missing: --train" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse("lean", LeanOptions, [])
-    assert "error: expected store; got none" in capsys.readouterr().err
+    assert "error: missing: STORE" in capsys.readouterr().err
 
 
 def test_yaml_takes_dashes(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_a_model_that_another_process_trains_is_waited_for_by_the_user(
 ) -> None:
     monkeypatch.setattr("icons.cli.validate.side_by_side", lambda *_: 0)
     assert run(pool, scores(tmp_path / "scores.zarr"), tmp_path / "out", "--counterfactual", 0) == 75
-    assert "3 models are being trained by other processes" in capsys.readouterr().out
+    assert "3 models are still being trained by other processes" in capsys.readouterr().out
 
 
 @pytest.mark.slow

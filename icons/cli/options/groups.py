@@ -102,7 +102,7 @@ class DataOptions(ReadingOptions):
 
     data: Path
     """JSON or JSONL, Parquet or Arrow (a pattern for several files), a data-set folder, a name on the Hugging Face hub,
-    or WebDataset tars; row i is record i of it"""
+    or WebDataset tars; row i is its record i"""
     images: Path | None = None
     """folder (or tar or zip archive) that the records' image paths start from"""
 
@@ -148,7 +148,7 @@ class StoreOptions:
     shard: str | None = None
     """I/N: only this share of the units, without any communication (array jobs); I counts from 0"""
     retry_failed: bool = False
-    """try the rows that failed before again"""
+    """try the rows that failed once more"""
     mixed_batches: bool = False
     """continue a store that was begun with another --batch-size or --max-tokens, say because memory ran out; its
     rows are then equal to rounding, not bit for bit, to those of an undisturbed run"""

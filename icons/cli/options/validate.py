@@ -66,7 +66,7 @@ class ValidateOptions(PartsOptions, ReadingOptions, LearningOptions, TrainerOpti
     """its value for bad records; records are only read for this, after scoring"""
     workers: int = field(default=1, metadata={"group": "run"})
     """trainings side by side, each in a process of its own (on a GPU of its own, as far as there are). Processes
-    started by hand on one --out share the work just so: no two ever do the same training"""
+    started by hand on one --out share the work in the same way: no two ever do the same training"""
     shard: str | None = field(default=None, metadata={"group": "run"})
     """I/N: only train this share of the models (array jobs); without it all, and then the table"""
     overwrite: bool = field(default=False, metadata={"group": "run"})
