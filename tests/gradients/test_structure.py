@@ -1,0 +1,133 @@
+"""What is kept from batch to batch is given up as soon as the model is another; nothing of a pass outlives it."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from threading import Event, Thread
+from typing import Any
+
+import pytest
+import torch
+from small_models import assert_rows_close, image_batch, llama, llava, one_by_one, text_batch, with_lora
+from torch import Tensor, nn
+
+from icons.gradients import per_sample_gradients, projected_gradients
+from icons.gradients.garbage import no_collection
+from icons.gradients.structure import members_of
+from icons.projection import CountSketch
+
+
+def layer_of(model: nn.Module) -> Any:
+    return model.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+
+
+def louder(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output * 1.7
+
+
+def swap_hooks(model: nn.Module) -> None:
+    layer = layer_of(model).lora_B["default"]
+    layer._forward_hooks.clear()
+    layer.register_forward_hook(louder)
+
+
+def swap_layer(model: nn.Module) -> None:
+    layer = nn.Linear(32, 3, bias=False)
+    layer.register_forward_hook(louder)
+    layer_of(model).lora_A["default"] = layer
+
+
+def patch_forward(model: nn.Module) -> None:
+    layer = layer_of(model).lora_B["default"]
+    plain = layer.forward
+    layer.forward = lambda x: plain(x) * 1.7
+
+
+def share_layer(model: nn.Module) -> None:
+    other = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    other.lora_A["default"] = layer_of(model).lora_A["default"]  # type: ignore[index, operator]
+
+
+@pytest.mark.parametrize("change", [swap_hooks, swap_layer, patch_forward, share_layer])
+def test_a_change_between_two_passes_is_seen(change: Callable[[nn.Module], None]) -> None:
+    model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+    layer_of(model).lora_B["default"].register_forward_hook(lambda _module, _args, output: output + 0)
+    for _ in range(2):
+        assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+    change(model)
+    assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
+def test_adapters_are_switched_added_and_deleted() -> None:
+    model, batch = with_lora(llama(), ["q_proj", "down_proj"]), text_batch()
+    adapted: Any = model
+    for step in (
+        lambda: adapted.add_adapter("second", adapted.peft_config["default"]),
+        lambda: adapted.set_adapter("second"),
+        lambda: adapted.set_adapter("default"),
+        lambda: adapted.delete_adapter("second"),
+    ):
+        step()
+        model.eval()  # a new adapter is in train mode
+        assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (with_lora(llama()), text_batch()),
+        lambda: (with_lora(llava(), r".*language_model.*_proj"), image_batch()),
+    ],
+)
+def test_the_first_pass_which_is_its_own_proof_gives_the_bits_of_the_next(make: Any) -> None:
+    model, batch = make()
+    found = [projected_gradients(model, batch, CountSketch(97)) for _ in range(3)]
+    for other in found[1:]:
+        for field in ("gradient", "norm", "loss"):
+            assert torch.equal(getattr(found[0], field), getattr(other, field))
+
+
+def test_no_model_lives_longer_for_what_is_known_of_it() -> None:
+    model = with_lora(llama(), ["q_proj"])
+    per_sample_gradients(model, text_batch())
+    watched = [weakref.ref(model), weakref.ref(layer_of(model))]
+    del model
+    gc.collect()
+    assert [one() for one in watched] == [None, None]
+
+
+def test_a_structure_is_kept_while_it_holds() -> None:
+    model = with_lora(llama(), ["q_proj"])
+    first = members_of(model)
+    assert members_of(model).structure is first.structure
+    assert list(first.trainable) == [name for name, value in model.named_parameters() if value.requires_grad]
+    layer_of(model).requires_grad_(False)
+    assert members_of(model).structure is not first.structure
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        members_of(model.requires_grad_(False))
+
+
+def test_garbage_is_looked_for_again_when_the_last_pass_is_over() -> None:
+    inside, leave, seen = Event(), Event(), []
+
+    def other() -> None:
+        with no_collection():
+            inside.set()
+            leave.wait(10)
+
+    thread = Thread(target=other)
+    with pytest.raises(ZeroDivisionError), no_collection():
+        thread.start()
+        inside.wait(10)
+        raise ZeroDivisionError
+    seen.append(gc.isenabled())
+    leave.set()
+    thread.join()
+    assert seen == [False] and gc.isenabled()
+    gc.disable()
+    try:
+        with no_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
