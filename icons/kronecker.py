@@ -105,7 +105,7 @@ class KroneckerFactors:
         """Writes one safetensors file, whole or not at all."""
         sides = {"left": self.left, "right": self.right}
         tensors = {
-            f"{side}/{name}": value.contiguous() for side, found in sides.items() for name, value in found.items()
+            f"{side}/{name}": value.contiguous() for side, factors in sides.items() for name, value in factors.items()
         }
         about = {"kind": KIND, "rows": self.rows, "square": dict(self.square), "fingerprint": self.fingerprint}
         with whole_file(file) as partial:
@@ -118,21 +118,21 @@ class KroneckerFactors:
         Raises:
             ValueError: the file is none of these, or its numbers are not those that it was written with.
         """
-        about, tensors = read(file)
+        about, tensors = _read(file)
         sides: dict[str, dict[str, Tensor]] = {"left": {}, "right": {}}
         for name, value in tensors.items():
             side, _, rest = name.partition("/")
             sides[side][rest] = value
-        found = cls(**sides, square=about["square"], rows=about["rows"], manifest=about["manifest"])
-        if found.fingerprint != about["fingerprint"]:
+        factors = cls(**sides, square=about["square"], rows=about["rows"], manifest=about["manifest"])
+        if factors.fingerprint != about["fingerprint"]:
             raise ValueError(
-                f"{file}: its numbers have the fingerprint {found.fingerprint}, and were written with "
+                f"{file}: its numbers have the fingerprint {factors.fingerprint}, and were written with "
                 f"{about['fingerprint']}; expected the same: the file is damaged, make it again with --overwrite"
             )
-        return found
+        return factors
 
 
-def read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read(file: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A file's metadata and tensors."""
     try:
         with safe_open(file, framework="pt") as opened:
@@ -192,7 +192,7 @@ class KroneckerPreconditioner:
         if not 0 < self.damping < math.inf:
             raise ValueError(f"KroneckerPreconditioner: damping {self.damping}; expected a number above 0")
 
-    def inverses(self, name: str, device: torch.device) -> tuple[Tensor | None, Tensor | None, float]:
+    def _inverses(self, name: str, device: torch.device) -> tuple[Tensor | None, Tensor | None, float]:
         """What a block is multiplied by on the left, on the right, and all over; prepared once per device.
 
         Raises:
@@ -208,7 +208,7 @@ class KroneckerPreconditioner:
             sides = [
                 None
                 if name not in side or not square
-                else damped_inverse(side[name], self.damping, self.root).to(device)
+                else _damped_inverse(side[name], self.damping, self.root).to(device)
                 for side in (self.factors.left, self.factors.right)
             ]
             scale = square ** (-0.5 if self.root else -1) if square else 0.0
@@ -227,7 +227,7 @@ class KroneckerPreconditioner:
         >>> KroneckerPreconditioner(factors, damping=0.5).apply("w", torch.tensor([[[3.0, 3.0]]])).tolist()
         [[[4.0, 2.0]]]
         """
-        left, right, scale = self.inverses(name, gradient.device)
+        left, right, scale = self._inverses(name, gradient.device)
         if not scale:
             return gradient.masked_fill_(gradient != 0, torch.nan)
         if left is not None:
@@ -243,7 +243,7 @@ class KroneckerPreconditioner:
         return {"form": ROOT if self.root else "kfac", "damping": self.damping, **made}
 
 
-def damped_inverse(moment: Tensor, damping: float, root: bool = False) -> Tensor:
+def _damped_inverse(moment: Tensor, damping: float, root: bool = False) -> Tensor:
     """`(M / mean + damping)^-1`, or its square root; mean is that of M's eigenvalues. Of a diagonal the diagonal.
 
     float32, computed in float64.
@@ -251,7 +251,7 @@ def damped_inverse(moment: Tensor, damping: float, root: bool = False) -> Tensor
     Raises:
         ValueError: the matrix has no inverse to float64's precision.
 
-    >>> damped_inverse(torch.tensor([1.0, 3.0]), 0.5).tolist()
+    >>> _damped_inverse(torch.tensor([1.0, 3.0]), 0.5).tolist()
     [1.0, 0.5]
     """
     wide = moment.double().cpu()

@@ -48,7 +48,7 @@ def stream(seed: int, name: str, part: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
 
 
-def random_signs(generator: np.random.Generator, count: int) -> Float[Tensor, " count"]:
+def _random_signs(generator: np.random.Generator, count: int) -> Float[Tensor, " count"]:
     return torch.from_numpy(generator.integers(0, 2, count, dtype=np.int8)).float().mul_(2).sub_(1)
 
 
@@ -119,9 +119,9 @@ class CountSketch(Seeded):
             generator = stream(self.seed, name, "sign")
             rows, columns = (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
             if len(shape) > 1 and self._length(shape) > max(rows, columns):
-                sign = random_signs(generator, rows)[:, None] * random_signs(generator, columns)
+                sign = _random_signs(generator, rows)[:, None] * _random_signs(generator, columns)
             else:
-                sign = random_signs(generator, shape.numel())
+                sign = _random_signs(generator, shape.numel())
             self._signs[key] = sign.reshape(shape).to(device)
         return self._signs[key]
 
@@ -161,7 +161,7 @@ class Rademacher(Dense):
     kind = "rademacher"
 
     def entries(self, generator: np.random.Generator, count: int) -> Tensor:
-        return random_signs(generator, count)
+        return _random_signs(generator, count)
 
 
 class Gaussian(Dense):

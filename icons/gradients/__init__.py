@@ -8,6 +8,7 @@ strangers.py        (towers, which do not see the text, are found out)
 paths.py            known of a model is kept with it; each of these from
 structure.py        its modules and parameters, seen in one walk,
 backward_pass.py    one forward and backward pass, in which
+slow_path.py        (or one for each sample, for what no tap serves)
 tap.py              a layer's inputs and its output's gradient are seen, and
 layers.py           turned into per-sample gradients
 output_layer.py     only supervised positions reach the output layer; each token's cross-entropy

@@ -27,6 +27,7 @@ from icons.gradients.loss_scale import LossScale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
 from icons.gradients.paths import Paths, Socket
+from icons.gradients.slow_path import blocks_one_by_one, finite
 from icons.gradients.structure import Members
 from icons.gradients.sums import samples_at_a_time
 from icons.gradients.tap import NarrowInputs, Tap
@@ -123,7 +124,10 @@ class BackwardPass:
             self.forward_pass = False
             self.factors = None if self.scale is None else self.scale.factors(losses)
             if self.slow:
-                self.slow_blocks(losses)
+                self.listening = False
+                for name, block in blocks_one_by_one(losses, self.factors, self.parameters, self.slow).items():
+                    self.send(name, block)
+                self.listening = True
             if losses.requires_grad:
                 torch.autograd.backward(losses, torch.ones_like(losses) if self.factors is None else self.factors)
             self.find_unmet()
@@ -228,7 +232,7 @@ class BackwardPass:
                     blocks = call.again(odd, division, kept, gradient)
             finally:
                 self.inside = False
-        with whole_precision(gradient):
+        with _whole_precision(gradient):
             for part in socket.parts:
                 if self.proving:
                     size = division.lengths(kept[0]).to(gradient.device) * division.lengths(gradient)
@@ -276,27 +280,8 @@ class BackwardPass:
             self.finite[rows] &= block[:, None].flatten(1).isfinite().all(dim=1)
         if name in self.known.silent and name not in self.slow and not self.proving:
             self.loud[name] = block.any() | self.loud.get(name, False)
-        with whole_precision(block):
+        with _whole_precision(block):
             self.receive(name, block, rows)
-
-    def slow_blocks(self, losses: Tensor) -> None:
-        """One backward pass per sample over the shared graph, for the parameters that taps cannot serve."""
-        self.listening = False
-        blocks: dict[str, list[Tensor]] = {name: [] for name in self.slow}
-        factors = torch.ones_like(losses) if self.factors is None else self.factors.to(losses.device)
-        # samples are chosen by what is differentiated: under no_grad, as in predict, a part of `losses` has no graph
-        for chosen, whole in zip(factors.diag(), losses.isfinite().tolist(), strict=True):
-            if losses.requires_grad and whole:
-                torch.autograd.backward(losses, chosen, retain_graph=True)
-            for name in self.slow:
-                parameter = self.parameters[name]
-                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                blocks[name].append(widen(gradient if whole else torch.full_like(gradient, torch.nan)))
-            for parameter in self.parameters.values():
-                parameter.grad = None
-        for name, samples in blocks.items():
-            self.send(name, torch.stack(samples))
-        self.listening = True
 
     def flush(self) -> None:
         """What never arrived: sums whose last uses carry no gradient, and zeros for weights without influence."""
@@ -308,18 +293,13 @@ class BackwardPass:
                 self.send(name, zeros)
 
 
-def finite(value: Tensor) -> Tensor:
-    """A saved tensor without what a broken sample has left in it; an attention mask's minus infinities stay."""
-    return value.nan_to_num(0, 0, -torch.inf) if value.is_floating_point() else value
-
-
 def owners_in(members: Members, sockets: Iterable[Socket]) -> dict[nn.Module, tuple[str, nn.Module]]:
     """See `NarrowInputs`."""
     modules = members.modules
     return {modules[socket.module]: (socket.path, modules[socket.around]) for socket in sockets}
 
 
-def whole_precision(value: Tensor) -> AbstractContextManager[None]:
+def _whole_precision(value: Tensor) -> AbstractContextManager[None]:
     """Sums are float32, whatever autocast says."""
     kind = value.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

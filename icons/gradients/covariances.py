@@ -69,13 +69,13 @@ class CovarianceSums:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> "CovarianceSums":
         """The sums that `tensors` gave."""
-        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        sums: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         for name, value in tensors.items():
             kind, slash, rest = name.partition("/")
             if slash:
-                found[kind][rest] = value
+                sums[kind][rest] = value
         rows, left_out = tensors["rows"].tolist()
-        return cls(**found, rows=rows, left_out=left_out)
+        return cls(**sums, rows=rows, left_out=left_out)
 
 
 def covariance_sums(model: nn.Module, batch: Batch, width: int = 1024) -> CovarianceSums:
@@ -94,11 +94,11 @@ def covariance_sums(model: nn.Module, batch: Batch, width: int = 1024) -> Covari
     """
     kept = torch.ones(len(batch["labels"]), dtype=torch.bool)
     while True:
-        found = OneBatch(batch, kept, width)
-        losses = per_sample_blocks(model, batch, found.begin, found.watch)
-        finite = (losses.isfinite() & found.squares.sum(dim=0).isfinite()).cpu() if len(kept) else kept
+        one = OneBatch(batch, kept, width)
+        losses = per_sample_blocks(model, batch, one.begin, one.watch)
+        finite = (losses.isfinite() & one.squares.sum(dim=0).isfinite()).cpu() if len(kept) else kept
         if bool((finite | ~kept).all()):
-            return found.sums()
+            return one.sums()
         kept = kept & finite
 
 
@@ -113,7 +113,7 @@ class OneBatch:
 
     def __init__(self, batch: Batch, kept: Tensor, width: int) -> None:
         self.kept, self.width = kept, width
-        self.reach = (tokens_that_count(batch) & kept.to(batch["labels"].device)[:, None]).flatten()
+        self.reach = (_tokens_that_count(batch) & kept.to(batch["labels"].device)[:, None]).flatten()
         self.covariances: dict[tuple[str, str], Tensor] = {}
         self.rows: dict[str, Float[Tensor, " batch"]] = {}
 
@@ -132,9 +132,9 @@ class OneBatch:
         else:
             counted = (gradient != 0).any(dim=1) & self.kept.to(owners.device)[owners]
         for kind, values in (("left", gradient[counted]), ("right", x[counted].float())):
-            found = values.T @ values if values.shape[1] <= self.width else values.square().sum(dim=0)
+            product = values.T @ values if values.shape[1] <= self.width else values.square().sum(dim=0)
             known = self.covariances.get((kind, name))
-            self.covariances[kind, name] = found if known is None else known + found
+            self.covariances[kind, name] = product if known is None else known + product
 
     @property
     def squares(self) -> Float[Tensor, "parameters batch"]:
@@ -144,21 +144,21 @@ class OneBatch:
 
     def sums(self) -> CovarianceSums:
         count = int(self.kept.sum())
-        found = CovarianceSums(rows=count, left_out=len(self.kept) - count)
+        sums = CovarianceSums(rows=count, left_out=len(self.kept) - count)
         for (kind, name), value in self.covariances.items():
-            getattr(found, kind)[name] = value.cpu().double()
+            getattr(sums, kind)[name] = value.cpu().double()
         for name, value in self.rows.items():
-            found.square[name] = value.cpu()[self.kept].double().sum()
-            seen = ("left", name) in self.covariances or not bool(found.square[name])
-            found.unseen[name] = torch.tensor(0 if seen else count)
-        return found
+            sums.square[name] = value.cpu()[self.kept].double().sum()
+            seen = ("left", name) in self.covariances or not bool(sums.square[name])
+            sums.unseen[name] = torch.tensor(0 if seen else count)
+        return sums
 
 
-def tokens_that_count(batch: Batch) -> Bool[Tensor, "batch length"]:
+def _tokens_that_count(batch: Batch) -> Bool[Tensor, "batch length"]:
     """Tokens, not padding, before each row's last supervised one: a loss depends on nothing else.
 
     >>> labels = torch.tensor([[-100, -100, 7, 8, -100], [-100, 5, -100, -100, -100]])
-    >>> tokens_that_count({"labels": labels, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)}).int().tolist()
+    >>> _tokens_that_count({"labels": labels, "attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)}).int().tolist()
     [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
     """
     supervised = batch["labels"] != IGNORE_INDEX

@@ -57,10 +57,10 @@ def represented(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "batch wi
     assert head is not None
     handle = head.register_forward_pre_hook(remember)  # before the output layer's input is narrowed
     try:
-        found = losses(model, batch)
+        each = losses(model, batch)
     finally:
         handle.remove()
-    return seen[0].float(), found
+    return seen[0].float(), each
 
 
 def width_of(model: nn.Module) -> int:

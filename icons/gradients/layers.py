@@ -163,7 +163,7 @@ def _holds_samples(value: Any) -> bool:
 
 def divided(tensors: Sequence[Tensor], output: Any, shape: tuple[int, int]) -> Division:
     """How a call is divided whose first tensor is laid out as the text is, `shape` (B, L), if it is."""
-    kind = sample_layout(tensors[0], output, shape) if tensors else None
+    kind = _sample_layout(tensors[0], output, shape) if tensors else None
     if kind is None:
         return Division(FOREIGN, [0] * shape[0])
     length = len(tensors[0])
@@ -176,11 +176,11 @@ def _text_division(kind: str, split: tuple[bool, ...], count: int, size: int) ->
     return Division(Layout(kind, split), [count] * size)
 
 
-def sample_layout(x: Tensor, output: Any, shape: tuple[int, int]) -> str | None:
+def _sample_layout(x: Tensor, output: Any, shape: tuple[int, int]) -> str | None:
     """How a layer's input seems to hold the samples: `[B, L, ...]`, `[B * L, ...]`, `[B, ...]`, or not at all.
 
     >>> x = torch.zeros(6, 4)
-    >>> sample_layout(x, x, (2, 3)), sample_layout(x[:5], x[:5], (2, 3)), sample_layout(x[:2], x[:2], (2, 3))
+    >>> _sample_layout(x, x, (2, 3)), _sample_layout(x[:5], x[:5], (2, 3)), _sample_layout(x[:2], x[:2], (2, 3))
     ('flat', None, None)
     """
     batch, length = shape

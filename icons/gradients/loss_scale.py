@@ -7,7 +7,7 @@ from torch import Tensor
 from icons.batch import Batch, supervised_tokens
 from icons.gradients.structure import Members
 
-FIRST, LEAST, STEP = 10, -14, 6  # exponents: of the first try's gradient of a logit, of the last try's, between two
+_FIRST, _LEAST, _STEP = 10, -14, 6  # exponents: of the first try's gradient of a logit, of the last try's, between two
 
 
 def needs_scale(members: Members) -> bool:
@@ -20,7 +20,7 @@ def needs_scale(members: Members) -> bool:
 
 
 class LossScale:
-    """A power of two for each sample, so that the largest gradients of its logits are near 2^FIRST.
+    """A power of two for each sample, so that the largest gradients of its logits are near 2^_FIRST.
 
     They are `(probability - target) / tokens`, which is about `loss / tokens` where the loss is small. A sample that
     overflows is tried again with less. Its factor follows from itself alone, never from samples before it.
@@ -36,7 +36,7 @@ class LossScale:
 
     def __init__(self, labels: Tensor) -> None:
         self.tokens = supervised_tokens(labels).clamp(min=1)
-        self.exponent = torch.full((len(labels),), FIRST, device=labels.device)
+        self.exponent = torch.full((len(labels),), _FIRST, device=labels.device)
 
     def factors(self, losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
         wanted = self.tokens.to(losses.device) / losses.detach().float().clamp(1e-6, 1)
@@ -45,6 +45,6 @@ class LossScale:
 
     def lower(self, overflowed: Bool[Tensor, " batch"]) -> bool:
         """Takes less for these samples; False if none of them can go lower."""
-        lowered = overflowed.to(self.exponent.device) & (self.exponent > LEAST)
-        self.exponent = torch.where(lowered, self.exponent - STEP, self.exponent)
+        lowered = overflowed.to(self.exponent.device) & (self.exponent > _LEAST)
+        self.exponent = torch.where(lowered, self.exponent - _STEP, self.exponent)
         return bool(lowered.any())

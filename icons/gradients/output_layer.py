@@ -52,8 +52,8 @@ class SupervisedPositions:
         hidden = args[0] if args else None
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[:2] != self.labels.shape:
             return None
-        place = (self.sample * hidden.shape[1] + self.position).to(hidden.device)
-        return (hidden.flatten(0, 1).index_select(0, place)[None], *args[1:])
+        index = (self.sample * hidden.shape[1] + self.position).to(hidden.device)
+        return (hidden.flatten(0, 1).index_select(0, index)[None], *args[1:])
 
     def run(self, model: nn.Module, batch: Batch) -> Float[Tensor, " batch"]:
         """The samples' losses, from one forward pass.
@@ -142,12 +142,12 @@ class TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (logits, targets), (gradient,) = ctx.saved_tensors, gradients
-        found = torch.empty_like(logits)
+        slope = torch.empty_like(logits)
         for rows in chunks(logits):
             share = gradient[rows, None]
             part = F.log_softmax(logits[rows].to(share.dtype), dim=1).exp_().mul_(share)
-            found[rows] = part.scatter_add_(1, targets[rows, None], -share)
-        return found, None
+            slope[rows] = part.scatter_add_(1, targets[rows, None], -share)
+        return slope, None
 
 
 def chunks(logits: Float[Tensor, "tokens vocab"]) -> Iterator[slice]:

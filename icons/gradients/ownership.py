@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from icons.batch import Batch
 
 ROWS = "rows"
-TOKEN_IDS = ("image_token_id", "image_token_index")
+_TOKEN_IDS = ("image_token_id", "image_token_index")
 
 
 @dataclass(frozen=True)
@@ -68,37 +68,37 @@ class Ownership:
     def counts(self) -> dict[str, list[int]]:
         """By name, what each row has of something; a map is one of these times a constant."""
         given = {name: value.tolist() for name, value in self.batch.get("entries_per_row", {}).items()}
-        found: dict[str, list[int]] = {}
+        counts: dict[str, list[int]] = {}
         for name, value in self.batch.items():
             if isinstance(value, Tensor) and value.ndim > 4 and value.is_floating_point():
                 # [images, tiles, ...] or [rows, images, ...]: fewer ones are filled up with zeros
                 used = (value != 0).flatten(2).any(dim=2).sum(dim=1).int().tolist()
                 owners = given.get(name, [1] * self.size)
                 if sum(owners) == len(used):
-                    found[f"{name} in use"] = [sum(part) for part in parted(used, owners)]
-        found |= given
+                    counts[f"{name} in use"] = [sum(part) for part in _parted(used, owners)]
+        counts |= given
         if (tokens := self.image_tokens()) is not None:
-            found["image tokens"] = tokens
-        found[ROWS] = [1] * self.size
-        return {name: numbers for name, numbers in found.items() if len(numbers) == self.size and any(numbers)}
+            counts["image tokens"] = tokens
+        counts[ROWS] = [1] * self.size
+        return {name: numbers for name, numbers in counts.items() if len(numbers) == self.size and any(numbers)}
 
     def image_tokens(self) -> list[int] | None:
         ids, config = self.batch.get("input_ids"), getattr(self.model, "config", None)
-        marks = [getattr(config, name, None) for name in TOKEN_IDS] + [getattr(self.model, "image_token", None)]
+        marks = [getattr(config, name, None) for name in _TOKEN_IDS] + [getattr(self.model, "image_token", None)]
         known = {mark for mark in marks if isinstance(mark, int)}
         if ids is None or not known:
             return None
-        places = torch.isin(ids, torch.tensor(sorted(known), device=ids.device))
-        return [int(count) for count in places.sum(dim=1).tolist()]
+        marked = torch.isin(ids, torch.tensor(sorted(known), device=ids.device))
+        return [int(count) for count in marked.sum(dim=1).tolist()]
 
     def maps(self, length: int) -> dict[str, list[int]]:
         """The maps that can divide `length` entries, those without a factor first."""
-        found = {}
+        maps = {}
         for name, counts in self.counts.items():
             ratio = Fraction(length, sum(counts))
             if all((count * ratio).denominator == 1 for count in counts):
-                found[name] = [int(count * ratio) for count in counts]
-        return dict(sorted(found.items(), key=lambda item: sum(self.counts[item[0]]) != length))
+                maps[name] = [int(count * ratio) for count in counts]
+        return dict(sorted(maps.items(), key=lambda item: sum(self.counts[item[0]]) != length))
 
     def share(self, tensors: Sequence[Tensor], output: Any, refused: Set[str]) -> tuple[Layout, list[int]]:
         """How a call's tensors, of which the first is its input, are divided; entries of each row.
@@ -125,10 +125,10 @@ class Ownership:
         return FOREIGN, [0] * self.size
 
 
-def parted(values: list[int], sizes: list[int]) -> Iterator[list[int]]:
+def _parted(values: list[int], sizes: list[int]) -> Iterator[list[int]]:
     """Consecutive pieces of the given sizes.
 
-    >>> list(parted([1, 2, 3], [2, 0, 1]))
+    >>> list(_parted([1, 2, 3], [2, 0, 1]))
     [[1, 2], [], [3]]
     """
     begin = 0

@@ -11,7 +11,7 @@ from icons.gradients.layers import Part
 from icons.gradients.ownership import FOREIGN, Layout
 from icons.gradients.structure import Members, Owner, Structure
 
-LAYER, MODULE, ENCLOSING, SLOW = range(4)
+LAYER, MODULE, _ENCLOSING, SLOW = range(4)
 """Paths, quickest first: `g^T x` of linear layers (other modules run again); the parameter's own module run again; the
 module around it run again; one backward pass of the whole model per sample."""
 
@@ -170,7 +170,7 @@ class Paths:
                 module = members.modules[owner.module]
                 socket = Socket(owner.module, owner.around, owner.path)
                 part = Part(owner.kind, name, path == LAYER and _is_linear(module, owner.kind))
-                if path == ENCLOSING:
+                if path == _ENCLOSING:
                     socket = Socket(owner.around, owner.around, owner.outer)
                     inner = owner.path[len(owner.outer) :].removeprefix(".")
                     part = Part(f"{inner}.{owner.kind}".removeprefix("."), name, False)
@@ -226,7 +226,7 @@ def is_text(name: str, value: object, shape: tuple[int, ...]) -> bool:
 def _first_path(members: Members, owners: Iterable[Owner]) -> int:
     modules = [(members.modules[owner.module], owner.kind) for owner in owners]
     if all(isinstance(module, nn.ParameterDict | nn.ParameterList) for module, _ in modules):
-        return ENCLOSING
+        return _ENCLOSING
     return LAYER if any(_is_linear(module, kind) for module, kind in modules) else MODULE
 
 

@@ -15,19 +15,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch
-from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, Watcher, finite, owners_in
+from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, Watcher, owners_in
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN
 from icons.gradients.paths import Paths
 from icons.gradients.self_test import SelfTest
+from icons.gradients.slow_path import finite
 from icons.gradients.strangers import Strangers
 from icons.gradients.structure import Members
 from icons.gradients.tap import NarrowInputs
 
-WEIGHTS = (1.0, -2.0, 4.0, -1.0, 2.0, -4.0, 0.5, -0.5)
-FLOOR = 3e-6  # of |x| |g|: what float32 sums of such products are good for
+_WEIGHTS = (1.0, -2.0, 4.0, -1.0, 2.0, -4.0, 0.5, -0.5)
+_FLOOR = 3e-6  # of |x| |g|: what float32 sums of such products are good for
 
 
 @dataclass
@@ -76,7 +77,7 @@ def prove(
         gradient not being finite: for this batch they are slow.
     """
     strangers = Strangers.of(model, batch, members, known)
-    truth = truth_of(model, batch, members, known, strangers, test)
+    truth = _truth_of(model, batch, members, known, strangers, test)
     scale = LossScale.of(batch, members)
     noise: dict[str, float] | None = None
     while True:
@@ -89,8 +90,8 @@ def prove(
         except OverflowedError:
             continue
         wrong, silent, unknown = verdict.of(backward_pass, noise or {})
-        if wrong and noise is None and is_half(backward_pass):
-            noise = truth.apart(truth_of(model, batch, members, known))
+        if wrong and noise is None and _is_half(backward_pass):
+            noise = truth.apart(_truth_of(model, batch, members, known))
             wrong, silent, unknown = verdict.of(backward_pass, noise)
         for name in wrong:
             known.worsen(name, backward_pass.met[name])
@@ -134,10 +135,10 @@ class Verdict:
             sizes = backward_pass.size_of.get(name)  # of a broken sample they are nothing to measure by
             kept = () if sizes is None else sizes[self.truth.weights.to(sizes.device) != 0].tolist()
             size = max(true, spread)
-            rounding = FLOOR * 4 * sum(kept) + min(3 * noise.get(name, 0.0), size / 4)
+            rounding = _FLOOR * 4 * sum(kept) + min(3 * noise.get(name, 0.0), size / 4)
             if not all(map(torch.isfinite, numbers.cpu())):
                 unknown.add(name)
-            elif not error <= tolerance(backward_pass, backward_pass.parameters[name]) * size + rounding:
+            elif not error <= _tolerance(backward_pass, backward_pass.parameters[name]) * size + rounding:
                 wrong.add(name)
             elif true == spread == 0:
                 # a call that is not tapped would stay silent when it no longer is
@@ -145,14 +146,14 @@ class Verdict:
         return wrong, silent, unknown
 
 
-def tolerance(backward_pass: BackwardPass, parameter: nn.Parameter) -> float:
+def _tolerance(backward_pass: BackwardPass, parameter: nn.Parameter) -> float:
     """Relative error below which two ways of summing agree."""
-    if not is_half(backward_pass):
+    if not _is_half(backward_pass):
         return 1e-4
     return 2**-8 if parameter.device.type == "cpu" else 2**-6
 
 
-def is_half(backward_pass: BackwardPass) -> bool:
+def _is_half(backward_pass: BackwardPass) -> bool:
     """Whether anything in the pass is float16 or bfloat16."""
     dtypes = backward_pass.members.structure.dtypes
     if any(dtype in (torch.float16, torch.bfloat16) for dtype, _ in dtypes):
@@ -160,7 +161,7 @@ def is_half(backward_pass: BackwardPass) -> bool:
     return any(torch.is_autocast_enabled(kind) for kind in {kind for _, kind in dtypes})
 
 
-def truth_of(
+def _truth_of(
     model: nn.Module,
     batch: Batch,
     members: Members,
@@ -171,13 +172,13 @@ def truth_of(
     """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
     its activations in the CPU's. Its forward pass serves the self-test and the search for strangers too."""
     try:
-        return ordinary_pass(model, batch, members, known, strangers, test)
+        return _ordinary_pass(model, batch, members, known, strangers, test)
     except torch.OutOfMemoryError:
         with torch.autograd.graph.save_on_cpu():
-            return ordinary_pass(model, batch, members, known, strangers, test)
+            return _ordinary_pass(model, batch, members, known, strangers, test)
 
 
-def ordinary_pass(
+def _ordinary_pass(
     model: nn.Module,
     batch: Batch,
     members: Members,
@@ -192,7 +193,7 @@ def ordinary_pass(
     positions = SupervisedPositions(model, batch["labels"], known.narrows)
     try:
         with ExitStack() as stack:
-            for handle in [*inputs.hooks(), *watches(inputs)]:
+            for handle in [*inputs.hooks(), *_watches(inputs)]:
                 stack.callback(handle.remove)
             stack.callback(inputs.forget)
             stack.enter_context(torch.enable_grad())
@@ -206,7 +207,7 @@ def ordinary_pass(
                 if not known.narrows and positions.head is not None:
                     positions = SupervisedPositions(model, batch["labels"], narrow=False)
                     losses = positions.run(model, batch)
-            weights = sample_weights(losses)
+            weights = _sample_weights(losses)
             if not bool((weights != 0).all()):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite))
                 losses = positions.run(model, batch)
@@ -216,25 +217,25 @@ def ordinary_pass(
                     parameter.grad = None
                 if losses.requires_grad:
                     torch.autograd.backward(losses, weights * factor)
-                found = {name: parameter.grad for name, parameter in parameters.items()}
-                if factor < 2**-20 or not scaled or all_finite(found):
+                gradients = {name: parameter.grad for name, parameter in parameters.items()}
+                if factor < 2**-20 or not scaled or _all_finite(gradients):
                     break
                 factor /= 2**8  # it overflowed in float16
                 losses = positions.run(model, batch)
         if factor != 1:
-            found = {name: None if value is None else value.float() / factor for name, value in found.items()}
-        return Truth(weights, found)
+            gradients = {n: None if value is None else value.float() / factor for n, value in gradients.items()}
+        return Truth(weights, gradients)
     finally:
         for name, parameter in parameters.items():
             parameter.grad = grads[name]
 
 
-def all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
+def _all_finite(gradients: Mapping[str, Tensor | None]) -> bool:
     flags = [value.isfinite().all() for value in gradients.values() if value is not None]
     return not flags or bool(torch.stack(flags).all())
 
 
-def watches(inputs: NarrowInputs) -> list[Any]:
+def _watches(inputs: NarrowInputs) -> list[Any]:
     """Hooks that compare each layer's input with the narrower tensor that a tap would keep."""
 
     def watch(module: nn.Module, args: tuple[Any, ...], _output: Any) -> None:
@@ -244,10 +245,10 @@ def watches(inputs: NarrowInputs) -> list[Any]:
     return [module.register_forward_hook(watch) for module in inputs.owners]
 
 
-def sample_weights(losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+def _sample_weights(losses: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """Powers of two with signs, different within each eight samples, in an order without a period."""
     generator = torch.Generator().manual_seed(0)
     count = len(losses)
-    orders = [torch.randperm(len(WEIGHTS), generator=generator) for _ in range(-(-count // len(WEIGHTS)))]
-    weights = torch.tensor(WEIGHTS, dtype=losses.dtype)[torch.cat(orders)[:count]].to(losses.device)
+    orders = [torch.randperm(len(_WEIGHTS), generator=generator) for _ in range(-(-count // len(_WEIGHTS)))]
+    weights = torch.tensor(_WEIGHTS, dtype=losses.dtype)[torch.cat(orders)[:count]].to(losses.device)
     return torch.where(losses.detach().isfinite(), weights, 0)

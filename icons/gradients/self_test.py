@@ -18,8 +18,8 @@ from icons.gradients.packing import keep_unpacked
 from icons.gradients.paths import Paths, is_text
 from icons.gradients.structure import Members
 
-ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
-LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+_ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
 
 class SeesItsTargetWarning(UserWarning):
@@ -172,7 +172,7 @@ def _tell_router_loss(model: nn.Module) -> None:
     """Says that the balance of a mixture of experts, where training asks for it, is left out: it is a batch's."""
     config: Any = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
-        share = next((getattr(part, name) for name in ROUTER_SHARES if hasattr(part, name)), None)
+        share = next((getattr(part, name) for name in _ROUTER_SHARES if hasattr(part, name)), None)
         if getattr(part, "output_router_logits", False) and share != 0:
             warnings.warn(
                 f"{type(model).__name__}: the router's loss is not part of the sample's loss: its config asks for one "
@@ -270,7 +270,7 @@ def _longest(model: nn.Module) -> int:
     """Positions that the model has, by its configuration; 0 if it does not say."""
     config: Any = getattr(model, "config", None)
     texts = [config, getattr(config, "text_config", None), getattr(config, "llm_config", None)]
-    lengths = [getattr(text, name, None) for text in texts if text is not None for name in LENGTHS]
+    lengths = [getattr(text, name, None) for text in texts if text is not None for name in _LENGTHS]
     return max((value for value in lengths if isinstance(value, int)), default=0)
 
 
