@@ -90,11 +90,18 @@ def index(job: Job, dim: int, optimizer: bool, target: str = "per_module") -> np
     return mean_by_task(job.task, sides[0] @ sides[1].T)
 
 
-def pipeline(job: Job, command: str, index: Options, **parts: Options) -> np.ndarray:
+def unfinished(job: Job) -> np.ndarray:
+    """`build` of the pool alone, which may find what a killed run has left; no scores (zeros)."""
+    bergson(job, "build", "pool", ["pool"], {"projection_dim": 16, "overwrite": False} | state(job, True))
+    return np.zeros((len(job.task.tokens["pool"]), len(job.task.names)))
+
+
+def pipeline(job: Job, command: str, index: Options, resume: bool = False, **parts: Options) -> np.ndarray:
     """One of bergson's recipes from beginning to end."""
-    query = {"query": {"dataset": data_set(job, job.task.names), "aggregation": "none"}}
+    query: Options = {"query": {"dataset": data_set(job, job.task.names), "aggregation": "none"}}
     configs = {"trackstar": "trackstar_cfg", "trak": "trak_cfg", "ekfac": "hessian_pipeline_cfg"}
     empty: Options = {"score_cfg": {}, "preprocess_cfg": {}} if command == "ekfac" else {}
+    query |= {"resume": True} if resume else {}
     place = bergson(job, command, "run", ["pool"], index, **{configs[command]: query}, **empty, **parts)
     return scores(job, place / "scores")
 
@@ -111,6 +118,10 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
         job, "trak", {"projection_dim": 512, "projection_target": "global", "loss_fn": "log_odds"}
     ),
     "ekfac": lambda job: pipeline(job, "ekfac", {}, hessian_cfg={"method": "kfac", "ev_correction": True}),
+    "build-adam, as a killed run left it": unfinished,
+    "ekfac, as a killed run left it": lambda job: pipeline(
+        job, "ekfac", {"overwrite": False}, True, hessian_cfg={"method": "kfac", "ev_correction": True}
+    ),
 }
 
 if __name__ == "__main__":

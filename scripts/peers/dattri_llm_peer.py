@@ -62,7 +62,10 @@ def load(job: Job, model: nn.Module, epoch: int) -> nn.Module:
     return model
 
 
-def attribute(job: Job, method: Callable[..., Any], epochs: Sequence[int], **options: Any) -> np.ndarray:
+def attribute(
+    job: Job, method: Callable[..., Any], epochs: Sequence[int], kept: bool = False, **options: Any
+) -> np.ndarray:
+    """`kept`: gradients go to files first, where a killed run may have left some."""
     tokens = job.task.tokens
     queries = [row for name in job.task.names for row in tokens[name]]
     length = max(len(row["input_ids"]) for row in tokens["pool"] + queries)
@@ -80,7 +83,12 @@ def attribute(job: Job, method: Callable[..., Any], epochs: Sequence[int], **opt
         use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
     hooks = HookManagerConfig(hook_types=dict.fromkeys(modules, "linear_io"))
-    scores = method(arguments, task=task).attribute(train, test, hook_config=hooks, **options)
+    attributor = method(arguments, task=task)
+    if kept:
+        [places] = attributor.cache(train, test, hook_config=hooks, cache_dir=str(job.out / "gradients"))
+        scores = attributor.attribute_from_cache(*places, **options)
+    else:
+        scores = attributor.attribute(train, test, hook_config=hooks, **options)
     columns = scores.scores[:, [scores.test_index[name] for name in test.hashes()]]
     steps = torch.tensor(scores.row_steps)
     each = sum(columns[steps == step] for step in steps.unique().tolist())  # in each, the rows' own order
@@ -112,6 +120,9 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "less": partial(less, epochs=(1, 2, 3)),
     "less-one": partial(less, epochs=(EPOCH,)),
     "gradcos": partial(attribute, method=TracInAttributor, epochs=(EPOCH,), normalized_grad=True),
+    "gradcos, as a killed run left it": partial(
+        attribute, method=TracInAttributor, epochs=(EPOCH,), normalized_grad=True, kept=True
+    ),
 }
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """dattri (https://github.com/TRAIS-Lab/dattri): cosines, DataInf, LoGra and TRAK, called as its examples do.
 
 The loss is a row's mean over its supervised tokens; of what is trained. Its functions take stacked tensors, so rows are
-padded to the longest of all. Its inner loop differentiates the tasks' rows again for each batch, so that batches are
-large; of the whole pool they took 10 GB. DataInf divides by zero by default; 0.1 is what its code falls back to.
-LoGra's damping is that of its example.
+padded to the longest of all. Cosines and TRAK are projected to 512 numbers, its default. Its inner loop differentiates
+the tasks' rows again for each batch, so that batches are large; of the whole pool they took 10 GB. DataInf divides by
+zero by default; 0.1 is what its code falls back to. LoGra's damping is that of its example.
 
 Its EK-FAC takes no sequences (0.3.0: `UnboundLocalError: a_prev` for inputs of layers that are not `[rows, width]`).
 """
@@ -119,7 +119,7 @@ def trak(job: Job, dim: int) -> np.ndarray:
 
 
 VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
-    "cosine": cosine,
+    "cosine, K 512": cosine,
     "datainf, 0.1": partial(inner_product, method=IFAttributorDataInf, regularization=0.1),
     "datainf, 1e-4": partial(inner_product, method=IFAttributorDataInf, regularization=1e-4),
     "logra": partial(logra, dim=1024, damping=1e-2),

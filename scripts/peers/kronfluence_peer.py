@@ -51,7 +51,8 @@ class RowLoss(Method):
         return batch["attention_mask"]
 
 
-def factors(job: Job, strategy: str, damping: float | None) -> np.ndarray:
+def factors(job: Job, strategy: str, damping: float | None, kept: bool = False, partitions: int = 1) -> np.ndarray:
+    """`kept`: what a killed run has left is gone on with; its unit are the partitions of the data."""
     model = job.task.model(job.way, job.checkpoint)
     modules = [
         name for name, module in model.named_modules()
@@ -65,13 +66,15 @@ def factors(job: Job, strategy: str, damping: float | None) -> np.ndarray:
     analyzer = Analyzer("common", model, method, cpu=True, output_dir=str(job.out), disable_tqdm=True)
     analyzer.set_dataloader_kwargs(DataLoaderKwargs(collate_fn=collate))
     analyzer.fit_all_factors(
-        "factors", pool, per_device_batch_size=BATCH, factor_args=FactorArguments(strategy=strategy),
-        overwrite_output_dir=True,
+        "factors", pool, per_device_batch_size=BATCH, factor_args=FactorArguments(
+            strategy=strategy, covariance_data_partitions=partitions, lambda_data_partitions=partitions
+        ),
+        overwrite_output_dir=not kept,
     )  # fmt: skip
     analyzer.compute_pairwise_scores(
         scores_name="scores", factors_name="factors", query_dataset=queries, train_dataset=pool,
         per_device_query_batch_size=len(queries), per_device_train_batch_size=BATCH,
-        score_args=ScoreArguments(damping_factor=damping), overwrite_output_dir=True,
+        score_args=ScoreArguments(damping_factor=damping, data_partitions=partitions), overwrite_output_dir=not kept,
     )  # fmt: skip
     scores = analyzer.load_pairwise_scores("scores")["all_modules"]
     return mean_by_task(job.task, scores.numpy().T)
@@ -81,6 +84,10 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "ekfac": partial(factors, strategy="ekfac", damping=1e-8),
     "ekfac-heuristic": partial(factors, strategy="ekfac", damping=None),
     "kfac-heuristic": partial(factors, strategy="kfac", damping=None),
+    "ekfac, as a killed run left it": partial(factors, strategy="ekfac", damping=None, kept=True),
+    "ekfac, 8 partitions, as a killed run left it": partial(
+        factors, strategy="ekfac", damping=None, kept=True, partitions=8
+    ),
     "identity": partial(factors, strategy="identity", damping=None),
 }
 

@@ -4,7 +4,8 @@
 
 For each score and task, the start is trained on the pool without its 5 % highest rows, and without its 5 % lowest.
 Both are compared, seed by seed, with trainings without as many random rows, drawn anew for each seed. Trainings
-without the same rows are made once. What is done is not done again; the table has the seeds that are whole.
+without the same rows are made once. What is done is not done again; the table has of each score the seeds that are
+whole.
 """
 
 import argparse
@@ -28,15 +29,13 @@ DRAWS = 4
 """Random sets of each seed."""
 SCORES: tuple[tuple[str, str], ...] = (
     REFERENCE,
-    ("ours", "cosine, Adam, exact, 3 checkpoints"),
     ("ours", "product, kfac, exact"),
     ("kronfluence_peer", "ekfac"),
-    ("bergson_peer", "ekfac"),
     ("bergson_peer", "trackstar-adam"),
-    ("bergson_peer", "cosine-adam"),
-    ("trak_peer", "trak"),
-    ("dattri_peer", "ekfac"),
     ("baseline", "minus the loss"),
+    ("trak_peer", "trak"),
+    ("bergson_peer", "cosine-adam"),
+    ("dattri_llm_peer", "ekfac-relative"),
     ("baseline", "random, one draw"),
 )
 KIND = ("baseline", "random rows of the task's kind")
@@ -61,6 +60,9 @@ class Trainings:
             self.found[name] = retrained(self.task, self.way, kept, seed)
             self.file.with_suffix(".partial").write_text(json.dumps(self.found))
             self.file.with_suffix(".partial").replace(self.file)
+
+    def known(self, sets: Sequence[Rows], seed: int) -> bool:
+        return all(self.name(rows, seed) in self.found for rows in sets)
 
     def losses(self, rows: Rows, seed: int) -> list[float]:
         return self.found[self.name(rows, seed)]
@@ -100,7 +102,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("peers_run"), help="folder of run.py, with the scores")
     parser.add_argument("--table", type=Path, default=Path("peers_run") / "leave_out.csv")
     parser.add_argument("--way", choices=("lora", "full"), default="lora")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--judge-only", action="store_true", help="make the table of what is there")
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -112,58 +114,59 @@ def main() -> None:
     } | {(file.parts[-4], file.parts[-2]): np.load(file) for file in given.out.glob(f"*/{given.way}/*/scores.npy")}
     for missing in sorted(set(SCORES) - set(scores)):
         print(f"{', '.join(missing)}: left out, it has no scores in {given.out}", flush=True)
-    chosen = {
-        (*name, end): sets for name in SCORES if name in scores for end, sets in ends_of(scores[name], count).items()
-    }
+    by_score = {name: ends_of(scores[name], count) for name in SCORES if name in scores}
     trainings, seeds = Trainings(task, given.way), range(1, given.seeds + 1)
-    for seed in () if given.judge_only else seeds:
-        by_task = [one for sets in chosen.values() for one in sets] + kind_sets(task, seed, count)
-        for rows in random_sets(task, seed, count) + by_task:
-            trainings.make(rows, seed)
-    whole = [
-        seed for seed in seeds
-        if all(
-            trainings.name(rows, seed) in trainings.found
-            for sets in [*chosen.values(), kind_sets(task, seed, count), random_sets(task, seed, count)]
-            for rows in sets
-        )
-    ]  # fmt: skip
-    write(given.table, judged(task, trainings, chosen, whole, count))
+    chosen = {
+        (*name, end): dict.fromkeys(seeds, ends[end]) for end in ("top", "bottom") for name, ends in by_score.items()
+    }
+    chosen[*KIND, "any"] = {seed: kind_sets(task, seed, count) for seed in seeds}
+    by_chance = {seed: random_sets(task, seed, count) for seed in seeds}
+    for end in ("top", "bottom", "any") if not given.judge_only else ():
+        for seed in seeds:
+            of_end = [rows for name, sets in chosen.items() if name[-1] == end for rows in sets[seed]]
+            for rows in by_chance[seed] + of_end:
+                trainings.make(rows, seed)
+    write(given.table, judged(task, trainings, chosen, by_chance))
+
+
+Sets = Mapping[int, Sequence[Rows]]
+"""Seed -> sets of rows."""
 
 
 def judged(
-    task: Task,
-    trainings: Trainings,
-    chosen: Mapping[tuple[str, str, str], Sequence[Rows]],
-    seeds: list[int],
-    count: int,
+    task: Task, trainings: Trainings, chosen: Mapping[tuple[str, str, str], Sets], by_chance: Sets
 ) -> list[dict[str, Any]]:
     """Of each score and end: the change of a task's loss, mean over tasks, with its interval over seeds."""
-    by_chance = np.array([
-        np.mean([trainings.losses(rows, seed) for rows in random_sets(task, seed, count)], axis=0) for seed in seeds
-    ])  # fmt: skip
-
-    def change(sets: Sequence[Sequence[Rows]]) -> np.ndarray:
-        """`[seeds, tasks]`: each task's loss without its own rows, against random ones."""
-        own = [[trainings.losses(rows, seed)[place] for place, rows in enumerate(sets[number])]
-               for number, seed in enumerate(seeds)]  # fmt: skip
-        return np.array(own) - by_chance
-
-    changes = {name: change([sets] * len(seeds)) for name, sets in chosen.items()}
-    changes[*KIND, "any"] = change([kind_sets(task, seed, count) for seed in seeds])
+    changes = {}
+    for name, sets in chosen.items():
+        known = {seed: trainings.known([*sets[seed], *by_chance[seed]], seed) for seed in sets}
+        changes[name] = {seed: change(trainings, seed, sets[seed], by_chance[seed]) for seed in sets if known[seed]}
     table: list[dict[str, Any]] = []
-    for (tool, variant, end), values in changes.items():
+    for (tool, variant, end), by_seed in changes.items():
+        reference = changes[*REFERENCE, "top" if end == "any" else end]
+        both = sorted(set(by_seed) & set(reference))
+        if len(by_seed) < 2:
+            print(f"{tool}, {variant}, {end}: left out, {len(by_seed)} seeds are whole", flush=True)
+            continue
+        values = np.array(list(by_seed.values()))
         each = dict(zip(task.names, values.mean(axis=0), strict=True))
         row = {
             "tool": tool.removesuffix("_peer"), "variant": variant, "left out": end,
             "change of loss": interval(mean_interval(values.mean(axis=1))),
-            **{name: f"{value:.2f}" for name, value in each.items()}, "seeds": len(seeds),
+            **{name: f"{value:.2f}" for name, value in each.items()}, "seeds": len(by_seed),
+            "minus reference": interval(
+                mean_interval(np.array([by_seed[seed] - reference[seed] for seed in both]).mean(axis=1))
+            ),
         }  # fmt: skip
-        reference = changes[*REFERENCE, "top" if end == "any" else end]
-        row["minus reference"] = interval(mean_interval((values - reference).mean(axis=1)))
         print(row, flush=True)
         table.append(row)
     return table
+
+
+def change(trainings: Trainings, seed: int, sets: Sequence[Rows], by_chance: Sequence[Rows]) -> np.ndarray:
+    """`[tasks]`: each task's loss without its own rows, against random ones."""
+    own = [trainings.losses(rows, seed)[place] for place, rows in enumerate(sets)]
+    return np.array(own) - np.mean([trainings.losses(rows, seed) for rows in by_chance], axis=0)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python scripts/peers/make_task.py --out peers_task
 
-Model: Llama-like, 1.0 M parameters (4 layers of 128, a byte-pair vocabulary of 512). The same line, run again, goes on
-where it was stopped.
+Model: Llama-like, 1.0 M parameters (4 layers of 128, a byte-pair vocabulary of 512), or larger for costs. The same
+line, run again, goes on where it was stopped.
 """
 
 import argparse
@@ -32,7 +32,7 @@ TEMPLATE = (
 )
 
 
-def save_start(folder: Path, texts: list[str]) -> None:
+def save_start(folder: Path, texts: list[str], width: int, layers: int) -> None:
     """An untrained model and a tokenizer made of the texts."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence([
@@ -50,7 +50,8 @@ def save_start(folder: Path, texts: list[str]) -> None:
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=width * 43 // 16, num_hidden_layers=layers,
+        num_attention_heads=width // 32,
         max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -68,33 +69,35 @@ def write(file: Path, questions: list[Question]) -> None:
     file.write_text(json.dumps([question.record() for question in questions], indent=0))
 
 
-def make_data(out: Path) -> None:
-    """Records, tokens and the trained start."""
+def make_data(out: Path, width: int, layers: int, epochs: int) -> None:
+    """Records, tokens and the start, trained for some epochs."""
     known = cities()
     asked, kept = known[::2], known[1::2]  # of the pool and tasks; of the start alone
     parts = {"pool": draw_pool(NUM_POOL, asked, 0)} | {
         kind: draw_task(kind, NUM_VALIDATION, asked, 0) for kind in TASKS
     }
     start = draw_start(NUM_START, kept, 0)
-    save_start(out / "raw", [f"{one.text}\n{one.answer}" for one in start])
+    save_start(out / "raw", [f"{one.text}\n{one.answer}" for one in start], width, layers)
     write(out / "start.json", start)
     for name, questions in parts.items():
         write(out / f"{name}.json", questions)
     (out / "tokens.json").write_text(json.dumps({name: tokenised(out / f"{name}.json", out / "raw") for name in parts}))
     model = LlamaForCausalLM.from_pretrained(out / "raw", dtype=torch.float32)
     rows = tokenised(out / "start.json", out / "raw")
-    train(model, rows, 0, 1e-3, START_EPOCHS)
+    if epochs:
+        train(model, rows, 0, 1e-3, epochs)
     model.save_pretrained(out / "start")
     PreTrainedTokenizerFast.from_pretrained(out / "raw").save_pretrained(out / "start")
 
 
-def make_checkpoints(task: Task, way: str) -> None:
-    """Trains on the whole pool, saved after each epoch."""
+def make_checkpoints(task: Task, way: str, few: int | None) -> None:
+    """Trains on the pool, or a few of its rows, saved after each epoch."""
     tokens = task.tokens
+    pool = tokens["pool"][:few]
     torch.manual_seed(0)
     model = task.model(way)
     before = {name: round(measure(model, tokens[name]), 3) for name in task.names}
-    train(model, tokens["pool"], 0, LEARNING_RATE[way], EPOCHS, task.folder / way)
+    train(model, pool, 0, LEARNING_RATE[way], EPOCHS, task.folder / way)
     after = {name: round(measure(model, tokens[name]), 3) for name in task.names}
     print(f"{way}: losses before {before}, after {after}", flush=True)
 
@@ -119,6 +122,9 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", default=["lora", "full"])
     parser.add_argument("--subsets", type=int, default=60)
     parser.add_argument("--seeds", type=int, default=2, help="trainings of each subset, whose losses are averaged")
+    parser.add_argument("--width", type=int, default=128, help="of the model; 512 and 6 layers have 19.5 M parameters")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--cost-only", action="store_true", help="hardly any training: for cost.py alone")
     given = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
@@ -126,13 +132,13 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     task = Task(out)
     if not (out / "start" / "tokenizer.json").exists():
-        make_data(out)
+        make_data(out, given.width, given.layers, 0 if given.cost_only else START_EPOCHS)
         settings = {"pool": NUM_POOL, "validation": NUM_VALIDATION, "epochs": EPOCHS, "batch": BATCH}
         (out / "settings.json").write_text(json.dumps(settings | {"rate": LEARNING_RATE, "share": SHARE}))
     for way in given.ways:
         if not (task.checkpoint(way, EPOCHS) / "rate.json").exists():
-            make_checkpoints(task, way)
-    for seed in range(1, given.seeds + 1):
+            make_checkpoints(task, way, 48 if given.cost_only else None)
+    for seed in range(1, given.seeds + 1) if not given.cost_only else ():
         for way in given.ways:
             retrain(task, way, given.subsets, seed)
 

@@ -116,20 +116,28 @@ def projected(job: Job, form: str | Curvature, dim: int, **options: Any) -> np.n
     return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))]).numpy()
 
 
-def command_line(job: Job, dim: int) -> np.ndarray:
-    """`icons gradients` into stores, `icons influence` from them; for LoRA, as the command line has it."""
-    common: dict[str, Any] = {
-        "model": job.task.folder / "start", "adapter": job.checkpoint,
-        "optimizer_state": job.checkpoint / "optimizer.pt", "template": "chat", "dim": dim, "batch_size": BATCH,
+def command_line(job: Job, dim: int, curved: bool = False) -> np.ndarray:
+    """`icons gradients` into stores, `icons influence` from them; for LoRA, as the command line has it.
+
+    `curved`: `icons factors` of all rows first, and inner products in place of cosines.
+    """
+    model: dict[str, Any] = {
+        "model": job.task.folder / "start", "adapter": job.checkpoint, "template": "chat", "batch_size": BATCH,
         "trainer": {"accelerator": "cpu"},
     }  # fmt: skip
+    factors = {"factors": job.out / "factors.safetensors"} if curved else {}
+    if curved:
+        done("factors", data=job.task.folder / "pool.json", out=factors["factors"], rows=None, **model)
+    moments = {"optimizer_state": job.checkpoint / "optimizer.pt"}
     for name in ("pool", *job.task.names):
+        training = factors if curved else moments if name == "pool" else {}
         done(
-            "gradients", data=job.task.folder / f"{name}.json", out=str(job.out / f"{name}.zarr"),
-            preconditioner="adam" if name == "pool" else "none", **common,
+            "gradients", data=job.task.folder / f"{name}.json", out=str(job.out / f"{name}.zarr"), dim=dim,
+            task=name != "pool", **model, **training,
         )  # fmt: skip
     tasks = [f"{name}={job.out / name}.zarr" for name in job.task.names]
-    done("influence", train=[str(job.out / "pool.zarr")], task=tasks, out=str(job.out / "scores.zarr"))
+    plain = {"normalize": "none", "task_normalize": "none"} if curved else {}
+    done("influence", train=[str(job.out / "pool.zarr")], task=tasks, out=str(job.out / "scores.zarr"), **plain)
     return ScoreStore.open(job.out / "scores.zarr").stored("influence", slice(None))
 
 
@@ -168,6 +176,7 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "cosine, kfac, K 5120": partial(projected, form=Curvature(root=True), dim=5120),
     "cosine, kfac, exact": partial(exact, form=Curvature(), epoch=EPOCH, cosine=True),
     "command line": partial(command_line, dim=5120),
+    "command line, kfac": partial(command_line, dim=5120, curved=True),
     "cosine, Adam, K 5120": partial(projected, form="adam", dim=5120),
     "cosine, Adam, K 1024": partial(projected, form="adam", dim=1024),
     "cosine, Adam, K 5120, subspace 0.9": partial(projected, form="adam", dim=5120, subspace=0.9),
