@@ -33,12 +33,12 @@ def loader(rows: list[Row], length: int, size: int) -> DataLoader[Any]:
     return DataLoader(TensorDataset(*columns), batch_size=size, shuffle=False)
 
 
-def loaders(job: Job, size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+def loaders(job: Job, size: int, queries_size: int | None = None) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """The pool and all tasks' rows."""
     tokens = job.task.tokens
     queries = [row for name in job.task.names for row in tokens[name]]
     length = max(len(row["input_ids"]) for row in tokens["pool"] + queries)
-    return loader(tokens["pool"], length, size), loader(queries, length, size)
+    return loader(tokens["pool"], length, size), loader(queries, length, queries_size or size)
 
 
 class Called(nn.Module):
@@ -70,7 +70,7 @@ def mean_loss(model: Called, params: dict[str, Tensor], data: Columns) -> Tensor
 
 
 def inner_product(job: Job, method: Callable[..., Any], **options: Any) -> np.ndarray:
-    model, (pool, queries) = Called(job), loaders(job, LARGE)
+    model, (pool, queries) = Called(job), loaders(job, LARGE, 60)  # DataInf takes queries squared of memory
     task = AttributionTask(partial(mean_loss, model), model, model.state_dict())
     attributor = method(task=task, **options)
     attributor.cache(pool)

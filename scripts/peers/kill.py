@@ -2,9 +2,9 @@
 
     python scripts/peers/kill.py --task peers_task --out peers_kill --table kill.csv --python TOOL=PYTHON ...
 
-Each line runs once undisturbed; then anew, is killed after a share of that time, and given again. The table has the CPU
-seconds of the undisturbed run and of the second try, which includes the start of a process, and whether it ended well
-with the same scores.
+Each line runs once undisturbed; then anew, is killed after a share of its CPU time, and given again. The table has the
+CPU seconds of the undisturbed run and of the second try, which includes the start of a process, and whether it ended
+well with the same scores.
 """
 
 import argparse
@@ -22,7 +22,6 @@ from table import write
 
 LINES = (
     ("ours", "command line"),
-    ("ours", "command line, kfac"),
     ("bergson_peer", "build-adam, as a killed run left it"),
     ("bergson_peer", "ekfac, as a killed run left it"),
     ("kronfluence_peer", "ekfac, as a killed run left it"),
@@ -37,18 +36,32 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def run(line: list[str], log: Path, kill_after: float | None = None) -> tuple[float, float, int]:
-    """Seconds, CPU seconds and exit status of a line with all that it starts."""
-    begin, cpu = time.perf_counter(), cpu_seconds()
+def cpu_of_group(group: int) -> float:
+    """CPU seconds of a process group's processes and of those that they have waited for (Linux)."""
+    ticks = 0
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = file.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(fields[2]) == group:
+            ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def run(line: list[str], log: Path, kill_after: float | None = None) -> tuple[float, int]:
+    """CPU seconds and exit status of a line with all that it starts; `kill_after`: CPU seconds."""
+    cpu = cpu_seconds()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with log.open("w") as opened:
         process = subprocess.Popen(line, stdout=opened, stderr=opened, start_new_session=True, env=environment)
-    try:
-        process.wait(kill_after)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    return time.perf_counter() - begin, cpu_seconds() - cpu, process.returncode
+    while kill_after is not None and process.poll() is None:
+        if cpu_of_group(process.pid) > kill_after:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+        time.sleep(0.05)
+    process.wait()
+    return cpu_seconds() - cpu, process.returncode
 
 
 def main() -> None:
@@ -56,7 +69,7 @@ def main() -> None:
     parser.add_argument("--task", type=Path, default=Path("peers_task"))
     parser.add_argument("--out", type=Path, default=Path("peers_kill"))
     parser.add_argument("--table", type=Path, default=Path("peers_kill") / "kill.csv")
-    parser.add_argument("--share", type=float, default=0.7)
+    parser.add_argument("--share", type=float, default=0.7, help="of the undisturbed run's CPU seconds")
     parser.add_argument("--python", action="append", default=[], help="TOOL=PYTHON, the interpreter of its environment")
     given = parser.parse_args()
     pythons = {"ours": sys.executable} | dict(entry.split("=", 1) for entry in given.python)
@@ -69,9 +82,10 @@ def main() -> None:
         line = [pythons[tool], str(Path(__file__).parent / f"{tool}.py"), "--task", str(given.task.resolve())]
         line += ["--way", "lora", "--variant", variant, "--out"]
         whole, again = given.out.resolve() / "whole" / tool, given.out.resolve() / "again" / tool
-        seconds, cpu, status = run([*line, str(whole)], given.out / "whole.log")
-        killed = run([*line, str(again)], given.out / "killed.log", given.share * seconds)[2]
-        _, second, ended = run([*line, str(again)], given.out / "second.log")
+        log = given.out / f"{tool}, {variant}"
+        cpu, status = run([*line, str(whole)], log.with_suffix(".whole.log"))
+        killed = run([*line, str(again)], log.with_suffix(".killed.log"), given.share * cpu)[1]
+        second, ended = run([*line, str(again)], log.with_suffix(".second.log"))
         scores = [folder / "lora" / variant / "scores.npy" for folder in (whole, again)]
         same = all(file.exists() for file in scores) and np.array_equal(*map(np.load, scores))
         table.append({

@@ -121,10 +121,9 @@ def main() -> None:
     }
     chosen[*KIND, "any"] = {seed: kind_sets(task, seed, count) for seed in seeds}
     by_chance = {seed: random_sets(task, seed, count) for seed in seeds}
-    for end in ("top", "bottom", "any") if not given.judge_only else ():
+    for sets in chosen.values() if not given.judge_only else ():
         for seed in seeds:
-            of_end = [rows for name, sets in chosen.items() if name[-1] == end for rows in sets[seed]]
-            for rows in by_chance[seed] + of_end:
+            for rows in [*by_chance[seed], *sets[seed]]:
                 trainings.make(rows, seed)
     write(given.table, judged(task, trainings, chosen, by_chance))
 

@@ -28,7 +28,7 @@ from icons.validation.datamodel import (
     spearman,
 )
 
-TOOLS = ("ours", "bergson_peer", "kronfluence_peer", "trak_peer", "dattri_peer")
+TOOLS = ("ours", "bergson_peer", "kronfluence_peer", "trak_peer", "dattri_peer", "dattri_llm_peer")
 REFERENCE = ("ours", "cosine, Adam, exact")
 """The paper's form, without its projection."""
 RESAMPLES = 500
