@@ -15,6 +15,7 @@ from torch import Tensor
 
 from icons.batch import Batch, model_inputs, sample_losses, supervised_tokens
 from icons.cli.demo import DemoSettings
+from icons.datamodules.chat.template_samples import TemplateSamples
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.datamodules.dataset import ConversationDataset
 from icons.datamodules.easy_vqa import DemoData
@@ -86,7 +87,8 @@ class KnownSamples(ConversationDataset):
     """A data set that keeps its samples, with image features in place of pixels."""
 
     def use(self, features: Features) -> "KnownSamples":
-        self.images, self.pixels, self.kept = features, torch.cat, {}
+        assert isinstance(self.maker, TemplateSamples)
+        self.images, self.maker.pixels, self.kept = features, torch.cat, {}
         return self
 
     def __getitem__(self, row: int) -> dict[str, Any]:
