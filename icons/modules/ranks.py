@@ -30,8 +30,9 @@ class Outcome(NamedTuple):
     said: str = ""
 
 
-class Ranks:
-    """Every process of a run, this one included; to be made by all of them at the same point.
+class Run:
+    """One rank of a run: takes the signals while it works, and ends together with the other ranks. To be
+    made by all ranks at the same point.
 
     Args:
         launched: processes that this one has started as ranks, in the list through which Lightning watches them.
@@ -42,46 +43,8 @@ class Ranks:
         # a group of its own: on the CPU whatever computes, and without the time limit of the others
         self.group = dist.new_group(backend="gloo", timeout=FOREVER) if several else None
         self.launched = launched if launched is not None else []
-
-    def agree(self, mine: Outcome) -> Outcome:
-        """Waits for every rank's outcome, however long it takes; the one that counts for all, the same on each.
-
-        An error (1) counts more than an interruption, and that more than success. A rank that has died, or died while
-        it was waited for, is an error, unless this one was interrupted: then its own status counts.
-        """
-        try:
-            outcome = worst(self.gather(mine))
-        except RuntimeError:
-            outcome = mine if mine.status else Outcome(1, "another rank of this run has died; run the same line again")
-        release(self.launched)
-        return outcome
-
-    def gather(self, mine: Outcome) -> list[Outcome]:
-        if self.group is None:
-            return [mine]
-        text = json.dumps(mine).encode()
-        if len(text) > WORDS:
-            text = json.dumps(Outcome(mine.status, mine.said[: WORDS // 8])).encode()
-        own = torch.tensor(list(text.ljust(WORDS)), dtype=torch.uint8)
-        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        work = dist.all_gather(parts, own, group=self.group, async_op=True)
-        while not work.is_completed():  # and not `wait`, in which no signal would be taken
-            time.sleep(_POLL_S)
-        work.wait()
-        return [Outcome(*json.loads(bytes(part.tolist()))) for part in parts]
-
-
-class Run:
-    """One rank of a run: takes the signals while it works, and ends together with the other ranks. To be
-    made by all ranks at the same point.
-
-    Args:
-        launched: see `Ranks`.
-    """
-
-    def __init__(self, launched: "list[Any] | None" = None) -> None:
-        self.ranks: Ranks | None = Ranks(launched)
         self.interruption: Interruption | None = None
+        self.has_agreed = False
 
     def watch(self, ask_to_stop: Callable[[], object]) -> None:
         """From now on this rank works, and signals ask it to stop."""
@@ -111,23 +74,51 @@ class Run:
 
     def fail(self, exception: BaseException) -> None:
         """Called when this rank's work has ended in an exception: the others go on with theirs, and then all end."""
-        if self.ranks is None:
+        if self.has_agreed:
             return
         if self.interruption is None or not isinstance(exception, Exception):  # the others cannot begin, or end as well
-            leave(self.ranks.launched)
+            leave(self.launched)
             self.give_back()
             return
-        if self.ranks.group is not None:
+        if self.group is not None:
             said = f"error: {exception} (waiting for the other ranks, which go on with their work)"
             print(f"rank {dist.get_rank()}: {said}", file=sys.stderr, flush=True)
         self.agree(Outcome(1, str(exception)))
 
     def agree(self, mine: Outcome) -> Outcome:
-        ranks, self.ranks = self.ranks, None
+        """Waits for every rank's outcome, however long it takes; the one that counts for all, the same on each. Asked
+        again, this rank's own.
+
+        An error (1) counts more than an interruption, and that more than success. A rank that has died, or died while
+        it was waited for, is an error, unless this one was interrupted: then its own status counts.
+        """
+        if self.has_agreed:
+            return mine
+        self.has_agreed = True
         try:
-            return mine if ranks is None else ranks.agree(mine)
+            outcome = worst(self.gather(mine))
+            release(self.launched)
         finally:
             self.give_back()
+        return outcome
+
+    def gather(self, mine: Outcome) -> list[Outcome]:
+        """Every rank's outcome; where one has died, what that means for this one."""
+        if self.group is None:
+            return [mine]
+        text = json.dumps(mine).encode()
+        if len(text) > WORDS:
+            text = json.dumps(Outcome(mine.status, mine.said[: WORDS // 8])).encode()
+        own = torch.tensor(list(text.ljust(WORDS)), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        try:
+            work = dist.all_gather(parts, own, group=self.group, async_op=True)
+            while not work.is_completed():  # and not `wait`, in which no signal would be taken
+                time.sleep(_POLL_S)
+            work.wait()
+        except RuntimeError:
+            return [mine if mine.status else Outcome(1, "another rank of this run has died; run the same line again")]
+        return [Outcome(*json.loads(bytes(part.tolist()))) for part in parts]
 
     def give_back(self) -> None:
         if self.interruption is not None:
