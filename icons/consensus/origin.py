@@ -97,9 +97,18 @@ def scorer_behind(scores: Any, train: Any, tasks: Any, num_rows: int, names: Seq
             "got scores without gradients; expected a score store that names its gradient stores, or train and tasks "
             "as `icons.influence` takes them"
         )
-    if scorer.num_rows != num_rows or scorer.tasks != list(names):
-        raise ValueError(
-            f"gradients: got {scorer.num_rows} rows and the tasks {', '.join(scorer.tasks)}; expected "
-            f"{num_rows} and {', '.join(names)}, as the scores have"
-        )
+    check_same("gradients", scorer, num_rows, names)
     return scorer
+
+
+def check_same(what: str, opened: Any, num_rows: int, tasks: Sequence[str]) -> None:
+    """Compares the rows and tasks of gradients, or of products of them, with those of the scores.
+
+    Raises:
+        ValueError: they are others.
+    """
+    if opened.num_rows != num_rows or opened.tasks != list(tasks):
+        raise ValueError(
+            f"{what}: got {opened.num_rows} rows and the tasks {', '.join(opened.tasks)}; expected "
+            f"{num_rows} and {', '.join(tasks)}, as the scores have"
+        )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from icons.consensus.origin import scorer_of
+from icons.consensus.origin import check_same, scorer_of
 from icons.scores import Scorer
 from icons.store import ScoreStore
 
@@ -256,9 +256,5 @@ def pairs_behind(
         scorer = gradients(True)
         groups = scores.facts.groups if isinstance(scores, ScoreStore) else {}
         opened = stack.enter_context(Pairs.of_gradients(scorer, groups))
-    if opened.num_rows != num_rows or opened.tasks != list(tasks):
-        raise ValueError(
-            f"products: got {opened.num_rows} rows and the tasks {', '.join(opened.tasks)}; expected "
-            f"{num_rows} and {', '.join(tasks)}, as the scores have"
-        )
+    check_same("products", opened, num_rows, tasks)
     return opened

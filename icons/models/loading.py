@@ -247,7 +247,7 @@ def torch_dtype(dtype: Dtype) -> torch.dtype | str:
 
 def _refuse_merged(model: Path, adapter: Path) -> None:
     """An adapter that `icons export` has merged into this very model must not be applied again."""
-    if adapter_fingerprint(adapter) in merged_adapters(model):
+    if adapter_digest(adapter) in merged_adapters(model):
         raise ValueError(
             f"{adapter}: is merged into {model} already (see {MERGED}); applying it again would count it twice: leave "
             "--adapter out, or give the base model"
@@ -260,7 +260,7 @@ def merged_adapters(model: Path) -> list[str]:
     return json.loads(record.read_text())["adapters"] if record.is_file() else []
 
 
-def adapter_fingerprint(adapter: Path) -> str:
+def adapter_digest(adapter: Path) -> str:
     """SHA-256 (16 hex digits) of the adapter's weights as they lie on disk."""
     with adapter_file(adapter).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

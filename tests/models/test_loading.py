@@ -26,7 +26,7 @@ from icons.models.folder import ModelFolder
 from icons.models.loading import (
     MERGED,
     NEVER_QUANTIZED,
-    adapter_fingerprint,
+    adapter_digest,
     checkpoint_layers,
     empty_model,
     load_model,
@@ -168,7 +168,7 @@ def test_adapter_as_pytorch_file_gives_the_same_model(
 
 def test_refuses_an_adapter_that_is_merged_already(llava: ModelFolder, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(llava.model, tmp_path / "merged")
-    (tmp_path / "merged" / MERGED).write_text(json.dumps({"adapters": [adapter_fingerprint(adapter)]}))
+    (tmp_path / "merged" / MERGED).write_text(json.dumps({"adapters": [adapter_digest(adapter)]}))
     merged = ModelFolder.open(tmp_path / "merged", llava.vision_tower, llava.mm_projector)
     with pytest.raises(ValueError, match=r"is merged into .* already .* count it twice"):
         load_model(merged, adapter=adapter)

@@ -17,7 +17,7 @@ from icons.models.export.old_settings import old_rope, with_old_settings
 from icons.models.export.processor import write_processor
 from icons.models.folder import ModelFolder, read_config
 from icons.models.llava import Llava
-from icons.models.loading import MERGED, adapter_fingerprint, load_model, merged_adapters
+from icons.models.loading import MERGED, adapter_digest, load_model, merged_adapters
 from icons.output import check_output, read_object, whole_folder
 
 _TOKENIZER_FILES = (
@@ -75,7 +75,7 @@ def export_model(
         "base": folder.model.name,
         "base_fingerprint": folder.fingerprint(),
     }
-    merged = merged_adapters(folder.model) + ([adapter_fingerprint(adapter)] if adapter is not None else [])
+    merged = merged_adapters(folder.model) + ([adapter_digest(adapter)] if adapter is not None else [])
     record |= {"adapters": merged}
     with whole_folder(out, last=MERGED, stale=lambda name: name.endswith(_WEIGHT_SUFFIXES)) as partial:
         if layout == "llava":
