@@ -11,7 +11,7 @@ import asyncio
 import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from icons.store.file import (
 )
 
 _FLUSHES = 16  # at once
+_LARGE = 1 << 20  # bytes of a file that the disk is given at once, while others are still being written
 _VOLATILE = "status/lease/"  # who computes what is worth nothing after a loss of power
 
 
@@ -47,6 +48,7 @@ class DurableLocalStore(LocalStore):
     def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
         self.unflushed: list[Path] = []
+        self.begun: dict[Path, Future[None]] = {}  # those of them whose content is on its way to the disk
         self.named: set[Path] = set()  # folders whose own names are durable
         self.pool = ThreadPoolExecutor(_FLUSHES, "icons-flush")
         self.flushing = threading.Lock()  # who comes second waits for the first, who may be flushing the second's files
@@ -74,7 +76,10 @@ class DurableLocalStore(LocalStore):
                 if folder in self.named:
                     break
                 folder = folder.parent
-        self.flush_side_by_side([*files, *(folders - files.keys())])
+        begun = {path: self.begun.pop(path) for path in files if path in self.begun}
+        self.flush_side_by_side([*(files.keys() - begun.keys()), *(folders - files.keys())])
+        for content in begun.values():
+            content.result()
         self.named |= folders
 
     def flush_side_by_side(self, paths: Sequence[Path]) -> None:
@@ -155,7 +160,10 @@ class DurableLocalStore(LocalStore):
 
     def set_parts(self, key: str, parts: Sequence[Any], guard: Guard | None = None) -> None:
         self._check_writable()
-        self.remember(key, write_file(self.root, key, parts, guard=guard))
+        path = write_file(self.root, key, parts, guard=guard)
+        if sum(map(len, parts)) >= _LARGE:
+            self.begun[path] = self.pool.submit(flush_path, path)
+        self.remember(key, path)
 
     def set_whole(self, values: Mapping[str, Sequence[Any]], guards: Mapping[str, Guard]) -> list[str]:
         """Writes files each of which has its name only once it, and all that was written before, is durable; the keys

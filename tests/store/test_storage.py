@@ -107,6 +107,33 @@ def test_status_is_written_only_after_the_rows_are_flushed(tmp_path: Path, monke
     assert events[0] == "flush status/c", "a unit that is written again is first, durably, not written"
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_large_file_that_could_not_be_made_durable_early_writes_no_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    """Written once or twice before it is waited for."""
+    monkeypatch.setattr(icons.store.folder, "_LARGE", 1)
+    store = GradientStore.create(tmp_path / "s", num_rows=8, dim=6, chunk_rows=4)
+    flush, failed = icons.store.folder.flush_path, []
+
+    def failing(path: Path) -> None:
+        if path.parts[-3:] == ("c", "0", "0"):
+            failed.append(path)
+            raise OSError(5, "Input/output error")
+        flush(path)
+
+    monkeypatch.setattr(icons.store.folder, "flush_path", failing)
+    columns = store.encode(results(np.arange(4)))
+    for _ in range(2 if again else 1):
+        store.write_rows(0, columns)
+    with pytest.raises(OSError, match="Input/output error"):
+        store.commit({0: columns["status"]})
+    assert failed and store.missing() == [0, 1] and not (tmp_path / "s/status/c/0").exists()
+    store.storage.folder.unflushed.clear()  # type: ignore[union-attr]
+    store.write_unit(1, results(np.arange(4, 8)))
+    assert store.missing() == [0]
+
+
 def test_a_flush_that_fails_writes_no_status_then_or_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = GradientStore.create(tmp_path / "s", num_rows=8, dim=6, chunk_rows=4)
 
