@@ -92,7 +92,8 @@ def index(job: Job, dim: int, optimizer: bool, target: str = "per_module") -> np
 
 def unfinished(job: Job) -> np.ndarray:
     """`build` of the pool alone, which may find what a killed run has left; no scores (zeros)."""
-    bergson(job, "build", "pool", ["pool"], {"projection_dim": 16, "overwrite": False} | state(job, True))
+    shape = {"projection_dim": 16, "overwrite": False}
+    bergson(job, "build", "pool", ["pool"], shape | state(job, True), preprocess_cfg={"unit_normalize": True})
     return np.zeros((len(job.task.tokens["pool"]), len(job.task.names)))
 
 
@@ -111,6 +112,7 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "cosine-adam": partial(cosines, dim=0, optimizer=True),
     "build": partial(index, dim=16, optimizer=False),
     "build-adam": partial(index, dim=16, optimizer=True),
+    "build-adam-10": partial(index, dim=10, optimizer=True),
     "build-adam-5120": partial(index, dim=5120, optimizer=True, target="global"),
     "trackstar": lambda job: pipeline(job, "trackstar", {}),
     "trackstar-adam": lambda job: pipeline(job, "trackstar", state(job, True)),

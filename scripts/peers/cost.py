@@ -28,6 +28,7 @@ LORA: list[Plan] = [
     ("ours", "cosine, Adam, exact", None),
     ("ours", "product, kfac, exact", None),
     ("bergson_peer", "build-adam", None),
+    ("bergson_peer", "build-adam-10", None),
     ("bergson_peer", "build-adam-5120", (100, 400)),
     ("bergson_peer", "ekfac", None),
     ("kronfluence_peer", "ekfac-heuristic", None),
