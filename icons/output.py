@@ -235,6 +235,14 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def remove(path: Path) -> None:
+    """Takes away a file or a folder (a fit's checkpoint is one under DeepSpeed), if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
     (target / last).unlink(missing_ok=True)
     for former in list(target.iterdir()):

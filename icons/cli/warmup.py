@@ -30,10 +30,10 @@ from icons.modules.fit import (
     say,
     trainer_flags,
 )
-from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, remove
+from icons.modules.fit_checkpoint import BEFORE, LAST, NEW
 from icons.modules.named_strategy import sharing_ranks
 from icons.modules.warmup import WarmupModule, hardly_moved
-from icons.output import check_output, mark
+from icons.output import check_output, mark, remove
 from icons.terminal import counted
 
 _HELD_OUT, _MOST_HELD_OUT = "held-out", 256

@@ -9,7 +9,6 @@ the same line goes on from there.
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +25,7 @@ from icons.consensus.selection_file import (
     note_path,
     noted,
 )
-from icons.output import beside, flush_path, flush_tree, move_into, put, sweep_partials
+from icons.output import beside, flush_path, flush_tree, move_into, put, remove, sweep_partials
 
 
 class SelectionOutput:
@@ -84,13 +83,6 @@ def move(partial: Path, target: Path) -> None:
     else:
         partial.replace(target)
     flush_path(target.parent)
-
-
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextmanager

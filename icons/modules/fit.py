@@ -17,10 +17,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from icons.choices import ModelDtype
 from icons.models.tensor_files import load_data
 from icons.models.warmup_folder import MANIFEST
-from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of, remove
+from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of
 from icons.modules.named_strategy import named_strategy
 from icons.modules.progress import FitProgress
 from icons.modules.warmup import WarmupModule
+from icons.output import remove
 
 _PRECISION = {"float32": "32-true", "bfloat16": "bf16-mixed", "float16": "16-mixed"}
 TRAINER: dict[str, Any] = {

@@ -1,6 +1,5 @@
 """FitCheckpoint: the callback through which an interrupted fit loses minutes at most, and resumes exactly."""
 
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from icons.interruption import RESUME, Interruption
 from icons.modules.ranks import launched_by, leave, own_signals, release
-from icons.output import flush_path, flush_tree
+from icons.output import flush_path, flush_tree, remove
 
 LAST, BEFORE, NEW = "last.ckpt", "before.ckpt", "new.ckpt"
 
@@ -148,11 +147,3 @@ def checkpoint_of(folder: Path, say: Callable[[str], None], check: Callable[[Pat
     if errors:
         raise errors[0]
     return None
-
-
-def remove(checkpoint: Path) -> None:
-    """A checkpoint is a file, under DeepSpeed and sharded FSDP a folder."""
-    if checkpoint.is_dir():
-        shutil.rmtree(checkpoint)
-    else:
-        checkpoint.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from icons.datamodules.records.cache import cache_folder
 from icons.datamodules.records.data_file import State, content_digest
 from icons.datamodules.records.source import RecordError, checked_row, id_of
-from icons.output import beside
+from icons.output import beside, remove
 
 PARQUET, ARROW = ".parquet", ".arrow"
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
@@ -89,9 +89,7 @@ class DataSetRecords:
                 shutil.rmtree(out)
             partial.replace(out)
         finally:
-            if partial.is_dir():
-                shutil.rmtree(partial)
-            partial.unlink(missing_ok=True)
+            remove(partial)
 
     def check_out(self, out: Path) -> Literal["file", "folder"]:
         kept = self.path.suffix if self.path.suffix in (PARQUET, ARROW) else ""
