@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -76,7 +76,7 @@ class Paths:
 
     Attributes:
         structure: of the model when it was last looked at.
-        stood: where each parameter stood, and among which hooks; what has changed is proven anew.
+        stood: where each parameter stood; one that stands elsewhere is proven anew.
         plans: by kind of batch, as long as they hold.
         first: the quickest path of each parameter.
         worsened: by kind of batch, the paths of parameters whose quicker ones were found wrong.
@@ -92,7 +92,7 @@ class Paths:
     """
 
     structure: Structure | None = None
-    stood: dict[str, tuple[object, ...]] = field(default_factory=dict)
+    stood: dict[str, list[Owner]] = field(default_factory=dict)
     plans: dict[Kind, Plan] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
     worsened: dict[Kind, dict[str, int]] = field(default_factory=dict)
@@ -190,24 +190,20 @@ KNOWN: WeakKeyDictionary[nn.Module, Paths] = WeakKeyDictionary()
 
 
 def paths_of(model: nn.Module, members: Members, batch: Batch) -> Paths:
-    """What is known of the model as it stands now, for batches of this kind. A parameter that is new, or whose modules
-    are others than before or have other hooks, begins on its quickest path."""
+    """What is known of the model as it stands now, for batches of this kind. Nothing is, of one that computes by other
+    modules than before, or with other hooks; nor of a parameter that is new, or stands elsewhere."""
     known = KNOWN.setdefault(model, Paths())
+    if known.structure is not None and not known.structure.computes(members.structure.computation):
+        known = KNOWN[model] = Paths()
     known.kind = _kind_of(batch)
     if known.structure is not members.structure:
         known.structure = members.structure
         known.plans.clear()
         for name, owners in members.structure.owners.items():
-            now = tuple(_standing(members.modules[owner.module], owner) for owner in owners)
-            if known.stood.get(name) != now:
-                known.stood[name], known.first[name] = now, _first_path(members, owners)
+            if known.stood.get(name) != owners:
+                known.stood[name], known.first[name] = owners, _first_path(members, owners)
                 known._forget(name)
     return known
-
-
-def _standing(module: nn.Module, owner: Owner) -> tuple[object, ...]:
-    hooks = tuple(module._forward_hooks), tuple(module._forward_pre_hooks)
-    return ref(module), type(module), id(module.__dict__.get("forward")), hooks, owner.kind
 
 
 def _kind_of(batch: Batch) -> Kind:

@@ -1,12 +1,14 @@
 """What a model consists of, seen in one quick walk: nothing else goes through its thousands of modules in a batch."""
 
 import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,27 @@ class Structure:
     """What follows from a model's modules and parameters. It holds none of them: no model lives longer for it.
 
     Attributes:
-        marks: what is compared in order to see that nothing has changed.
-        modules: those that the marks were made of.
+        computation: what is compared in order to see that the model computes as it did: modules, how they stand in one
+            another, and what runs around them.
+        marks: the same for its parameters.
+        alive: the modules, and functions in the place of their `forward`: an id alone could be another's by now.
         names: of trainable parameters, each with its number in the walk.
         dtypes: of all parameters, with the kind of their device.
         owners: where each trainable parameter stands: in one module, or in several that share it.
         accepted: whether all that can be told without a pass was looked at, and was fit for one.
     """
 
+    computation: list[Any]
     marks: list[Any]
-    modules: list[weakref.ref[nn.Module]]
+    alive: list[weakref.ref[Any]]
     names: list[tuple[str, int]] = field(default_factory=list)
     dtypes: frozenset[tuple[torch.dtype, str]] = frozenset()
     owners: dict[str, list[Owner]] = field(default_factory=dict)
     accepted: bool = False
 
-    def describes(self, marks: list[Any]) -> bool:
-        """Whether these are the same modules, of which none has gone: an id alone could be another's by now."""
-        return self.marks == marks and None not in [module() for module in self.modules]
+    def computes(self, computation: list[Any]) -> bool:
+        """Whether these are the same modules, wired and hooked as they were, of which none has gone."""
+        return self.computation == computation and None not in [one() for one in self.alive]
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,15 @@ def members_of(model: nn.Module) -> Members:
         ValueError: nothing in it is trainable.
     """
     modules, parameters, marks = [model], list[nn.Parameter](), list[Any]()
-    met = {id(model)}
+    met, forwards = {id(model)}, list[Any]()
+    computation: list[Any] = [*torch_module._global_forward_hooks, -1, *torch_module._global_forward_pre_hooks, -1]
     for module in modules:  # grows
-        marks += id(module), module.__class__, id(module.__dict__.get("forward"))
-        marks += *module._forward_hooks, -1, *module._forward_pre_hooks, *module._modules
-        for child in module._modules.values():
+        forward = module.__dict__.get("forward")
+        computation += module.__class__, id(forward), *module._forward_hooks, -1, *module._forward_pre_hooks
+        if forward is not None:
+            forwards.append(forward)
+        for name, child in module._modules.items():
+            computation += name, id(child)
             if child is not None and id(child) not in met:
                 met.add(id(child))
                 modules.append(child)
@@ -97,9 +106,11 @@ def members_of(model: nn.Module) -> Members:
                 marks += kind, id(parameter), parameter.__class__
                 marks += parameter.requires_grad, parameter.dtype, parameter.device
                 parameters.append(parameter)
+        marks.append(-1)
     structure = _seen.get(model)
-    if structure is None or not structure.describes(marks):
-        structure = _seen[model] = _structure_of(model, marks, modules, parameters)
+    if structure is None or structure.marks != marks or not structure.computes(computation):
+        alive = _references([*modules, *forwards])
+        structure = _seen[model] = _structure_of(model, computation, marks, alive, modules, parameters)
     if not structure.names:
         raise ValueError(
             "per-sample gradients: the model has no trainable parameter; expected at least one with "
@@ -109,14 +120,31 @@ def members_of(model: nn.Module) -> Members:
     return Members(modules, trainable, [module for module in modules if module.training], structure)
 
 
+def _references(values: Iterable[Any]) -> list[weakref.ref[Any]]:
+    """Of each; a dead one where there can be none: its structure then never holds."""
+    references = []
+    for value in values:
+        try:
+            references.append(weakref.ref(value))
+        except TypeError:
+            references.append(weakref.ref(type("Gone", (), {})()))
+    return references
+
+
 def _structure_of(
-    model: nn.Module, marks: list[Any], modules: list[nn.Module], parameters: list[nn.Parameter]
+    model: nn.Module,
+    computation: list[Any],
+    marks: list[Any],
+    alive: list[weakref.ref[Any]],
+    modules: list[nn.Module],
+    parameters: list[nn.Parameter],
 ) -> Structure:
     number_of = {id(parameter): number for number, parameter in enumerate(parameters)}
     names = [(name, number_of[id(value)]) for name, value in model.named_parameters() if value.requires_grad]
     return Structure(
+        computation,
         marks,
-        [weakref.ref(module) for module in modules],
+        alive,
         names,
         frozenset((parameter.dtype, parameter.device.type) for parameter in parameters),
         _owners_of(model, modules, {id(parameters[number]): name for name, number in names}),

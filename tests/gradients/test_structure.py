@@ -10,6 +10,8 @@ import pytest
 import torch
 from small_models import assert_rows_close, image_batch, llama, llava, one_by_one, text_batch, with_lora
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.module import register_module_forward_hook
 
 from icons.gradients import per_sample_gradients, projected_gradients
 from icons.gradients.garbage import no_collection
@@ -48,14 +50,72 @@ def share_layer(model: nn.Module) -> None:
     other.lora_A["default"] = layer_of(model).lora_A["default"]  # type: ignore[index, operator]
 
 
-@pytest.mark.parametrize("change", [swap_hooks, swap_layer, patch_forward, share_layer])
+def patch_forward_again(model: nn.Module) -> None:
+    """The second function has the address of the first, which has gone."""
+    layer = layer_of(model).lora_B["default"]
+    layer.forward = lambda x: functional.linear(x, layer.weight)
+    per_sample_gradients(model, text_batch())
+    del layer.forward
+    layer.forward = lambda x: functional.linear(x, layer.weight * 1.7)
+
+
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def change_what_a_layer_gets(model: nn.Module) -> None:
+    layer_of(model).lora_dropout["default"] = Twice()
+
+
+def scale_logits_by_position(model: nn.Module) -> None:
+    head = model.get_submodule("base_model.model.lm_head")
+    head.register_forward_hook(lambda _module, _args, output: output * (1 + torch.arange(output.shape[1]))[:, None])
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.self_test.WholeLogitsWarning")
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_hooks,
+        swap_layer,
+        patch_forward,
+        patch_forward_again,
+        share_layer,
+        change_what_a_layer_gets,
+        scale_logits_by_position,
+    ],
+)
 def test_a_change_between_two_passes_is_seen(change: Callable[[nn.Module], None]) -> None:
     model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+    layer_of(model).base_layer.bfloat16()
+    layer_of(model).register_forward_pre_hook(lambda _module, args: args[0].bfloat16())
+    layer_of(model).register_forward_hook(lambda _module, _args, output: output.float())
     layer_of(model).lora_B["default"].register_forward_hook(lambda _module, _args, output: output + 0)
     for _ in range(2):
         assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
     change(model)
     assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
+def test_a_hook_of_all_modules_is_seen_while_it_is_there() -> None:
+    model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+    layer = layer_of(model).lora_B["default"]
+    rows = per_sample_gradients(model, batch)
+    handle = register_module_forward_hook(lambda module, _args, output: output * 1.7 if module is layer else None)
+    try:
+        assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+    finally:
+        handle.remove()
+    assert_rows_close(per_sample_gradients(model, batch), rows)
+
+
+def test_a_module_that_stands_elsewhere_gives_its_parameters_other_names() -> None:
+    model: Any = nn.ModuleDict({"a": nn.ModuleDict(), "b": nn.Linear(2, 2), "c": nn.Linear(2, 2)})
+    for part in ("b", "c"):
+        model["a"]["inner"] = model[part]
+        expected = {name: id(parameter) for name, parameter in model.named_parameters()}
+        assert {name: id(parameter) for name, parameter in members_of(model).trainable.items()} == expected
 
 
 def test_adapters_are_switched_added_and_deleted() -> None:
