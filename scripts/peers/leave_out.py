@@ -144,7 +144,7 @@ def judged(
     for (tool, variant, end), by_seed in changes.items():
         reference = changes[*REFERENCE, "top" if end == "any" else end]
         both = sorted(set(by_seed) & set(reference))
-        if len(by_seed) < 2:
+        if len(by_seed) < 3:
             print(f"{tool}, {variant}, {end}: left out, {len(by_seed)} seeds are whole", flush=True)
             continue
         values = np.array(list(by_seed.values()))
