@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import Batch
+from icons.batch import Batch, supervised_tokens
 from icons.gradients.chance import without_chance
 from icons.gradients.garbage import no_collection
 from icons.gradients.layers import TEXT, Call, Division, Part, divided, input_of, widen
@@ -27,6 +27,7 @@ from icons.gradients.loss_scale import LossScale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
 from icons.gradients.paths import Paths, Socket
+from icons.gradients.paths import strength as strength_of
 from icons.gradients.slow_path import blocks_one_by_one, finite
 from icons.gradients.structure import Members
 from icons.gradients.sums import samples_at_a_time
@@ -65,6 +66,7 @@ class BackwardPass:
         slow: these take one backward pass per sample; default: those known to.
         proving: whether to accept what is not proven; parameters on the slow path are then left out.
         watch: shown what the blocks of linear layers are made of.
+        strength: of the batch, see `icons.gradients.paths.strength`; default: by its supervised tokens.
         in_pieces: whether the receiver takes a large block some samples at a time; else it always gets whole ones.
     """
 
@@ -80,6 +82,7 @@ class BackwardPass:
         slow: set[str] | None = None,
         proving: bool = False,
         watch: Watcher | None = None,
+        strength: int | None = None,
         in_pieces: bool = False,
     ) -> None:
         self.model, self.batch, self.members, self.known, self.receive = model, batch, members, known, receive
@@ -87,6 +90,7 @@ class BackwardPass:
         self.shape = (batch["labels"].shape[0], batch["labels"].shape[1])
         self.proving, self.scale, self.watch = proving, scale, watch
         self.in_pieces = in_pieces
+        self.strength = strength_of(supervised_tokens(batch["labels"]) > 0) if strength is None else strength
         self.plan = known.plan(members)
         self.slow = set() if proving else self.plan.slow | (slow or set())
         self.ownership = Ownership(model, batch)
@@ -206,12 +210,11 @@ class BackwardPass:
         return Tap.apply(output, partial(self.arrive, socket, division, call), *kept)  # type: ignore[no-untyped-call]
 
     def meet(self, parts: list[Part], layout: Layout) -> None:
-        size = self.shape[0]
-        unknown: set[tuple[str, Layout, bool]] = set()
+        unknown: set[tuple[str, Layout, int]] = set()
         for part in parts:
-            use = part.name, layout, size > 1
+            use = part.name, layout, self.strength
             if not self.proving and use not in self.plan.covered:
-                (self.plan.covered if self.known.covers(part.name, layout, size) else unknown).add(use)
+                (self.plan.covered if self.known.covers(*use) else unknown).add(use)
             if self.proving:
                 self.met[part.name].add(layout)
             self.uses[part.name] += layout is not FOREIGN

@@ -99,13 +99,13 @@ def _run(
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
     scale, unproven, this_time = LossScale.of(batch, members), set[str](), set[str]()
-    test, to_prove = SelfTest.of(model, batch, known), not known.proven
+    test, to_prove, shown = SelfTest.of(model, batch, known), not known.proven, None
     if test is not None and not to_prove:
         with torch.no_grad():
             test.compare(SupervisedPositions(model, batch["labels"]).run(model, batch))
     while True:
         if to_prove:
-            losses, this_time = prove(model, batch, members, known, begin, watch, test)
+            losses, this_time, shown = prove(model, batch, members, known, begin, watch, test)
             if losses is not None:
                 return losses
         try:
@@ -118,6 +118,7 @@ def _run(
                 scale=scale,
                 slow=this_time,
                 watch=watch,
+                strength=shown,
                 in_pieces=in_pieces,
             ).run()
         except OverflowedError:

@@ -64,7 +64,7 @@ class Plan:
     slow: set[str]
     unmet: set[str]
     hidden: set[str]
-    covered: set[tuple[str, Layout, bool]] = field(default_factory=set)
+    covered: set[tuple[str, Layout, int]] = field(default_factory=set)
 
 
 @dataclass
@@ -81,8 +81,8 @@ class Paths:
         first: the quickest path of each parameter.
         worsened: by kind of batch, the paths of parameters whose quicker ones were found wrong.
         kind: of the batch at hand.
-        proven: by parameter and path, the layouts of calls in which it agreed with autograd -> 1 if only in batches of
-            one row.
+        proven: by parameter and path, the layouts of calls in which it agreed with autograd -> the strength of the
+            strongest batch, see `strength`.
         refused: by parameter and path, the maps from images to rows that did not.
         sees_text: of the modules that were looked at in a batch with images, whether the text makes a difference.
         silent: parameters whose gradient was zero in every proof: the first that is not needs a proof.
@@ -109,21 +109,21 @@ class Paths:
         """The quickest path of a parameter that was not found wrong in a batch of this kind."""
         return self.worsened.get(self.kind, {}).get(name, self.first[name])
 
-    def covers(self, name: str, layout: Layout, size: int) -> bool:
-        """Whether a parameter's path is proven for a call of this layout in a batch of `size` rows."""
+    def covers(self, name: str, layout: Layout, wanted: int) -> bool:
+        """Whether a parameter's path is proven for a call of this layout, by a batch of this strength or more."""
         known = self.proven.get((name, self.path(name)), {})
-        return any(good >= min(size, 2) and other.covers(layout) for other, good in known.items())
+        return any(good >= wanted and other.covers(layout) for other, good in known.items())
 
     def met(self, name: str) -> bool:
         """Whether a proof has met a call of the parameter's path."""
         return bool(self.proven.get((name, self.path(name))))
 
-    def record(self, name: str, layouts: Iterable[Layout], size: int, silent: bool) -> None:
-        """A path has agreed with autograd on a batch of `size` rows in which it met these layouts."""
+    def record(self, name: str, layouts: Iterable[Layout], shown: int, silent: bool) -> None:
+        """A path has agreed with autograd on a batch of this strength in which it met these layouts."""
         self.plans.clear()
         known = self.proven.setdefault((name, self.path(name)), {})
         for layout in layouts:
-            known[layout] = max(known.get(layout, 0), min(size, 2))
+            known[layout] = max(known.get(layout, 0), shown)
         (self.silent.add if silent else self.silent.discard)(name)
 
     def worsen(self, name: str, layouts: Iterable[Layout]) -> None:
@@ -184,6 +184,20 @@ class Paths:
         for paths in self.worsened.values():
             paths.pop(name, None)
         self.silent.discard(name)
+
+
+def strength(telling: Tensor) -> int:
+    """What a batch can show: 1 of one row; 2 of several rows of which at most one has a gradient, which may stand where
+    it would stand in another order too; 3.
+
+    Args:
+        telling: `[B]`, whether a row has a gradient that can be compared.
+
+    >>> from torch import tensor
+    >>> [strength(tensor(rows)) for rows in ([True], [False, True, False], [True, True])]
+    [1, 2, 3]
+    """
+    return 1 if len(telling) == 1 else 2 + (int(telling.sum()) > 1)
 
 
 KNOWN: WeakKeyDictionary[nn.Module, Paths] = WeakKeyDictionary()

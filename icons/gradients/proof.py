@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import Batch
+from icons.batch import Batch, supervised_tokens
 from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, Watcher, owners_in
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN
-from icons.gradients.paths import Paths
+from icons.gradients.paths import Paths, strength
 from icons.gradients.self_test import SelfTest
 from icons.gradients.slow_path import finite
 from icons.gradients.strangers import Strangers
@@ -57,7 +57,7 @@ def prove(
     begin: Callable[[Members], Receiver],
     watch: Watcher | None,
     test: SelfTest | None,
-) -> tuple[Float[Tensor, " batch"] | None, set[str]]:
+) -> tuple[Float[Tensor, " batch"] | None, set[str], int]:
     """Finds, for each parameter, the quickest path that is right on this batch, and writes it down.
 
     Costs one pass for the truth, and one for each path that has to be tried. The last of these is the batch's own pass,
@@ -73,13 +73,14 @@ def prove(
         test: to be passed first.
 
     Returns:
-        The losses if the receiver has all blocks, else None; and parameters of which nothing could be shown, their
-        gradient not being finite: for this batch they are slow.
+        The losses if the receiver has all blocks, else None; parameters of which nothing could be shown, their
+        gradient not being finite: for this batch they are slow; and the strength of what was shown.
     """
     strangers = Strangers.of(model, batch, members, known)
     truth = _truth_of(model, batch, members, known, strangers, test)
     scale = LossScale.of(batch, members)
     noise: dict[str, float] | None = None
+    shown = strength((truth.weights != 0) & (supervised_tokens(batch["labels"]) > 0).to(truth.weights.device))
     while True:
         verdict = Verdict(truth, begin(members))
         backward_pass = BackwardPass(
@@ -98,8 +99,8 @@ def prove(
         if not wrong:
             slow = known.plan(members).slow
             for name in set(members.trainable) - slow - unknown:
-                known.record(name, backward_pass.met[name], len(batch["labels"]), name in silent)
-            return None if slow or unknown else losses, unknown
+                known.record(name, backward_pass.met[name], shown, name in silent)
+            return None if slow or unknown else losses, unknown, shown
 
 
 class Verdict:

@@ -252,6 +252,37 @@ def test_a_batch_of_one_row_proves_nothing_of_larger_ones() -> None:
             assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
 
 
+class Reversed(nn.Module):
+    """Its inner layer gets the rows in another order."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.weight = inner, torch.empty(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.flip(0)).flip(0)
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
+@pytest.mark.parametrize("cause", ["not supervised", "not finite"])
+def test_a_batch_in_which_one_row_alone_has_a_gradient_proves_nothing_of_others(cause: str) -> None:
+    model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+    adapted: Any = model
+    layer = adapted.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_A["default"] = Reversed(layer.lora_A["default"])
+    first, embeddings = {name: value.clone() for name, value in batch.items()}, adapted.get_input_embeddings()
+    kept = embeddings.weight.clone()
+    if cause == "not supervised":
+        first["labels"][[0, 2]] = -100
+    else:
+        first["input_ids"][first["input_ids"] == 63] = 62
+        first["input_ids"][[0, 2], 4] = 63
+        embeddings.weight.data[63] = torch.nan
+    assert_rows_close(per_sample_gradients(model, first)[1:2], one_by_one(model, first)[1:2])
+    embeddings.weight.data.copy_(kept)
+    assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
 def test_experts_that_get_some_of_the_tokens() -> None:
     torch.manual_seed(0)
     model = MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=3, num_key_value_heads=2))
