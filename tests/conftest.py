@@ -27,6 +27,9 @@ from icons.models.folder import ModelFolder
 
 DATA = Path(__file__).parent / "data" / "original_llava"
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell leaves it for what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # a busy machine fails nothing, and one commit has one result
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
