@@ -74,6 +74,8 @@ def write_partial(root: Path, key: str, parts: Sequence[Any]) -> Path:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         raise_if_vanished(root, error)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(root / key)  # what goes wrong as bytes are written names no file
         raise
     return partial
 

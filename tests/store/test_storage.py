@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import icons.store.file
 import icons.store.folder
 from icons.store import GradientStore
 from icons.store.lease import Leases
@@ -291,6 +292,16 @@ def test_a_bucket_of_somebody_else_is_refused_and_not_touched(bucket: str) -> No
 def test_an_object_store_that_is_absent_is_named(bucket: str) -> None:
     with pytest.raises(FileNotFoundError, match=rf"store {bucket}/absent.zarr: has no zarr.json"):
         GradientStore.open(f"{bucket}/absent.zarr")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def writev(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "writev", writev)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x/zarr\.json'"):
+        icons.store.file.write_file(tmp_path, "x/zarr.json", [b"{}"])
+    assert not list((tmp_path / "x").iterdir())
 
 
 def test_of_files_written_together_none_is_left_beside_when_the_disk_fills_in_between(
