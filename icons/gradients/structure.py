@@ -36,9 +36,9 @@ class Structure:
 
     Attributes:
         computation: what is compared in order to see that the model computes as it did: modules, how they stand in one
-            another, and what runs around them.
+            another, and hooks, of the gradients of weights too.
         marks: the same for its parameters.
-        alive: the modules, and functions in the place of their `forward`: an id alone could be another's by now.
+        alive: the modules, and their classes' and own `forward`: an id alone could be another's by now.
         names: of trainable parameters, each with its number in the walk.
         dtypes: of all parameters, with the kind of their device.
         owners: where each trainable parameter stands: in one module, or in several that share it.
@@ -93,7 +93,7 @@ def members_of(model: nn.Module) -> Members:
     computation: list[Any] = [*torch_module._global_forward_hooks, -1, *torch_module._global_forward_pre_hooks, -1]
     for module in modules:  # grows
         forward = module.__dict__.get("forward")
-        computation += module.__class__, id(forward), *module._forward_hooks, -1, *module._forward_pre_hooks
+        computation += module.__class__, forward is None, *module._forward_hooks, -1, *module._forward_pre_hooks, -1
         if forward is not None:
             forwards.append(forward)
         for name, child in module._modules.items():
@@ -106,7 +106,10 @@ def members_of(model: nn.Module) -> Members:
                 marks += kind, id(parameter), parameter.__class__
                 marks += parameter.requires_grad, parameter.dtype, parameter.device
                 parameters.append(parameter)
+                computation += parameter._backward_hooks or ()
         marks.append(-1)
+    forwards += [kind.forward for kind in dict.fromkeys(map(type, modules)) if hasattr(kind, "forward")]
+    computation += map(id, forwards)
     structure = _seen.get(model)
     if structure is None or structure.marks != marks or not structure.computes(computation):
         alive = _references([*modules, *forwards])

@@ -68,12 +68,29 @@ def change_what_a_layer_gets(model: nn.Module) -> None:
     layer_of(model).lora_dropout["default"] = Twice()
 
 
+class Own(nn.Linear):
+    pass
+
+
+def patch_class(model: nn.Module) -> None:
+    layer = layer_of(model).lora_B["default"]
+    layer.__class__ = Own
+    per_sample_gradients(model, text_batch())
+    Own.forward = lambda self, x: functional.linear(x, self.weight * 1.7)  # type: ignore[method-assign]
+
+
+def mask_gradient(model: nn.Module) -> None:
+    weight = layer_of(model).lora_B["default"].weight
+    weight.register_hook(lambda gradient: gradient * (torch.arange(len(gradient)) > 4)[:, None])
+
+
 def scale_logits_by_position(model: nn.Module) -> None:
     head = model.get_submodule("base_model.model.lm_head")
     head.register_forward_hook(lambda _module, _args, output: output * (1 + torch.arange(output.shape[1]))[:, None])
 
 
 @pytest.mark.filterwarnings("ignore::icons.gradients.self_test.WholeLogitsWarning")
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
 @pytest.mark.parametrize(
     "change",
     [
@@ -81,6 +98,8 @@ def scale_logits_by_position(model: nn.Module) -> None:
         swap_layer,
         patch_forward,
         patch_forward_again,
+        patch_class,
+        mask_gradient,
         share_layer,
         change_what_a_layer_gets,
         scale_logits_by_position,
