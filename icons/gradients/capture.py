@@ -22,7 +22,7 @@ from icons.gradients.paths import Paths, paths_of
 from icons.gradients.proof import prove
 from icons.gradients.repeatable import repeatable
 from icons.gradients.self_test import SelfTest, refuse_unknown
-from icons.gradients.structure import Members, members_of
+from icons.gradients.structure import Members, members_of, turn_of
 
 
 class SlowerPathWarning(UserWarning):
@@ -68,24 +68,25 @@ def per_sample_blocks(
             "per-sample gradients: inference mode is on, where every gradient is a silent zero; leave "
             "torch.inference_mode(), and give the Trainer inference_mode=False"
         )
-    members = members_of(model)
-    refuse_dropout(model, members.training)
-    if len(batch["labels"]) == 0:
-        receive = begin(members)
-        for name, parameter in members.trainable.items():
-            receive(name, torch.zeros(0, *parameter.shape, device=members.device, dtype=torch.float32), slice(0, 0))
-        return torch.zeros(0, device=members.device, dtype=torch.float32)
-    refuse_unknown(model, members)
-    known = paths_of(model, members, batch)
-    slow = known.plan(members).slow
+    with turn_of(model):
+        members = members_of(model)
+        refuse_dropout(model, members.training)
+        if len(batch["labels"]) == 0:
+            receive = begin(members)
+            for name, parameter in members.trainable.items():
+                receive(name, torch.zeros(0, *parameter.shape, device=members.device, dtype=torch.float32), slice(0, 0))
+            return torch.zeros(0, device=members.device, dtype=torch.float32)
+        refuse_unknown(model, members)
+        known = paths_of(model, members, batch)
+        slow = known.plan(members).slow
 
-    def compute() -> Float[Tensor, " batch"]:
-        return _run(model, batch, members, known, begin, watch, in_pieces)
+        def compute() -> Float[Tensor, " batch"]:
+            return _run(model, batch, members, known, begin, watch, in_pieces)
 
-    try:
-        return repeatable(model, members.device, compute)
-    finally:
-        _announce(known.plan(members).slow - slow)
+        try:
+            return repeatable(model, members.device, compute)
+        finally:
+            _announce(known.plan(members).slow - slow)
 
 
 def _run(

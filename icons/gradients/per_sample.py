@@ -28,7 +28,7 @@ from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import paths_of
 from icons.gradients.repeatable import repeatable
-from icons.gradients.structure import Members, members_of
+from icons.gradients.structure import Members, members_of, turn_of
 from icons.gradients.sums import SquaredNorms, inner_products, samples_at_a_time
 from icons.preconditioner import AdamPreconditioner, Preconditioner, Sign
 from icons.projection import CountSketch, Identity, Projector
@@ -250,25 +250,26 @@ def weighted_gradient(
         Parameter name -> float32 tensor of its shape, zeros where a parameter has no influence. `.grad` is left as it
         was.
     """
-    members = members_of(model)
-    parameters = members.trainable
-    if len(weights) == 0:
-        return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-    if not bool((weights != 0).all()) or needs_scale(members):
-        return {name: total[0] for name, total in combined_gradients(model, batch, weights[:, None]).items()}
+    with turn_of(model):
+        members = members_of(model)
+        parameters = members.trainable
+        if len(weights) == 0:
+            return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+        if not bool((weights != 0).all()) or needs_scale(members):
+            return {name: total[0] for name, total in combined_gradients(model, batch, weights[:, None]).items()}
 
-    @torch.enable_grad()
-    def compute() -> tuple[Tensor | None, ...]:
-        narrows = paths_of(model, members, batch).narrows
-        losses = SupervisedPositions(model, batch["labels"], narrows).run(model, batch)
-        total = (losses * weights.to(losses.device)).sum()
-        return torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        @torch.enable_grad()
+        def compute() -> tuple[Tensor | None, ...]:
+            narrows = paths_of(model, members, batch).narrows
+            losses = SupervisedPositions(model, batch["labels"], narrows).run(model, batch)
+            total = (losses * weights.to(losses.device)).sum()
+            return torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
 
-    gradients = repeatable(model, members.device, compute)
-    return {
-        name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
-        for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
-    }
+        gradients = repeatable(model, members.device, compute)
+        return {
+            name: torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient.float()
+            for (name, parameter), gradient in zip(parameters.items(), gradients, strict=True)
+        }
 
 
 def combined_gradients(

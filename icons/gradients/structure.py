@@ -2,7 +2,9 @@
 
 import weakref
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -80,6 +82,13 @@ class Members:
 
 
 _seen: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
+_turns: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
+
+
+def turn_of(model: nn.Module) -> AbstractContextManager[Any]:
+    """To be held by a thread for a whole pass: the next one's waits. All threads see the hooks of a pass, and its
+    weights frozen."""
+    return _turns.setdefault(model, RLock())
 
 
 def members_of(model: nn.Module) -> Members:

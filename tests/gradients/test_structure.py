@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from icons.gradients import per_sample_gradients, projected_gradients
 from icons.gradients.garbage import no_collection
+from icons.gradients.per_sample import weighted_gradient as weighted
 from icons.gradients.structure import members_of
 from icons.projection import CountSketch
 
@@ -184,6 +185,31 @@ def test_a_structure_is_kept_while_it_holds() -> None:
     assert members_of(model).structure is not first.structure
     with pytest.raises(ValueError, match="no trainable parameter"):
         members_of(model.requires_grad_(False))
+
+
+def test_threads_take_turns_with_a_model() -> None:
+    model, batch, inside, found = with_lora(llama(), ["q_proj"]), text_batch(), Event(), list[Tensor]()
+    expected = one_by_one(model, batch)
+    weights = torch.tensor([1.0, -2.0, 0.5])
+    threads = [
+        Thread(target=lambda: found.append(per_sample_gradients(model, batch))),
+        Thread(target=lambda: found.append(torch.cat([g.flatten() for g in weighted(model, batch, weights).values()]))),
+    ]
+
+    def meanwhile(_module: nn.Module, _args: Any, _output: Tensor) -> None:
+        if not inside.is_set():
+            inside.set()
+            for thread in threads:
+                thread.start()
+                thread.join(0.2)
+
+    layer_of(model).register_forward_hook(meanwhile)
+    assert_rows_close(per_sample_gradients(model, batch), expected)
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    for rows in found:
+        assert_rows_close(rows.view(-1, expected.shape[1]), expected if rows.ndim == 2 else (weights @ expected)[None])
 
 
 def test_garbage_is_looked_for_again_when_the_last_pass_is_over() -> None:
