@@ -6,6 +6,7 @@ Not on padding, not on the samples beside it; and where it depends on the very t
 import warnings
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,9 @@ from icons.gradients.structure import Members
 
 _ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+_told: WeakSet[nn.Module] = WeakSet()  # of the router's loss; what is known of a model otherwise may be given up
 
 
 class SeesItsTargetWarning(UserWarning):
@@ -130,8 +134,7 @@ class SelfTest:
         left = mask is not None and bool((mask[:, 0] == 0).any())
         if _side(left) in known.tested or not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
             return None  # losses that are all zero tell nothing: the next batch is tested
-        if not known.tested:
-            _tell_router_loss(model)
+        _tell_router_loss(model)
         return cls(model, batch, known, left)
 
     @torch.no_grad()
@@ -169,7 +172,10 @@ def _side(left: bool) -> str:
 
 
 def _tell_router_loss(model: nn.Module) -> None:
-    """Says that the balance of a mixture of experts, where training asks for it, is left out: it is a batch's."""
+    """Says once that the balance of a mixture of experts, where training asks for it, is left out: it is a batch's."""
+    if model in _told:
+        return
+    _told.add(model)
     config: Any = getattr(model, "config", None)
     for part in (config, getattr(config, "text_config", None)):
         share = next((getattr(part, name) for name in _ROUTER_SHARES if hasattr(part, name)), None)
