@@ -92,6 +92,7 @@ def test_padding_and_order_change_nothing(attention: str) -> None:
     assert_rows_close(per_sample_gradients(model, shuffled), per_sample_gradients(model, batch)[order])
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the self-test needs none
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -113,6 +114,8 @@ def checkpointed(model: nn.Module, reentrant: bool) -> nn.Module:
     return model
 
 
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the self-test needs none
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("broken", [False, True])
 def test_checkpointed_layers_with_parameters_on_the_slower_path(reentrant: bool, broken: bool) -> None:
