@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,8 +81,9 @@ def test_rows_that_are_drawn_differ_by_seed_and_others_do_not(out: Path) -> None
 
 
 def test_it_goes_on_where_it_was_stopped_and_takes_selections_made_elsewhere(
-    out: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
+    out: Path, tmp_path: Path, scripts: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out = shutil.copytree(out, tmp_path / "study")
     folder, done = out / "easy-vqa" / "02", []
     (folder / "selections" / "unheard_of-0.2-0.json").write_text(json.dumps([0, 5, 7]))
     monkeypatch.setattr(scripts, "fine_tune", lambda *given: done.append(given[2].tolist()) or MEASURED)
