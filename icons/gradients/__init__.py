@@ -14,7 +14,9 @@ layers.py           turned into per-sample gradients
 output_layer.py     only supervised positions reach the output layer; each token's cross-entropy
 loss_scale.py       float16 loses no small gradient, and
 chance.py           chance is refused
-garbage.py          no search for garbage while a pass is on
+garbage.py          no search for garbage while a pass is on;
+repeatable.py       kernels repeat: each a
+shared_setting.py   setting of the whole process, which its threads share
 packing.py          4-bit weights on a CPU
 features.py         what else can be collected of a sample
 """

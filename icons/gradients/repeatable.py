@@ -7,13 +7,14 @@ bfloat16, over thirty layers, a row then moves by a per cent, and a resumed run'
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from threading import Lock
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 from weakref import WeakSet
 
 import torch
 from torch import nn
+
+from icons.gradients.shared_setting import SharedSetting
 
 DRIFTING = ("cuda",)
 """Devices whose kernels repeat only when told to."""
@@ -37,7 +38,7 @@ def repeatable(model: nn.Module, device: torch.device, compute: Callable[[], Res
     """
     if model not in _unrepeatable:
         try:
-            with _deterministic(device):
+            with _deterministic() if device.type in DRIFTING else nullcontext():
                 return compute()
         except RuntimeError as error:
             if device.type not in DRIFTING or "torch.use_deterministic_algorithms" not in str(error):
@@ -49,34 +50,6 @@ def repeatable(model: nn.Module, device: torch.device, compute: Callable[[], Res
                 stacklevel=4,
             )
     return compute()
-
-
-class _Deterministic:
-    """The process's settings, which all its threads share: made by the first that needs them, and as they were after
-    the last."""
-
-    def __init__(self) -> None:
-        self.lock, self.users, self.former = Lock(), 0, ExitStack()
-
-    @contextmanager
-    def __call__(self, device: torch.device) -> Iterator[None]:
-        if device.type not in DRIFTING:
-            yield
-            return
-        with self.lock:
-            if not self.users:
-                self.former.enter_context(_settings())
-            self.users += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.users -= 1
-                if not self.users:
-                    self.former.close()
-
-
-_deterministic = _Deterministic()
 
 
 @contextmanager
@@ -97,3 +70,6 @@ def _settings() -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+_deterministic = SharedSetting(_settings)
