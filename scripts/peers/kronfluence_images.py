@@ -24,17 +24,7 @@ Row = dict[str, Tensor]
 class ImageRowLoss(RowLoss):
     """Each row's mean loss over its supervised tokens, with the images of the rows that have one."""
 
-    def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in batch}
-        logits = model(**inputs).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        counted = labels != -100
-        if sample:
-            with torch.no_grad():
-                drawn = torch.multinomial(logits.softmax(dim=-1).flatten(0, 1), 1).view_as(labels)
-            labels = torch.where(counted, drawn, labels)
-        each = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        return (each.sum(dim=1) / counted.sum(dim=1)).sum()
+    INPUTS = (*RowLoss.INPUTS, "pixel_values")
 
 
 def collate(rows: Sequence[Row]) -> dict[str, Tensor]:

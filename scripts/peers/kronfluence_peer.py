@@ -26,12 +26,15 @@ BATCH = 32
 class RowLoss(Method):
     """Each row's mean loss over its supervised tokens."""
 
+    INPUTS: tuple[str, ...] = ("input_ids", "attention_mask")
+    """What of a batch the model is given, where the batch has it."""
+
     def __init__(self, modules: list[str]) -> None:
         super().__init__()
         self.modules = modules
 
     def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        logits = model(**{name: batch[name] for name in self.INPUTS if name in batch}).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         counted = labels != -100
         if sample:
