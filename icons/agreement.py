@@ -89,7 +89,11 @@ def leaves(name: str, left: Any, right: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_image_files(
-    begun: Mapping[str, Any], now: Mapping[str, Any], what: str, failed: Collection[str] = ()
+    begun: Mapping[str, Any],
+    now: Mapping[str, Any],
+    what: str,
+    failed: Collection[str] = (),
+    remedy: str = "give another place or --overwrite",
 ) -> None:
     """Compares the marks of image files in two manifests. A file that one of them lacks has only been added or taken
     away, which its row's status says.
@@ -99,6 +103,7 @@ def check_image_files(
         now: this run's.
         what: it is.
         failed: rows that have failed in it: their images may have been mended.
+        remedy: what to do, other than putting the former images back.
 
     Raises:
         ValueError: a file has other bytes than it had: the image, its row, and what to do.
@@ -110,8 +115,7 @@ def check_image_files(
             if mark and mark_now and mark != mark_now and row not in failed:
                 raise ValueError(
                     f"image {name} of row {row}: has other bytes than when {what} was begun ({_size(mark)} then, "
-                    f"{_size(mark_now)} now); what is there is of the former images: put them back, or give another "
-                    "place or --overwrite"
+                    f"{_size(mark_now)} now); what is there is of the former images: put them back, or {remedy}"
                 )
 
 

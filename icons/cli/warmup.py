@@ -107,7 +107,7 @@ def warmup(options: WarmupOptions) -> int:
         files = {"model": options.model, "data": options.data, "images": options.images, "out": options.out}
         estimate_warmup(plan, **work, settings=files | settings).show(console)
         return 0
-    if options.resume and already_done(options.out, settings):
+    if options.resume and already_done(options.out, settings, datamodule.image_marks):
         say(f"{options.out} holds this very fit, finished: nothing to do (--resume false to start again)")
         return 0
     datamodule.dataset.check_some(evenly(rows))
@@ -123,6 +123,7 @@ def warmup(options: WarmupOptions) -> int:
         weight_decay=options.weight_decay,
         tasks=list(tasks) or ([_HELD_OUT] if held else []),
         settings=settings,
+        image_files=datamodule.image_marks,
     )
     say(f"training on {share}, {counted(options.epochs, 'epoch')}")
     ended = run_fit(

@@ -129,5 +129,7 @@ class ConversationDataModule(LightningDataModule):
 
     @cached_property
     def image_marks(self) -> Marks:
-        """What some rows' image files are known by."""
-        return image_marks(len(self.dataset), partial(self.dataset.conversation, light=True), self.dataset.images)
+        """What the image files of some rows are known by: of those of a fit, or of all."""
+        every = range(len(self.dataset))
+        used = every if self.rows is None else sorted({*self.rows, *(self.held_out or ())})
+        return image_marks(used, partial(self.dataset.conversation, light=True), self.dataset.images)

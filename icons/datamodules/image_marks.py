@@ -1,11 +1,11 @@
-"""Marks of image files: what a run notices by that images have been replaced since a store was begun.
+"""Marks of image files: what a run notices by that images have been replaced since what it goes on with was begun.
 
 The data file is compared as a whole, with what it holds of images; image files beside it are far too many to be read
 again. So some of them stand for all: of up to 64 rows, evenly spaced, size and checksum.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from icons.datamodules.conversation import Conversation, ImageRef
 from icons.datamodules.failed_row import FailedRowError
@@ -19,23 +19,23 @@ Marks = dict[str, dict[str, str | None]]
 """Row -> image -> `SIZE-CHECKSUM`; None: it could not be read."""
 
 
-def image_marks(num_rows: int, conversation: Callable[[int], Conversation], images: ImageSource) -> Marks:
+def image_marks(rows: Sequence[int], conversation: Callable[[int], Conversation], images: ImageSource) -> Marks:
     """The marks of some rows' image files; the same for the same data and files.
 
     Images that the records bring along are part of the data file, and those on the web are kept by their addresses:
     neither is looked at.
 
     Args:
-        num_rows: of the data.
+        rows: those that are used, ascending.
         conversation: row -> what it says; raises FailedRowError.
         images: where the files are read.
     """
     found: Marks = {}
-    left, blocks = _MOST_BYTES, min(_ROWS, num_rows)
+    left, blocks = _MOST_BYTES, min(_ROWS, len(rows))
     # by turns from all over the data, so that large files leave out rows everywhere
     for block in sorted(range(blocks), key=lambda block: f"{block:06b}"[::-1]):
-        start, stop = (num_rows * end // blocks for end in (block, block + 1))
-        for row in range(start, min(stop, start + _TRIES)):
+        start, stop = (len(rows) * end // blocks for end in (block, block + 1))
+        for row in rows[start : min(stop, start + _TRIES)]:
             if names := _file_names(row, conversation):
                 contents = {name: _content(name, images) for name in names}
                 found[str(row)] = {

@@ -14,6 +14,7 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
+from icons.agreement import IMAGE_FILES, check_image_files
 from icons.choices import ModelDtype
 from icons.models.tensor_files import load_data
 from icons.models.warmup_folder import MANIFEST
@@ -98,21 +99,23 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, Sequence) else [] if given is None else [given]
 
 
-def already_done(out: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether `out` holds the finished fit of these very settings.
+def already_done(out: Path, settings: Mapping[str, Any], image_files: Mapping[str, Any]) -> bool:
+    """Whether `out` holds the finished fit of these very settings and images.
 
     Raises:
-        ValueError: it holds a finished fit of other settings; names the first with both values.
+        ValueError: it holds a finished fit of other settings; names the first with both values. Or an image file has
+            been replaced.
     """
     if not (out / MANIFEST).is_file():
         return False
-    kept = json.loads((out / MANIFEST).read_text()).get("settings", {})
+    manifest, remedy = json.loads((out / MANIFEST).read_text()), "give another folder, or --resume false to replace it"
+    kept = manifest.get("settings", {})
     for name, value in json.loads(json.dumps(dict(settings))).items():
         if kept.get(name) != value:
             raise ValueError(
-                f"--out {out}: holds a finished fit with {name} {kept.get(name)!r}, now it is {value!r}; give another "
-                "folder, or --resume false to replace it"
+                f"--out {out}: holds a finished fit with {name} {kept.get(name)!r}, now it is {value!r}; {remedy}"
             )
+    check_image_files(manifest, {IMAGE_FILES: image_files}, f"the fit in {out}", remedy=remedy)
     return True
 
 

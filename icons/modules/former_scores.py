@@ -10,7 +10,7 @@ from torch import Tensor
 from icons.agreement import REUSED_SCORES, TASK_VECTOR, check_compatible, check_image_files
 from icons.batch import Status
 from icons.store import ScoreStore
-from icons.store.image_files import check_images
+from icons.store.image_files import check_images_of_rows
 from icons.terminal import counted
 
 
@@ -61,11 +61,12 @@ class FormerScores:
         """The manifest of the new store: as if all its columns had been computed now.
 
         Raises:
-            ValueError: the former scores were made from something else: the field and both values.
+            ValueError: the former scores were made from something else: the field and both values. Or an image file has
+                been replaced.
         """
         former = self.store.manifest
         check_compatible(former, own, REUSED_SCORES, f"--reuse {self.store.path}", "this run")
-        check_images(self.store, own)
+        check_images_of_rows(self.store, own, remedy="score all tasks without --reuse")
         tasks = {**former["tasks"], **own["tasks"]}
         members = {name: list(groups.get(name, [name])) for name in self.columns}
         return {

@@ -11,8 +11,6 @@ from icons.store.row_store import RowStore
 def check_images(store: RowStore, manifest: Mapping[str, Any]) -> None:
     """Refuses to go on with a store if an image file has been replaced since it was begun.
 
-    Images of failed rows may have been mended. Stores of former versions know of no image.
-
     Args:
         store: what is gone on with.
         manifest: this run's.
@@ -20,11 +18,19 @@ def check_images(store: RowStore, manifest: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the image, its row, and what to do.
     """
-    check_image_files(store.manifest, manifest, f"the store {store.path}", _failed(store))
+    check_images_of_rows(store, manifest)
     for task, entry in (manifest.get("tasks") or {}).items():
         begun = (store.manifest.get("tasks") or {}).get(task) or {}
         if isinstance(begun, Mapping):  # scores of gradient stores are compared by these
             check_image_files(begun, entry, f"task {task} of the store {store.path}")
+
+
+def check_images_of_rows(store: RowStore, manifest: Mapping[str, Any], **options: str) -> None:
+    """`check_images` of the rows' own images, not of the tasks'; `options` as for `check_image_files`.
+
+    Images of failed rows may have been mended. Stores of former versions know of no image.
+    """
+    check_image_files(store.manifest, manifest, f"the store {store.path}", _failed(store), **options)
 
 
 def renew_images(store: RowStore, manifest: Mapping[str, Any]) -> None:
