@@ -1,6 +1,7 @@
 """How rows are stored: float32 results -> the arrays of a gradient store, in its dtype."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ FIELDS = ("gradient", "norm", "loss", "tokens", "status")
 _FLOAT16_LIMIT = 65520.0  # from here on, rounding to the nearest float16 gives infinity
 _FLOAT16_SAFE = 2.0**-10  # a row with a number as large loses less to float16's narrow range than to its rounding
 _FLOAT16_TOP = 14  # exponent that the largest number of any other row gets
+_FLOAT16_MOST, _FLOAT16_ROOM = np.float32(2.0**113), 2**15 - 16  # largest scale; times it, a larger number is infinite
+_INT8_MOST = np.nextafter(np.finfo(np.float32).max / np.float32(127), np.float32(0))  # 127 times it is finite
+_LEAST = np.float32(2.0**-149)  # of all float32 above 0; all others are multiples of it
+_LEAST_NORMAL = np.float32(2.0**-126)
 _SAFE_BITS = int(np.float16(_FLOAT16_SAFE).view(np.uint16))  # the same, as integers
 _INF_BITS = int(np.float16(np.inf).view(np.uint16))
 _SIGN = np.uint16(1 << 15)
@@ -25,8 +30,9 @@ def encode(
 
     float16 rounds to the nearest (ties to even). Its scale is 1 where the row's largest number is from 2^-10 to 65,504,
     and otherwise the power of two that makes it one: nothing is lost to float16's narrow range. int8: `scale = max|row|
-    / 127`, values rounded to the nearest (ties to even); a zero row has scale 0. The rounding error is uniform in one
-    step: its variance is `scale^2 / 12` per number.
+    / 127` (below 2^-126, where float32 has few digits left, the next number above), values rounded to the nearest (ties
+    to even); a zero row has scale 0. The rounding error is uniform in one step: its variance is `scale^2 / 12` per
+    number. Only rows of zeros become zeros, even in a thread that flushes float32's smallest numbers to zero.
 
     Args:
         gradient: `[n, K]`.
@@ -39,14 +45,23 @@ def encode(
     """
     if dtype == "float32":
         return gradient, None
-    largest = _largest_of(gradient) if largest is None else largest
-    if dtype == "float16":
-        scale = _float16_scale(largest)
-        scaled = gradient if (scale == 1).all() else gradient / scale[:, None]  # exact: powers of two
-        return _to_float16(scaled, out), scale
-    scale = (largest / np.float32(127)).astype(np.float32)
-    steps = gradient / np.where(scale > 0, scale, 1)[:, None]
-    return np.rint(steps).clip(-127, 127).astype(np.int8), scale
+    with _no_flushing():
+        largest = _largest_of(gradient) if largest is None else largest
+        if dtype == "float16":
+            scale = _float16_scale(largest)
+            scaled = gradient if (scale == 1).all() else gradient / scale[:, None]  # exact: powers of two
+            if (scale == _FLOAT16_MOST).any():
+                scaled.clip(-_FLOAT16_ROOM, _FLOAT16_ROOM, out=scaled, where=scale[:, None] == _FLOAT16_MOST)
+            return _to_float16(scaled, out), scale
+        scale = _int8_scale(largest)
+        steps = gradient / np.where(scale > 0, scale, 1)[:, None]
+        return np.rint(steps).clip(-127, 127).astype(np.int8), scale
+
+
+def decode(stored: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The rows `[n, K]` again, float32, from what is stored as float32 and their scales `[n]`."""
+    with _no_flushing():
+        return np.asarray(stored * scale[:, None])
 
 
 def _largest_of(gradient: np.ndarray) -> np.ndarray:
@@ -56,6 +71,17 @@ def _largest_of(gradient: np.ndarray) -> np.ndarray:
     [2.0, 0.0]
     """
     return np.maximum(gradient.max(axis=1, initial=0), np.abs(gradient.min(axis=1, initial=0)))
+
+
+def _int8_scale(largest: np.ndarray) -> np.ndarray:
+    """The step of each row, `[n]` float32, by its largest magnitude.
+
+    >>> _int8_scale(np.array([254, 0, 2.0**-148, 190 * 2.0**-149], dtype=np.float32)) / [2, 1, 2.0**-149, 2.0**-149]
+    array([1., 0., 1., 2.])
+    """
+    scale = np.minimum(largest / np.float32(127), _INT8_MOST)
+    rounded_up = np.ceil(np.minimum(largest, 127 * _LEAST_NORMAL) / _LEAST / np.float32(127)) * _LEAST
+    return np.where(scale < _LEAST_NORMAL, rounded_up, scale).astype(np.float32)
 
 
 def _float16_scale(largest: np.ndarray) -> np.ndarray:
@@ -68,6 +94,19 @@ def _float16_scale(largest: np.ndarray) -> np.ndarray:
     keep = (largest == 0) | ((largest >= _FLOAT16_SAFE) & (largest < _FLOAT16_LIMIT)) | ~np.isfinite(largest)
     # -126: beyond it float32 itself has no whole powers of two
     return np.where(keep, 1, np.ldexp(np.float32(1), np.maximum(exponent, -126))).astype(np.float32)
+
+
+@contextmanager
+def _no_flushing() -> Iterator[None]:
+    """Numbers below 2^-126 count, whatever `torch.set_flush_denormal` has said to this thread."""
+    flushing = not (_LEAST_NORMAL / np.float32(2)).any()
+    if flushing:
+        torch.set_flush_denormal(False)
+    try:
+        yield
+    finally:
+        if flushing:
+            torch.set_flush_denormal(True)
 
 
 def _to_float16(gradient: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -124,7 +163,8 @@ def encode_rows(
     if dtype == "float16" and _needs_no_scale(half := _to_float16(gradient, out)):
         stored, scale = half, np.ones(len(half), np.float32) if scaled else None
     else:
-        largest = _largest_of(gradient)
+        with _no_flushing():
+            largest = _largest_of(gradient)
         limit = _FLOAT16_LIMIT if dtype == "float16" and not scaled else np.inf
         beyond = (status == Status.DONE) & ~(largest < limit)
         if beyond.any():

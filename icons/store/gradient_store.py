@@ -24,7 +24,7 @@ from torch import Tensor
 
 from icons.agreement import PLACES, RESUMED, check_compatible
 from icons.partition import Partition
-from icons.store.encoding import DTYPES, FIELDS, encode_rows
+from icons.store.encoding import DTYPES, FIELDS, decode, encode_rows
 from icons.store.former import stored_kind
 from icons.store.image_files import check_images
 from icons.store.layout import Column, parse_codec
@@ -175,11 +175,11 @@ class GradientStore(RowStore):
         """
         if isinstance(rows, slice) and rows.step in (None, 1):
             stored = self.stored("gradients", rows).astype(np.float32, copy=False)
-            return stored if self.scale is None else stored * self.stored("scale", rows)[:, None]
+            return stored if self.scale is None else decode(stored, self.stored("scale", rows))
         index = np.arange(self.num_rows)[rows] if isinstance(rows, slice) else np.asarray(rows, dtype=np.int64)
         try:
             stored = np.asarray(self.gradients.oindex[index], dtype=np.float32)
-            return stored if self.scale is None else stored * np.asarray(self.scale.oindex[index])[:, None]
+            return stored if self.scale is None else decode(stored, np.asarray(self.scale.oindex[index]))
         except (ValueError, RuntimeError) as error:
             raise self.damaged("gradients", error) from error
 

@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from icons.batch import Status
 from icons.projection import CountSketch
-from icons.store.encoding import TORCH_SERIAL, encode, encode_rows
+from icons.store.encoding import TORCH_SERIAL, decode, encode, encode_rows
 
 
 def results(gradient: np.ndarray, status: int = 1) -> dict[str, np.ndarray]:
@@ -139,3 +139,32 @@ def test_a_row_that_is_not_written_is_an_error() -> None:
 
 def test_no_rows_are_encoded_to_no_rows() -> None:
     assert encode_rows(results(np.ones((0, 4), np.float32)), "int8")["gradients"].shape == (0, 4)
+
+
+SIZES = [
+    *np.float32(2.0) ** np.arange(-149, 128, 5),
+    *(np.float32(2.0**-149) * np.arange(1, 400, 13, dtype=np.float32)),
+]
+SIZES += [np.float32(value) for value in (1e-44, 1e-38, 2.0**-126 * 126.7, 3.4e38, np.finfo(np.float32).max)]
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize(("dtype", "step"), [("float16", 2**-11), ("int8", 0.5001 / 127)])
+def test_no_size_of_a_row_loses_more_than_half_a_step(dtype: str, step: float, flush: bool) -> None:
+    """Down to float32's smallest number and up to its largest, even in rows of one large and many small numbers."""
+    shapes = np.random.default_rng(0).uniform(-1, 1, (2, 64))
+    shapes[1] *= 1e-4
+    shapes[:, 0] = 1, -1
+    sizes = np.array(SIZES, np.float64)
+    exact = (sizes[:, None, None] * shapes).reshape(-1, 64).astype(np.float32).astype(np.float64)
+    rows = exact.astype(np.float32)
+    torch.set_flush_denormal(flush)
+    try:
+        stored = encode_rows(results(rows), dtype)
+        found = decode(stored["gradients"].astype(np.float32), stored["scale"])
+    finally:
+        torch.set_flush_denormal(False)
+    assert (stored["status"] == Status.DONE).all() and np.isfinite(found).all()
+    # half of the step's own rounding, where float32 has few digits left
+    assert (np.abs(found - exact) <= step * np.abs(exact).max(axis=1, keepdims=True) + 2.0**-150).all()
+    assert (found[:, 0] != 0).all()
