@@ -179,7 +179,9 @@ class BackwardPass:
         try:
             for socket in self.sockets:
                 module = self.members.modules[socket.module]
-                handles.append(module.register_forward_hook(partial(self.tap, socket), with_kwargs=True))
+                # a linear layer's own output, before other hooks: they are the graph's; else what the module is run for
+                tap = partial(self.tap, socket)
+                handles.append(module.register_forward_hook(tap, with_kwargs=True, prepend=socket.linear))
             if any(getattr(module, "gradient_checkpointing", False) for module in self.members.training):
                 # reentrant checkpointing differentiates nothing unless an input requires a gradient
                 embeddings = self.model.get_input_embeddings()  # type: ignore[operator]

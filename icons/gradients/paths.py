@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from icons.batch import OWN_FIELDS, Batch
 from icons.gradients.layers import Part
@@ -42,10 +43,15 @@ class Socket:
         self.parts.append(part)
         self.linear &= part.linear
 
+    def alike(self) -> "Socket":
+        """The socket with none of its parts linear unless all are: the others are seen with the module's hooks, these
+        without."""
+        return self if self.linear else replace(self, parts=[replace(part, linear=False) for part in self.parts])
+
     def without(self, names: Set[str]) -> "Socket":
         """The socket with these parameters left out."""
         parts = [part for part in self.parts if part.name not in names]
-        return replace(self, parts=parts, linear=all(part.linear for part in parts))
+        return replace(self, parts=parts)
 
 
 @dataclass
@@ -175,7 +181,7 @@ class Paths:
                     inner = owner.path[len(owner.outer) :].removeprefix(".")
                     part = Part(f"{inner}.{owner.kind}".removeprefix("."), name, False)
                 sockets.setdefault(socket.module, socket).serve(part)
-        return list(sockets.values())
+        return [socket.alike() for socket in sockets.values()]
 
     def _forget(self, name: str) -> None:
         for path in range(SLOW):
@@ -215,7 +221,7 @@ def paths_of(model: nn.Module, members: Members, batch: Batch) -> Paths:
         known.plans.clear()
         for name, owners in members.structure.owners.items():
             if known.stood.get(name) != owners:
-                known.stood[name], known.first[name] = owners, _first_path(members, owners)
+                known.stood[name], known.first[name] = owners, _first_path(members, name, owners)
                 known._forget(name)
     return known
 
@@ -233,12 +239,17 @@ def is_text(name: str, value: object, shape: tuple[int, ...]) -> bool:
     return not value.is_floating_point() or name in ("inputs_embeds", "attention_mask")
 
 
-def _first_path(members: Members, owners: Iterable[Owner]) -> int:
+def _first_path(members: Members, name: str, owners: Iterable[Owner]) -> int:
     modules = [(members.modules[owner.module], owner.kind) for owner in owners]
+    if members.trainable[name]._backward_hooks:
+        return SLOW  # what they do to a gradient, they do to each sample's
     if all(isinstance(module, nn.ParameterDict | nn.ParameterList) for module, _ in modules):
         return _ENCLOSING
     return LAYER if any(_is_linear(module, kind) for module, kind in modules) else MODULE
 
 
 def _is_linear(module: nn.Module, kind: str) -> bool:
-    return isinstance(module, nn.Linear) and kind in ("weight", "bias")
+    """Whether a module's own code is `x W^T + b`: what other code does may be that in one batch and not in the next,
+    by a number that has changed. Hooks are none of it: see `BackwardPass.hooks`."""
+    plain = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    return plain and not torch_module._global_forward_hooks and kind in ("weight", "bias")

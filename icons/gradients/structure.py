@@ -40,7 +40,7 @@ class Structure:
         computation: what is compared in order to see that the model computes as it did: modules, how they stand in one
             another, and hooks, of the gradients of weights too.
         marks: the same for its parameters.
-        alive: the modules, and their classes' and own `forward`: an id alone could be another's by now.
+        alive: the modules, their classes' and own `forward`, and hooks: an id alone could be another's by now.
         names: of trainable parameters, each with its number in the walk.
         dtypes: of all parameters, with the kind of their device.
         owners: where each trainable parameter stands: in one module, or in several that share it.
@@ -98,13 +98,16 @@ def members_of(model: nn.Module) -> Members:
         ValueError: nothing in it is trainable.
     """
     modules, parameters, marks = [model], list[nn.Parameter](), list[Any]()
-    met, forwards = {id(model)}, list[Any]()
-    computation: list[Any] = [*torch_module._global_forward_hooks, -1, *torch_module._global_forward_pre_hooks, -1]
+    met, code = {id(model)}, list[Any]([*torch_module._global_forward_hooks.values(), None])
+    code += *torch_module._global_forward_pre_hooks.values(), None
+    computation: list[Any] = []
     for module in modules:  # grows
         forward = module.__dict__.get("forward")
-        computation += module.__class__, forward is None, *module._forward_hooks, -1, *module._forward_pre_hooks, -1
+        computation += module.__class__, forward is None, len(code)
+        if module._forward_hooks or module._forward_pre_hooks:
+            code += *module._forward_hooks.values(), None, *module._forward_pre_hooks.values()
         if forward is not None:
-            forwards.append(forward)
+            code.append(forward)
         for name, child in module._modules.items():
             computation += name, id(child)
             if child is not None and id(child) not in met:
@@ -115,13 +118,14 @@ def members_of(model: nn.Module) -> Members:
                 marks += kind, id(parameter), parameter.__class__
                 marks += parameter.requires_grad, parameter.dtype, parameter.device
                 parameters.append(parameter)
-                computation += parameter._backward_hooks or ()
+                if parameter._backward_hooks:
+                    code += parameter._backward_hooks.values()
         marks.append(-1)
-    forwards += [kind.forward for kind in dict.fromkeys(map(type, modules)) if hasattr(kind, "forward")]
-    computation += map(id, forwards)
+    code += [kind.forward for kind in dict.fromkeys(map(type, modules)) if hasattr(kind, "forward")]
+    computation += map(id, code)
     structure = _seen.get(model)
     if structure is None or structure.marks != marks or not structure.computes(computation):
-        alive = _references([*modules, *forwards])
+        alive = _references([*modules, *(one for one in code if one is not None)])
         structure = _seen[model] = _structure_of(model, computation, marks, alive, modules, parameters)
     if not structure.names:
         raise ValueError(

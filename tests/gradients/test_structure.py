@@ -12,6 +12,7 @@ from small_models import assert_rows_close, image_batch, llama, llava, one_by_on
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.parametrize import register_parametrization
 
 from icons.gradients import per_sample_gradients, projected_gradients
 from icons.gradients.garbage import no_collection
@@ -32,6 +33,77 @@ def swap_hooks(model: nn.Module) -> None:
     layer = layer_of(model).lora_B["default"]
     layer._forward_hooks.clear()
     layer.register_forward_hook(louder)
+
+
+def swap_hook_in_its_place(model: nn.Module) -> None:
+    hooks = layer_of(model).lora_B["default"]._forward_hooks
+    hooks[next(iter(hooks))] = louder
+
+
+def swap_logits_hook_in_its_place(model: nn.Module) -> None:
+    head = model.get_submodule("base_model.model.lm_head")
+    handle = head.register_forward_hook(lambda _module, _args, output: output + 0)
+    per_sample_gradients(model, text_batch())
+    head._forward_hooks[handle.id] = by_position
+
+
+def turn_up_a_hook(model: nn.Module) -> None:
+    """Its code stays the same."""
+    louder_by = [1.0]
+    layer = layer_of(model).lora_A["default"]
+    layer.register_forward_pre_hook(lambda _module, args: (args[0] * louder_by[0],))
+    layer.register_forward_hook(lambda _module, _args, output: output * louder_by[0])
+    layer.weight.register_hook(lambda gradient: gradient * louder_by[0])
+    per_sample_gradients(model, text_batch())
+    louder_by[0] = 1.7
+
+
+class Louder(nn.Linear):
+    by = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight * self.by)
+
+
+def turn_up_a_layer(model: nn.Module) -> None:
+    layer = layer_of(model).lora_B["default"]
+    layer.__class__ = Louder
+    per_sample_gradients(model, text_batch())
+    layer.by = 1.7
+
+
+class Heavier(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 1.7
+
+
+def parametrize(model: nn.Module) -> None:
+    register_parametrization(layer_of(model).lora_B["default"], "weight", Heavier())
+
+
+def change_numbers(model: nn.Module) -> None:
+    """All that is no structure: other numbers, sizes and settings."""
+    layer = layer_of(model)
+    layer.scaling["default"] = 7.0
+    layer.lora_A["default"].weight.data = 0.1 * torch.ones(5, 32)
+    layer.lora_B["default"].weight.data = torch.linspace(-1, 1, 160).view(32, 5)
+    model.get_submodule("base_model.model.model.layers.0.input_layernorm").variance_epsilon = 0.5  # type: ignore[assignment]
+    model.get_submodule("base_model.model.model.rotary_emb").inv_freq.mul_(1.5)  # type: ignore[operator]
+    model.get_submodule("base_model.model.model.layers.0.mlp").act_fn = nn.ReLU()
+    model.config.use_cache = True  # type: ignore[union-attr]
+
+
+def train_others(model: nn.Module) -> None:
+    layer_of(model).lora_A["default"].weight.requires_grad_(False)
+    model.get_submodule("base_model.model.model.layers.1.mlp.up_proj").weight.requires_grad_(True)  # type: ignore[operator]
+
+
+def checkpoint(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    model.train()
 
 
 def swap_layer(model: nn.Module) -> None:
@@ -85,9 +157,12 @@ def mask_gradient(model: nn.Module) -> None:
     weight.register_hook(lambda gradient: gradient * (torch.arange(len(gradient)) > 4)[:, None])
 
 
+def by_position(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+    return output * (1 + torch.arange(output.shape[1]))[:, None]
+
+
 def scale_logits_by_position(model: nn.Module) -> None:
-    head = model.get_submodule("base_model.model.lm_head")
-    head.register_forward_hook(lambda _module, _args, output: output * (1 + torch.arange(output.shape[1]))[:, None])
+    model.get_submodule("base_model.model.lm_head").register_forward_hook(by_position)
 
 
 @pytest.mark.filterwarnings("ignore::icons.gradients.self_test.WholeLogitsWarning")
@@ -96,6 +171,14 @@ def scale_logits_by_position(model: nn.Module) -> None:
     "change",
     [
         swap_hooks,
+        swap_hook_in_its_place,
+        swap_logits_hook_in_its_place,
+        turn_up_a_hook,
+        turn_up_a_layer,
+        parametrize,
+        change_numbers,
+        train_others,
+        checkpoint,
         swap_layer,
         patch_forward,
         patch_forward_again,
