@@ -260,18 +260,18 @@ def put(path: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
-def flush_path(path: Path) -> None:
+def flush_path(path: Path | str) -> None:
     """Makes a file's content durable, or a folder's names where its file system can say so (CIFS cannot)."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if path.is_dir():  # one that may be written and not read
+        if Path(path).is_dir():  # one that may be written and not read
             return
         raise
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL or not path.is_dir():
+        if error.errno != errno.EINVAL or not Path(path).is_dir():
             raise
     finally:
         os.close(descriptor)

@@ -152,7 +152,8 @@ def resume(folder: Path, given: argparse.Namespace) -> float:
     options = {"num_rows": given.resume_rows, "dim": DIM, "manifest": {"data": {"fingerprint": "x"}}}
     store = GradientStore.create(folder / "resume", **options)
     for unit in range(store.partition.num_units):
-        store.chunks.write("status", unit, np.ones(len(store.partition.unit_rows(unit)), np.uint8))
+        done = store.chunks.parts("status", np.ones(len(store.partition.unit_rows(unit)), np.uint8))
+        store.storage.put_together({store.chunks.key("status", unit): done})
     store.storage.flush()
 
     def again() -> None:

@@ -1,10 +1,12 @@
 """A file of a store in a folder: written beside its name and then renamed, read only if it is one."""
 
 import errno
+import itertools
 import os
 import stat
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from icons.process import process_mark
 
 PARTIAL = ".partial"
 _METADATA = "zarr.json"
+_RUN, _numbers = uuid.uuid4().hex[:16], itertools.count()  # names of this process's files, which bear its mark too
 Guard = Callable[[], None]
 """Called just before a file gets its name; raises to prevent it."""
 
@@ -25,57 +28,61 @@ def nothing() -> None:
     """The guard of a file that nobody else may want to write."""
 
 
-def write_file(
-    root: Path, key: str, parts: Sequence[Any], *, exclusive: bool = False, guard: Guard | None = None
-) -> Path:
+def write_file(root: str, key: str, parts: Sequence[Any], *, exclusive: bool = False) -> str:
     """Writes one key below `root` and renames it into place (`exclusive`: links it, which fails if it exists).
 
     Raises:
         FileNotFoundError: `root` is gone.
         FileExistsError: `exclusive`, and the key exists.
-        LostUnit: the guard has objected.
         OSError: whatever the disk says (full, read-only, `exclusive` without hard links); nothing is left behind then.
     """
-    path, partial = root / key, write_partial(root, key, parts)
+    path, partial = f"{root}/{key}", write_partial(root, key, parts)
     try:
         if key.endswith(_METADATA):
             flush_path(partial)
-        (guard or nothing)()
-        if not exclusive:
-            return partial.replace(path)
-        link(partial, path)
-        partial.unlink()
-        return path
+        if exclusive:
+            link(partial, path)
+            os.unlink(partial)
+        else:
+            os.replace(partial, path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        remove(partial)
         raise_if_vanished(root, error)
         raise
+    return path
 
 
-def write_partial(root: Path, key: str, parts: Sequence[Any]) -> Path:
+def remove(path: str) -> None:
+    """Takes a file away, if it is there."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def write_partial(root: str, key: str, parts: Sequence[Any]) -> str:
     """Writes the content of a key beside its name; its folder is made, and never `root` itself.
 
     Raises:
         FileNotFoundError: `root` is gone.
         OSError: as `write_file`.
     """
-    folder, _, name = key.rpartition("/")
-    partial = Path(f"{root}/{folder}/.{name}.{process_mark()}.{uuid.uuid4().hex}{PARTIAL}")
+    folder, _, name = f"{root}/{key}".rpartition("/")
+    # strings: a Path costs more than the calls that it is given to
+    partial = f"{folder}/.{name}.{process_mark()}.{_RUN}{next(_numbers):016x}{PARTIAL}"
     try:
         try:
             descriptor = os.open(partial, _NEW, 0o666)
         except FileNotFoundError:
-            _make_parents(root, partial.parent)
+            _make_parents(Path(root), Path(folder))
             descriptor = os.open(partial, _NEW, 0o666)
         try:
             _write(descriptor, parts)
         finally:
             os.close(descriptor)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        remove(partial)
         raise_if_vanished(root, error)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(root / key)  # what goes wrong as bytes are written names no file
+            error.filename = f"{root}/{key}"  # what goes wrong as bytes are written names no file
         raise
     return partial
 
@@ -95,7 +102,7 @@ def _write(descriptor: int, parts: Sequence[Any]) -> None:
             left[0] = left[0][written:]
 
 
-def link(partial: Path, path: Path) -> None:
+def link(partial: str, path: str) -> None:
     """The rename that fails if the name is taken, also when two processes try at once.
 
     Raises:
@@ -108,13 +115,14 @@ def link(partial: Path, path: Path) -> None:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         message = (
-            f"{path.parent}: this file system has no hard links, by which runs agree on who computes what; expected "
-            "one that has them (ext4, XFS, NFS, Lustre): put the store there, or give an object store by its URL (s3://)"
+            f"{Path(path).parent}: this file system has no hard links, by which runs agree on who computes what; "
+            "expected one that has them (ext4, XFS, NFS, Lustre): put the store there, or give an object store by its "
+            "URL (s3://)"
         )
         raise OSError(error.errno, message) from error
 
 
-def read_file(path: Path) -> bytes | None:
+def read_file(path: str) -> bytes | None:
     """What lies there; None: no file.
 
     Raises:
@@ -138,25 +146,25 @@ def read_file(path: Path) -> bytes | None:
         os.close(descriptor)
 
 
-def checked_file(path: Path) -> Path:
+def checked_file(path: str) -> str:
     """The path, unless a pipe or a device lies there, which would be waited for without end.
 
     Raises:
         ValueError: one does.
         FileNotFoundError: nothing lies there.
     """
-    _check_regular(path, path.stat().st_mode)
+    _check_regular(path, os.stat(path).st_mode)
     return path
 
 
-def _check_regular(path: Path, mode: int) -> None:
+def _check_regular(path: str, mode: int) -> None:
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise ValueError(f"{path}: is a pipe or a device; expected a file of a store")
 
 
-def raise_if_vanished(root: Path, error: BaseException) -> None:
+def raise_if_vanished(root: str, error: BaseException) -> None:
     """A missing file means nothing to the user; that the whole store is missing does."""
-    if isinstance(error, FileNotFoundError) and not (root / _METADATA).exists():
+    if isinstance(error, FileNotFoundError) and not os.path.exists(f"{root}/{_METADATA}"):
         raise vanished(root) from error
 
 

@@ -30,6 +30,7 @@ from icons.store.file import (
     nothing,
     raise_if_vanished,
     read_file,
+    remove,
     write_file,
     write_partial,
 )
@@ -47,42 +48,44 @@ class DurableLocalStore(LocalStore):
 
     def __init__(self, root: Path | str, *, read_only: bool = False) -> None:
         super().__init__(root, read_only=read_only)
-        self.unflushed: list[Path] = []
-        self.begun: dict[Path, Future[None]] = {}  # those of them whose content is on its way to the disk
-        self.named: set[Path] = set()  # folders whose own names are durable
+        self.place = str(self.root)
+        self.unflushed: list[str] = []
+        self.changing = threading.Lock()  # held while that list is changed
+        self.begun: dict[str, Future[None]] = {}  # those of its files whose content is on its way to the disk
+        self.named: set[str] = set()  # folders whose own names are durable
         self.pool = ThreadPoolExecutor(_FLUSHES, "icons-flush")
         self.flushing = threading.Lock()  # who comes second waits for the first, who may be flushing the second's files
 
-    def flush(self, also: Iterable[Path] = ()) -> None:
+    def flush(self, also: Iterable[str] = ()) -> None:
         """Makes durable what was written so far, and further files, with the names of the folders in which it lies."""
         with self.flushing:
             paths = list(self.unflushed)
             try:
                 self.flush_paths([*paths, *also])
             except FileNotFoundError as error:
-                raise_if_vanished(self.root, error)
+                raise_if_vanished(self.place, error)
                 raise
             for path in paths:  # not after an error: nobody is told that these files are safe
                 self.forget(path)
 
-    def flush_paths(self, paths: Iterable[Path]) -> None:
+    def flush_paths(self, paths: Iterable[str]) -> None:
         """`fsync` of files and of the folders that name them, all side by side; a folder above those only until its
         names have been durable once."""
-        files: dict[Path, None] = dict.fromkeys(paths)
-        folders: set[Path] = set()
-        for folder in [path.parent for path in files]:
-            while folder not in folders and len(folder.parts) >= len(self.root.parts):
+        files: dict[str, None] = dict.fromkeys(paths)
+        folders: set[str] = set()
+        for folder in map(_parent, files):
+            while folder not in folders:
                 folders.add(folder)
-                if folder in self.named:
+                if folder in self.named or folder == self.place:
                     break
-                folder = folder.parent
+                folder = _parent(folder)
         begun = {path: self.begun.pop(path) for path in files if path in self.begun}
         self.flush_side_by_side([*(files.keys() - begun.keys()), *(folders - files.keys())])
         for content in begun.values():
             content.result()
         self.named |= folders
 
-    def flush_side_by_side(self, paths: Sequence[Path]) -> None:
+    def flush_side_by_side(self, paths: Sequence[str]) -> None:
         """`fsync` of all; a part of them for each thread, since handing over costs as much as a small file."""
         for done in [
             self.pool.submit(_flush_each, paths[start::_FLUSHES]) for start in range(min(_FLUSHES, len(paths)))
@@ -90,16 +93,19 @@ class DurableLocalStore(LocalStore):
             done.result()
 
     def flush_deleted(self, keys: Sequence[str]) -> None:
-        for parent in {(self.root / key).parent for key in keys}:
+        for parent in {_parent(self.path_of(key)) for key in keys}:
             flush_path(parent)
 
-    def forget(self, path: Path) -> None:
-        with suppress(ValueError):
+    def forget(self, path: str) -> None:
+        with self.changing, suppress(ValueError):
             self.unflushed.remove(path)
+
+    def path_of(self, key: str) -> str:
+        return f"{self.place}/{key}"
 
     async def get(self, key: str, *rest: Any, **options: Any) -> Buffer | None:
         with suppress(FileNotFoundError, NotADirectoryError):
-            checked_file(self.root / key)
+            checked_file(self.path_of(key))
         value = await super().get(key, *rest, **options)
         return self._checked(key, value)
 
@@ -112,15 +118,15 @@ class DurableLocalStore(LocalStore):
         return value
 
     def is_file(self, key: str) -> bool:
-        return (self.root / key).is_file()
+        return os.path.isfile(self.path_of(key))
 
     def read(self, key: str) -> bytes | None:
-        return read_file(self.root / key)
+        return read_file(self.path_of(key))
 
     def read_array(self, key: str) -> np.ndarray | None:
         """The bytes of `key`, `[bytes]` uint8, in memory of their own."""
         try:
-            return np.fromfile(checked_file(self.root / key), np.uint8)
+            return np.fromfile(checked_file(self.path_of(key)), np.uint8)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return None
 
@@ -149,8 +155,8 @@ class DurableLocalStore(LocalStore):
 
     def delete_sync(self, key: str) -> None:
         self._check_writable()
-        self.forget(self.root / key)
-        (self.root / key).unlink(missing_ok=True)
+        self.forget(path := self.path_of(key))
+        remove(path)
 
     async def delete(self, key: str) -> None:
         await asyncio.to_thread(self.delete_sync, key)
@@ -158,70 +164,95 @@ class DurableLocalStore(LocalStore):
     def set_sync(self, key: str, value: Buffer) -> None:
         self.set_parts(key, [value.as_buffer_like()])
 
-    def set_parts(self, key: str, parts: Sequence[Any], guard: Guard | None = None) -> None:
+    def set_parts(self, key: str, parts: Sequence[Any]) -> None:
         self._check_writable()
-        path = write_file(self.root, key, parts, guard=guard)
-        if sum(map(len, parts)) >= _LARGE:
-            self.begun[path] = self.pool.submit(flush_path, path)
-        self.remember(key, path)
+        self.remember(key, write_file(self.place, key, parts))
+
+    def set_together(self, values: Mapping[str, Sequence[Any]], guard: Guard) -> None:
+        """Writes files that get their names one right after the other, unless the guard objects."""
+        self._check_writable()
+        partials: dict[str, str] = {}
+        try:
+            for key, parts in values.items():
+                partials[key] = write_partial(self.place, key, parts)
+            guard()
+            for key, parts in values.items():
+                os.replace(partials[key], path := self.path_of(key))
+                del partials[key]
+                if sum(map(len, parts)) >= _LARGE:
+                    self.begun[path] = self.pool.submit(flush_path, path)
+                self.remember(key, path)
+        except FileNotFoundError as error:
+            raise_if_vanished(self.place, error)
+            raise
+        finally:
+            for partial in partials.values():
+                remove(partial)
 
     def set_whole(self, values: Mapping[str, Sequence[Any]], guards: Mapping[str, Guard]) -> list[str]:
         """Writes files each of which has its name only once it, and all that was written before, is durable; the keys
         for which no guard has objected."""
         self._check_writable()
-        partials: dict[str, Path] = {}
+        partials: dict[str, str] = {}
         written = []
         try:
             for key, parts in values.items():
-                partials[key] = write_partial(self.root, key, parts)
+                partials[key] = write_partial(self.place, key, parts)
             self.flush(partials.values())  # with the rest, since a disk takes many at once for little more
-            for key, partial in partials.items():
+            for key in values:
                 with suppress(LostUnit):
                     guards.get(key, nothing)()
-                    self.unflushed.append(partial.replace(self.root / key).parent)
+                    os.replace(partials[key], path := self.path_of(key))
+                    del partials[key]
+                    self.remember(key, _parent(path))  # its content is durable
                     written.append(key)
         finally:
             for partial in partials.values():
-                partial.unlink(missing_ok=True)
+                remove(partial)
         return written
 
     async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
         self._check_writable()
         parts = [value.as_buffer_like()]
-        self.remember(key, await asyncio.to_thread(write_file, self.root, key, parts, exclusive=exclusive))
+        self.remember(key, await asyncio.to_thread(write_file, self.place, key, parts, exclusive=exclusive))
 
     def create_whole(self, values: Mapping[str, bytes]) -> list[str]:
         """Writes those keys that do not exist, each durable before it has its name; the keys that did."""
         self._check_writable()
-        partials: dict[str, Path] = {}
+        partials: dict[str, str] = {}
         existed = []
         try:
             for key, value in values.items():
-                partials[key] = write_partial(self.root, key, [value])
+                partials[key] = write_partial(self.place, key, [value])
             self.flush_side_by_side(list(partials.values()))
             for key, partial in partials.items():
                 try:
-                    link(partial, self.root / key)
-                    self.remember(key, self.root / key)
+                    link(partial, path := self.path_of(key))
+                    self.remember(key, path)
                 except FileExistsError:
                     existed.append(key)
         finally:
             for partial in partials.values():
-                partial.unlink(missing_ok=True)
+                remove(partial)
         return existed
 
     def create_sync(self, key: str, value: bytes) -> bool:
         """Writes `key` unless it exists; whether it was written."""
         self._check_writable()
         try:
-            self.remember(key, write_file(self.root, key, [value], exclusive=True))
+            self.remember(key, write_file(self.place, key, [value], exclusive=True))
         except FileExistsError:
             return False
         return True
 
-    def remember(self, key: str, path: Path) -> None:
+    def remember(self, key: str, path: str) -> None:
         if not key.startswith(_VOLATILE):
-            self.unflushed.append(path)
+            with self.changing:
+                self.unflushed.append(path)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def _folders_in(folder: Path) -> list[Path]:
@@ -232,6 +263,6 @@ def _folders_in(folder: Path) -> list[Path]:
         return []
 
 
-def _flush_each(paths: Iterable[Path]) -> None:
+def _flush_each(paths: Iterable[str]) -> None:
     for path in paths:
         flush_path(path)

@@ -227,7 +227,7 @@ class RowStore:
         Args:
             unit: which.
             values: its arrays, `status` among them.
-            guard: called before each file is seen; raises when the unit is another run's now, or finished.
+            guard: called before the files are seen; raises when the unit is another run's now, or finished.
 
         Raises:
             ValueError: a shape is not that of the unit, or an array is missing or unknown.
@@ -238,10 +238,7 @@ class RowStore:
         if not self.storage.exists("zarr.json"):
             raise vanished(self.path)
         rows = {name: value for name, value in values.items() if name != "status"}
-        checksums = {name: self.chunks.write(name, unit, value, guard) for name, value in rows.items()}
-        if self.has_digests:
-            checksums["status"] = unit_digest.stated(self.chunks.parts("status", values["status"])[-1])
-            self.storage.put_parts(unit_digest.digest_key(unit), [unit_digest.to_bytes(checksums)], guard)
+        self.chunks.write(unit, rows, values["status"] if self.has_digests else None, guard)
 
     def commit(self, statuses: Mapping[int, np.ndarray], guards: Mapping[int, Guard] | None = None) -> list[int]:
         """Makes all that was written durable, and then writes the `status` of these units; several at a time, because

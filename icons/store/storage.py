@@ -53,30 +53,34 @@ class Storage:
         return None if value is None else value.to_bytes()
 
     def put(self, key: str, value: bytes) -> None:
-        self.put_parts(key, [value])
+        if self.folder:
+            self.folder.set_parts(key, [value])
+        else:
+            _run(self.zarr_store.set(key, _as_buffer(value)))
 
-    def put_parts(self, key: str, parts: Sequence[bytes | memoryview], guard: Guard | None = None) -> None:
-        """`put` of a value that lies in several pieces of memory; `guard` is called just before it is to be seen.
+    def put_together(self, values: Mapping[str, Sequence[bytes | memoryview]], guard: Guard = nothing) -> None:
+        """`put` of several, each of which lies in some pieces of memory; `guard` is called before they are to be seen.
 
         Raises:
-            LostUnit: the guard has objected; nothing is written then.
+            LostUnit: the guard has objected; what is not yet seen is not written then.
         """
         if self.folder:
-            self.folder.set_parts(key, parts, guard)
-        else:
-            (guard or nothing)()
-            _run(self.zarr_store.set(key, _as_buffer(b"".join(parts))))
+            return self.folder.set_together(values, guard)
+        for key, parts in values.items():
+            guard()
+            self.put(key, b"".join(parts))
+        return None
 
     def put_whole(self, values: Mapping[str, Sequence[bytes | memoryview]], guards: Mapping[str, Guard]) -> list[str]:
-        """`put_parts` of several, each of which survives a loss of power from the moment it is seen, and so does what
-        was written before; the keys that were written, since a guard that objects keeps its own from it."""
+        """`put_together` with a guard for each; they survive a loss of power from the moment they are seen, as does
+        what was written before. The keys that were written, since a guard that objects keeps its own from it."""
         if self.folder:
             return self.folder.set_whole(values, guards)
-        return [key for key, parts in values.items() if self.was_put(key, parts, guards.get(key))]
+        return [key for key, parts in values.items() if self.was_put(key, parts, guards.get(key, nothing))]
 
-    def was_put(self, key: str, parts: Sequence[bytes | memoryview], guard: Guard | None) -> bool:
+    def was_put(self, key: str, parts: Sequence[bytes | memoryview], guard: Guard) -> bool:
         try:
-            self.put_parts(key, parts, guard)
+            self.put_together({key: parts}, guard)
         except LostUnit:
             return False
         return True

@@ -134,8 +134,8 @@ def test_an_opened_store_reads_a_few_small_files_and_a_unit_one_chunk_each(
     filled(tmp_path / "s", num_rows=80)
     read: list[str] = []
 
-    def counting(original: Callable[..., Any], path: Path, *rest: Any) -> Any:
-        read.append(str(path.relative_to(tmp_path / "s")))
+    def counting(original: Callable[..., Any], path: Path | str, *rest: Any) -> Any:
+        read.append(str(Path(path).relative_to(tmp_path / "s")))
         return original(path, *rest)
 
     read_bytes = Path.read_bytes

@@ -173,30 +173,18 @@ def test_each_units_rows_are_durable_before_its_status_is_written_however_many_w
     store: GradientStore, make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[tuple[str, str]] = []
-    write, flush = icons.store.folder.write_file, icons.store.folder.flush_path
+    rename, flush = os.replace, icons.store.folder.flush_path
 
-    def writing(root: Path, key: str, *rest: Any, **options: Any) -> Path:
-        found = write(root, key, *rest, **options)
-        events.append(("written", key))
-        return found
+    def renaming(partial: str, path: str) -> None:
+        rename(partial, path)
+        events.append(("written", str(Path(path).relative_to(store.path))))
 
-    def flushing(path: Path) -> None:
+    def flushing(path: str) -> None:
         time.sleep(0.01)  # so that some units wait together
         flush(path)
-        events.append(("durable", str(path.relative_to(store.path))))
+        events.append(("durable", str(Path(path).relative_to(store.path))))
 
-    folder = store.storage.folder
-    assert folder is not None
-    whole = folder.set_whole
-
-    def named(values: Any, guards: Any) -> list[str]:
-        def noting(key: str) -> Any:
-            return lambda: (guards[key](), events.append(("written", key)))
-
-        return whole(values, {key: noting(key) for key in values})  # a guard is called just before the name is given
-
-    monkeypatch.setattr(folder, "set_whole", named)
-    monkeypatch.setattr(icons.store.folder, "write_file", writing)
+    monkeypatch.setattr(os, "replace", renaming)
     monkeypatch.setattr(icons.store.folder, "flush_path", flushing)
     writer = make(store, queue_units=6)
     writer.collect(np.arange(22), results(np.arange(22)))
