@@ -16,9 +16,9 @@ from icons.cli.model_source import ModelSource
 from icons.cli.options.gradients import GradientsOptions
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.collector import DIFFERENTIATED, collector
-from icons.modules.fit import quiet
+from icons.modules.fit import quiet, ranks_of
 from icons.modules.gradient_writer import GradientWriter
-from icons.modules.named_strategy import predicting_strategy
+from icons.modules.named_strategy import predicting_strategy, sharing_ranks
 from icons.modules.part_writer import PartWriter, part_path
 from icons.output import check_output
 from icons.partition import assign, parse_shard
@@ -184,14 +184,16 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
     """The Trainer's flags: ours, then the user's, who may not change those that gradients depend on.
 
     Raises:
-        ValueError: such a flag is given with another value.
+        ValueError: such a flag is given with another value, or a strategy that cannot divide the ranks.
     """
     for flag, value in _FIXED.items():
         if (trainer or {}).get(flag, value) != value:
             raise ValueError(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
-    return predicting_strategy(TRAINER | bars() | (trainer or {}) | _FIXED)
+    flags = predicting_strategy(TRAINER | bars() | (trainer or {}) | _FIXED)
+    sharing_ranks(flags, ranks_of(flags))
+    return flags
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:

@@ -19,7 +19,7 @@ from icons.choices import ModelDtype
 from icons.models.tensor_files import load_data
 from icons.models.warmup_folder import MANIFEST
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of
-from icons.modules.named_strategy import named_strategy
+from icons.modules.named_strategy import named_strategy, sharing_ranks
 from icons.modules.progress import FitProgress
 from icons.modules.warmup import WarmupModule
 from icons.output import remove
@@ -69,7 +69,7 @@ def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype:
     Several processes run under DDP that looks for unused parameters: a batch without images leaves the projector so.
 
     Raises:
-        ValueError: a flag contradicts an option.
+        ValueError: a flag contradicts an option, or a strategy cannot divide the ranks.
     """
     owned = {"max_epochs": "--epochs", "accumulate_grad_batches": "--accumulate", "precision": "--dtype"}
     for flag, option in owned.items():
@@ -91,6 +91,7 @@ def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype:
         flags["check_val_every_n_epoch"] = None if isinstance(given["val_check_interval"], int) else 1
     if ranks_of(given) > 1 and flags.get("strategy", "auto") in ("auto", "ddp"):
         flags["strategy"] = "ddp_find_unused_parameters_true"
+    sharing_ranks(flags, ranks_of(flags))
     return named_strategy(flags)
 
 

@@ -3,7 +3,8 @@
 A gather needs all ranks. But ranks work on rows of their own: one has more batches than another, or repeats a pass, or
 takes more of them for a sample that is not finite. So before a gather all ranks say which layer they want next. The
 first of these is gathered; who wants another one hands over its part all the same, and asks again. Ranks that are done
-hand over theirs until all are done. No pass has to be planned, and none is run for the others' sake.
+hand over theirs until all are done. No pass has to be planned, and none is run for the others' sake. Ranks that share
+another copy of the model are waited for at the end alone.
 """
 
 import datetime
@@ -51,10 +52,13 @@ class Lockstep:
         layers: those that were sharded, in the order in which they are called, as far as that is known: ranks that
             have come apart meet sooner then.
         group: through which layers are gathered.
+        copies: the ranks of every such group.
     """
 
-    def __init__(self, layers: Sequence[FSDPModule], group: dist.ProcessGroup) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=FOREVER)  # on the CPU, whatever computes
+    def __init__(self, layers: Sequence[FSDPModule], group: dist.ProcessGroup, copies: Sequence[Sequence[int]]) -> None:
+        # on the CPU, whatever computes
+        self.everyone = dist.new_group(backend="gloo", timeout=FOREVER)
+        self.group, _ = dist.new_subgroups_by_enumeration(list(map(list, copies)), backend="gloo", timeout=FOREVER)
         self.gathers = [_LayerGather(self, index, layer, group) for index, layer in enumerate(layers)]
         for layer, gather in zip(layers, self.gathers, strict=True):
             layer.set_custom_all_gather(gather)  # type: ignore[arg-type]  # its base class is not public
@@ -76,16 +80,19 @@ class Lockstep:
         Raises:
             LostRankError: a rank has died.
         """
-        while not self.done and (chosen := self.agree(DONE)) != DONE:
+        if self.done:
+            return
+        while (chosen := self.agree(DONE)) != DONE:
             self.gathers[min(chosen, 2 * len(self.gathers) - 1 - chosen)].take_part()
+        self.agree(DONE, self.everyone)  # what follows may need all ranks, and wait for them for minutes only
         self.done = True
 
     def begin(self) -> None:
         """To be called before this rank computes again."""
         self.done = False
 
-    def agree(self, wanted: int) -> int:
-        """The first of what all ranks want.
+    def agree(self, wanted: int, group: dist.ProcessGroup | None = None) -> int:
+        """The first of what all ranks want that share this copy; or of another group.
 
         Raises:
             LostRankError: a rank has died.
@@ -93,7 +100,7 @@ class Lockstep:
         first = torch.tensor([wanted])
         wait_s = _FIRST_WAIT_S
         with _all_living():
-            work = dist.all_reduce(first, dist.ReduceOp.MIN, group=self.group, async_op=True)
+            work = dist.all_reduce(first, dist.ReduceOp.MIN, group=group or self.group, async_op=True)
             while not work.is_completed():  # and not `wait`, in which no signal would be taken
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, _LONGEST_WAIT_S)

@@ -1,52 +1,12 @@
-"""Training what is whole on every rank beside frozen weights that are sharded; checkpoints of the former alone."""
+"""Training what is whole on every rank beside frozen weights that are sharded."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
-from torch.optim import Optimizer
 
 from icons.modules.sharding import ShardedModule, lockstep_of
-
-
-class SharedModelStrategy(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2, with checkpoints as under DDP: one file, of what is trained, by rank 0.
-
-    Lightning's own puts the whole base model into each of them.
-    """
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        return True
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What is trained, by name."""
-        assert self.lightning_module is not None
-        named = self.lightning_module.named_parameters()
-        return {name: parameter.detach() for name, parameter in named if parameter.requires_grad}
-
-    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        return Strategy.optimizer_state(self, optimizer)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
-
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Sets what is trained; every name must be there."""
-        assert self.lightning_module is not None
-        places = dict(self.lightning_module.named_parameters())
-        with torch.no_grad():
-            for name, value in checkpoint["state_dict"].items():
-                places[name].copy_(value)
-
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        Strategy.load_optimizer_state_dict(self, checkpoint)
 
 
 class ShardedFit(ShardedModule):

@@ -2,22 +2,24 @@
 
 Each rank holds its part of every layer, and the whole of what is trained. A layer's weights are gathered when it is
 called, forwards and backwards, and let go afterwards; `icons.modules.lockstep` lets ranks do so with rows of their own.
-What is computed is what one process computes, to the last bit on a CPU.
+What is computed is what one process computes, to the last bit on a CPU. Ranks may be in groups that have a copy each,
+as those of a node, and gather layers among themselves alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from icons.models.fingerprint import keep_description
 from icons.modules.lockstep import Lockstep, LostRankError
+from icons.modules.shared_model_strategy import SharedModelStrategy
 
 KEPT = "_lockstep"
 
@@ -35,11 +37,11 @@ class ShardedModule(LightningModule):
         """Shards the model's frozen weights, once for all its modules, under `ModelParallelStrategy`.
 
         Raises:
-            ValueError: see `shard`.
+            ValueError: see `copies_of` and `shard`.
         """
         strategy = self.trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy) and self.trainer.world_size > 1:
-            lockstep = lockstep_of(self.model) or shard(self.model, strategy.root_device)
+        if isinstance(strategy, ModelParallelStrategy) and len((copies := copies_of(strategy))[0]) > 1:
+            lockstep = lockstep_of(self.model) or shard(self.model, strategy.root_device, copies)
             lockstep.begin()
 
     def on_predict_end(self) -> None:
@@ -73,8 +75,27 @@ def lockstep_of(model: nn.Module) -> Lockstep | None:
     return vars(model).get(KEPT)
 
 
-def shard(model: nn.Module, device: torch.device) -> Lockstep:
-    """Shares the frozen weights of a model out among all ranks; layer by layer, so that no device holds it whole.
+def copies_of(strategy: ModelParallelStrategy) -> list[list[int]]:
+    """The ranks that share a copy of the frozen weights, for each copy; to be called on every rank.
+
+    Raises:
+        ValueError: see `SharedModelStrategy.copies`; or Lightning's own strategy with sizes that ask for something
+            else than sharding over all ranks.
+    """
+    if isinstance(strategy, SharedModelStrategy):
+        return strategy.copies()
+    sizes, world = tuple(strategy.device_mesh.shape), strategy.world_size
+    if sizes not in ((strategy.num_nodes, strategy.num_processes), (world, 1)):  # what it takes by itself
+        raise ValueError(
+            f"ModelParallelStrategy(data_parallel_size={sizes[0]}, tensor_parallel_size={sizes[1]}): frozen weights "
+            f"are sharded over all {world} ranks, and no layer is computed in parts (tensor parallelism); leave both "
+            f"sizes out, or take SharedModelStrategy(ranks_per_copy={sizes[1]}) for {sizes[0]} copies"
+        )
+    return [list(range(world))]
+
+
+def shard(model: nn.Module, device: torch.device, copies: Sequence[Sequence[int]]) -> Lockstep:
+    """Shares the frozen weights of a model out among ranks; layer by layer, so that no device holds it whole.
 
     To be called on every rank, with the same model: whole, on the CPU. Trained parameters stay whole, and plain
     tensors, on every rank. Decoder and vision layers, and embeddings and output layer unless they are one, are gathered
@@ -83,6 +104,7 @@ def shard(model: nn.Module, device: torch.device) -> Lockstep:
     Args:
         model: Hugging Face model; in the form in which it is called (with its adapter).
         device: this rank's.
+        copies: the ranks that share a copy of the weights, for each copy; every rank once, as many for each.
 
     Raises:
         ValueError: base weights in 4 or 8 bits, or none that is frozen.
@@ -100,13 +122,13 @@ def shard(model: nn.Module, device: torch.device) -> Lockstep:
             "device; expected a frozen base model with LoRA: use the strategy ddp"
         )
     keep_description(model)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = DeviceMesh(device.type, [list(ranks) for ranks in copies], mesh_dim_names=("copies", "shards"))["shards"]
     trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
     chosen = [*units(model), model]
     for module in chosen:
         fully_shard(module, mesh=mesh, ignored_params=trained)
     layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    lockstep = vars(model)[KEPT] = Lockstep(layers, mesh.get_group())
+    lockstep = vars(model)[KEPT] = Lockstep(layers, mesh.get_group(), copies)
     return lockstep
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +37,34 @@ def warm_up(folder: Path, out: Path, ranks: int, strategy: str = "auto") -> int:
         "lora-dropout": 0.0, "learning-rate": 1e-2, "batch-size": 4 // ranks, "epochs": 2, "out": out,
         "task": f"held={DATA / 'data.json'}:{DATA}",
     }  # fmt: skip
-    return run("warmup", given, ranks, strategy)
+    return run("warmup", given, {"devices": ranks, "strategy": strategy})
 
 
-def score(folder: Path, checkpoint: Path, out: Path, ranks: int, strategy: str = "auto") -> int:
+def score(folder: Path, out: Path, **trainer: object) -> int:
     given: dict[str, Any] = {
-        "checkpoint": checkpoint, "data": folder / "broken.json", "images": DATA, "chunk-rows": 2, "batch-size": 2,
-        "task": f"held={DATA / 'data.json'}:{DATA}", "out": out, "keep-gradients": out.with_suffix(".kept"), "dim": 64,
+        "checkpoint": folder / "alone", "data": folder / "broken.json", "images": DATA, "chunk-rows": 2,
+        "batch-size": 2, "task": f"held={DATA / 'data.json'}:{DATA}", "out": out, "dim": 64,
+        "keep-gradients": out.with_suffix(".kept"),
     }  # fmt: skip
-    return run("score", given, ranks, strategy)
+    return run("score", given, trainer)
 
 
-def run(command: str, given: dict[str, Any], ranks: int, strategy: str) -> int:
-    given |= {"trainer.accelerator": "cpu", "trainer.devices": ranks, "trainer.enable_progress_bar": False}
-    given |= {"trainer.strategy": strategy}
+def run(command: str, given: dict[str, Any], trainer: Mapping[str, object]) -> int:
+    flags = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False} | trainer
+    given |= {f"trainer.{flag}": value for flag, value in flags.items()}
     return cli.main([command, *(f"--{name}={value}" for name, value in given.items())])
 
 
-def rank(folder: Path, ranks: int, strategy: str) -> None:
+def warm_up_rank(folder: Path, ranks: int, strategy: str) -> None:
     """One rank's part: what it prints goes where errors go."""
     os.dup2(2, 1)
     torch.set_num_threads(1)
     assert warm_up(folder, folder / strategy, ranks, strategy) == 0
-    if strategy == "model_parallel":
-        assert score(folder, folder / "alone", folder / "ranks.zarr", ranks, strategy) == 0
+
+
+def score_rank(folder: Path) -> None:
+    """One rank's part on two nodes of two."""
+    os.dup2(2, 1)
+    torch.set_num_threads(1)
+    nodes = {"devices": 2, "num_nodes": 2, "strategy": "model_parallel_hybrid"}
+    assert score(folder, folder / "ranks.zarr", **nodes) == 0

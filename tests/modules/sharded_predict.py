@@ -1,7 +1,8 @@
 """Rows of tiny LLaVAs through `Trainer.predict`, the model shared by the ranks; one has rows that are not finite.
 
-Run as `python sharded_predict.py FOLDER`: two ranks of which one dies, two of which one fails, three that go on, two
-that train, and two that run whole commands (`sharded_commands.py`), sharing the model and, for comparison, not.
+Run as `python sharded_predict.py FOLDER`: two ranks of which one dies, two of which one fails, three that go on; two
+nodes of two ranks and a copy each, of which one rank dies, and that go on, train and score; and two ranks that train by
+command (`sharded_commands.py`), sharing the model and, for comparison, not.
 """
 
 import json
@@ -9,9 +10,10 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -31,11 +33,12 @@ from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
 from icons.models.loading import checkpoint_layers
 from icons.modules.extractor import GradientExtractor
 from icons.modules.gradient_writer import GradientWriter
-from icons.modules.sharded_fit import SharedModelStrategy
+from icons.modules.shared_model_strategy import SharedModelStrategy
 from icons.modules.task_vectorizer import TaskVectorizer
 from icons.modules.warmup import WarmupModule
 from icons.partition import UnitPlan
 from icons.projection import Identity
+from icons.store import GradientStore
 
 ROWS, CHUNK_ROWS, BROKEN = 17, 3, (4, 9)
 KINDS = ("language", "tower")
@@ -43,6 +46,15 @@ FLAGS: dict[str, Any] = {
     "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
     "inference_mode": False, "use_distributed_sampler": False,
 }  # fmt: skip
+
+
+def ranks(strategy: type[ModelParallelStrategy] = ModelParallelStrategy) -> dict[str, Any]:
+    """The Trainer's flags for this process, which may be one of several ranks, and these on several nodes."""
+    count, each = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if count == 1:
+        return {"accelerator": "cpu", "devices": 1}
+    chosen = SharedModelStrategy("node") if count > each else strategy()
+    return {"accelerator": "cpu", "devices": each, "num_nodes": count // each, "strategy": chosen}
 
 
 def model_of(kind: str) -> nn.Module:
@@ -114,6 +126,20 @@ class Dies(Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Waits(Callback):
+    """Has the first node's ranks begin when the second node's have nothing left."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
+        while trainer.node_rank == 0 and len([*self.folder.glob("*.ended")]) < 2:
+            time.sleep(0.01)
+
+    def on_predict_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        (self.folder / f"{trainer.global_rank}.ended").touch()
+
+
 class Batches(IterableDataset[Any]):
     """Without a length, since a rank may have none."""
 
@@ -124,26 +150,20 @@ class Batches(IterableDataset[Any]):
         return map(collate, self.batches)
 
 
-def vectors(model: nn.Module, devices: int = 1) -> TaskVectorizer:
+def vectors(model: nn.Module) -> TaskVectorizer:
     """Two tasks' vectors, the second task being longer; each is one rank's, and a third rank has none."""
-    vectorizer, place = TaskVectorizer(model, ["first", "second"]), int(os.environ.get("RANK", "0"))
+    vectorizer = TaskVectorizer(model, ["first", "second"])
+    place, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     rows = [[[0, 1]], [[2, 3], [5, 6], [4]]]
-    own = [task if number % devices == place else [] for number, task in enumerate(rows)]
+    own = [task if number % count == place else [] for number, task in enumerate(rows)]
     loaders = [DataLoader(Batches(task), batch_size=None) for task in own]
-    trainer = Trainer(
-        accelerator="cpu", devices=devices, strategy="auto" if devices == 1 else ModelParallelStrategy(), **FLAGS
-    )
-    trainer.predict(vectorizer, loaders, return_predictions=False)
+    Trainer(**ranks(), **FLAGS).predict(vectorizer, loaders, return_predictions=False)
     return vectorizer
 
 
-def predict(
-    folder: Path, kind: str, devices: int = 1, ends: Callback | None = None, model: nn.Module | None = None
-) -> GradientExtractor:
+def predict(folder: Path, kind: str, ends: Callback | None = None, model: nn.Module | None = None) -> GradientExtractor:
     trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="auto" if devices == 1 else ModelParallelStrategy(),
+        **ranks(),
         callbacks=[
             *([] if ends is None else [ends]),
             GradientWriter(folder / f"{kind}.zarr", dtype="float32", chunk_rows=CHUNK_ROWS),
@@ -175,63 +195,65 @@ class Saves(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(folder: Path, devices: int = 1, resume: bool = False) -> WarmupModule:
+def fit(folder: Path, resume: bool = False) -> WarmupModule:
     """Trains on batches of two rows: on each rank its own, or, which is the same, accumulated by one."""
+    place, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     model = model_of("language")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     warmup = WarmupModule(model, learning_rate=1e-2, tasks=["task"])
-    checkpoint = folder / f"fit{devices}.ckpt"
+    checkpoint = folder / f"fit{count}.ckpt"
     trainer = Trainer(
-        accelerator="cpu",
-        devices=devices,
-        strategy="auto" if devices == 1 else SharedModelStrategy(),
-        accumulate_grad_batches=2 // devices,
+        **ranks(SharedModelStrategy),
+        accumulate_grad_batches=4 // count,
         callbacks=[] if resume else [Saves(checkpoint)],
         **(FLAGS | {"max_epochs": 1, "num_sanity_val_steps": -1, "gradient_clip_val": 0.5}),
     )
-    place = int(os.environ.get("RANK", "0"))
-    batches: Any = [collate([row, row + 1]) for row in (0, 5, 2, 7, 10, 13)]
-    held: Any = [collate([row, row + 1]) for row in (11, 14, 15)]
-    loaders = [DataLoader(part[place::devices], batch_size=None) for part in (batches, held)]
+    batches: Any = [collate([row, row + 1]) for row in (0, 5, 2, 7, 10, 13, 1, 6, 11, 12, 14, 15)]
+    held: Any = [collate([row, row + 1]) for row in (11, 12, 14, 15)]
+    loaders = [DataLoader(part[place::count], batch_size=None) for part in (batches, held)]
     trainer.fit(warmup, loaders[0], [loaders[1]], ckpt_path=checkpoint if resume else None)
     return warmup
 
 
-def fit_rank(folder: Path, devices: int) -> None:
+def fit_rank(folder: Path) -> None:
     """Trains twice, the second time from the checkpoint; the first rank keeps what both leave."""
     for resume in (False, True):
-        warmup = fit(folder, devices, resume)
+        warmup = fit(folder, resume)
         assert (warmup.outcome is None) == (os.environ["RANK"] != "0")
         if warmup.outcome is not None:
             torch.save(asdict(warmup.outcome) | {"after": warmup.after}, folder / f"resumed_{resume}.pt")
-    assert (folder / f"fit{devices}.ckpt").stat().st_size < 200_000, "nothing of the base model"
+    assert (folder / "fit4.ckpt").stat().st_size < 200_000, "nothing of the base model"
 
 
-def rank(folder: Path, devices: int, ends: Callback | None) -> None:
-    for kind in KINDS:
+def rank(folder: Path, ends: Callback | None, kinds: Sequence[str] = KINDS) -> None:
+    for kind in kinds:
         model = model_of(kind)
         if kind == "language":
-            for task, total in vectors(model, devices).totals.items():
+            for task, total in vectors(model).totals.items():
                 torch.save(total, folder / f"{task}.pt")
-        extractor = predict(folder, kind, devices, ends, model)
+        extractor = predict(folder, kind, ends, model)
         held = sum(value.to_local().numel() for value in extractor.parameters() if not value.requires_grad)
         whole = sum(value.numel() for value in model_of(kind).parameters() if not value.requires_grad)
-        assert held < whole / devices * 1.2, "each rank holds its part of the frozen weights"
+        assert held < whole / int(os.environ["LOCAL_WORLD_SIZE"]) * 1.2, (
+            "each rank holds its part of the frozen weights"
+        )
 
 
-def forked(devices: int, run: Callable[[], None]) -> list[int]:
+def forked(count: int, run: Callable[[], None], nodes: int = 1) -> list[int]:
     """Runs ranks, as torchrun sets them up, and waits; how each ended. Forked: to import everything takes seconds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": devices, "LOCAL_WORLD_SIZE": devices}
+    each = count // nodes
+    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": each}
+    places |= {"TORCHELASTIC_RUN_ID": "tests"}
     children = []
-    for number in range(devices):
+    for number in range(count):
         child = os.fork()
         if child == 0:
-            own = places | {"RANK": number, "LOCAL_RANK": number, "GROUP_RANK": 0, "TORCHELASTIC_RUN_ID": "tests"}
+            own = places | {"RANK": number, "LOCAL_RANK": number % each, "GROUP_RANK": number // each}
             os.environ |= {name: str(value) for name, value in own.items()}
             status = 1
             try:
@@ -250,11 +272,17 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     folder = Path(sys.argv[1])
-    for devices, ends in ((2, Dies(3)), (2, Fails(1)), (3, None)):
-        print(json.dumps(forked(devices, partial(rank, folder, devices, ends))), flush=True)
-    print(json.dumps(forked(2, partial(fit_rank, folder, 2))), flush=True)
+    nodes = folder / "nodes"
+    nodes.mkdir()
+    for count, ends in ((2, Dies(3)), (2, Fails(1)), (3, None)):
+        print(json.dumps(forked(count, partial(rank, folder, ends))), flush=True)
+    print(json.dumps(forked(4, partial(rank, nodes, Dies(1), KINDS[:1]), nodes=2)), flush=True)
+    (nodes / "after_death.json").write_text(json.dumps(GradientStore.open(nodes / "language.zarr").status[:].tolist()))
+    print(json.dumps(forked(4, partial(rank, nodes, Waits(nodes), KINDS[:1]), nodes=2)), flush=True)
+    print(json.dumps(forked(4, partial(fit_rank, folder), nodes=2)), flush=True)
     for strategy in ("model_parallel", "ddp"):
-        print(json.dumps(forked(2, partial(sharded_commands.rank, folder, 2, strategy))), flush=True)
+        print(json.dumps(forked(2, partial(sharded_commands.warm_up_rank, folder, 2, strategy))), flush=True)
+    print(json.dumps(forked(4, partial(sharded_commands.score_rank, folder), nodes=2)), flush=True)
 
 
 if __name__ == "__main__":

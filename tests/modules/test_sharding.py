@@ -4,25 +4,30 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import sharded_predict
 import torch
+import torch.distributed as dist
 from lightning import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from sharded_commands import score, warm_up, write_data
 from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, fit, model_of, predict, sample, vectors
 from small_models import llama, one_by_one, with_lora
 from torch import nn
 
 from icons.batch import Status
+from icons.cli.gradients import predict_flags
 from icons.models.tensor_files import read_tensors
+from icons.modules.fit import trainer_flags
 from icons.modules.named_strategy import named_strategy, predicting_strategy
-from icons.modules.sharded_fit import SharedModelStrategy
-from icons.modules.sharding import check_strategy, shard, units
+from icons.modules.sharding import check_strategy, copies_of, shard, units
+from icons.modules.shared_model_strategy import SharedModelStrategy
 from icons.store import GradientStore, ScoreStore
 
 SCRIPT = Path(sharded_predict.__file__)
@@ -30,12 +35,14 @@ SCRIPT = Path(sharded_predict.__file__)
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ranks leave that share a model: one of two is killed, one of two fails, three go on, two train."""
+    """What ranks leave that share a model: one of two is killed, one of two fails, three go on; on two nodes one of
+    four is killed, four go on, four train; two train by command, and four score."""
     folder = tmp_path_factory.mktemp("shared")
     write_data(folder)
     assert warm_up(folder, folder / "alone", ranks=1) == 0
-    ended = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=300)
-    assert ended.stdout.splitlines() == ["[1, -9]", "[1, 1]", "[0, 0, 0]", *["[0, 0]"] * 3], ended.stderr[-3000:]
+    ended = subprocess.run([sys.executable, str(SCRIPT), str(folder)], capture_output=True, text=True, timeout=600)
+    expected = [[1, -9], [1, 1], [0] * 3, [1, -9, 1, 1], *[[0] * 4] * 2, *[[0] * 2] * 2, [0] * 4]
+    assert [json.loads(line) for line in ended.stdout.splitlines()] == expected, ended.stderr[-3000:]
     assert "another rank of this run has died, and with it its part of the model" in ended.stderr
     assert "another rank of this run has ended with an error: the second rank has had enough" in ended.stderr
     return folder
@@ -63,10 +70,25 @@ def test_ranks_that_share_a_model_store_the_rows_of_one_process_also_after_a_kil
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
+def test_nodes_that_have_a_copy_each_store_the_same_rows_and_none_waits_for_another_s_layers(shared: Path) -> None:
+    """The first node's ranks began when the second's had nothing left. When a rank of the first died, its neighbour
+    ended, and the other node did its work."""
+    whole, nodes = (GradientStore.open(folder / "language.zarr") for folder in (shared, shared / "nodes"))
+    np.testing.assert_array_equal(nodes.gradients[:], whole.gradients[:])
+    np.testing.assert_array_equal(nodes.status[:], whole.status[:])
+    after_death = json.loads((shared / "nodes" / "after_death.json").read_text())
+    ranks = [row // CHUNK_ROWS % 4 for row in range(ROWS)]
+    assert all(status for status, rank in zip(after_death, ranks, strict=True) if rank >= 2)
+    assert not all(status for status, rank in zip(after_death, ranks, strict=True) if rank == 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
 def test_ranks_that_share_a_model_find_the_task_vectors_of_one_process(shared: Path) -> None:
     for task, total in vectors(model_of("language")).totals.items():
-        found = torch.load(shared / f"{task}.pt", weights_only=True)
-        assert all(torch.equal(found[name], value) for name, value in total.items())
+        for folder in (shared, shared / "nodes"):
+            found = torch.load(folder / f"{task}.pt", weights_only=True)
+            assert all(torch.equal(found[name], value) for name, value in total.items())
 
 
 @pytest.mark.slow
@@ -101,9 +123,9 @@ def test_a_warm_up_by_command_on_ranks_that_share_a_model_is_that_of_ranks_that_
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_exact_scores_by_command_on_ranks_that_share_a_model_are_one_processs(shared: Path, tmp_path: Path) -> None:
+def test_exact_scores_by_command_on_nodes_that_have_a_copy_each_are_one_processs(shared: Path, tmp_path: Path) -> None:
     """Row by row, bit by bit; a row that cannot be read fails alone."""
-    assert score(shared, shared / "alone", tmp_path / "alone.zarr", ranks=1) == 0
+    assert score(shared, tmp_path / "alone.zarr") == 0
     found, expected = (
         ScoreStore.open(folder / name) for folder, name in ((shared, "ranks.zarr"), (tmp_path, "alone.zarr"))
     )
@@ -125,17 +147,68 @@ def test_strategies_that_flatten_weights_are_refused_before_anything_is_computed
 def test_packed_base_weights_and_models_without_frozen_ones_are_not_sharded() -> None:
     model = llama()
     with pytest.raises(ValueError, match=r"every weight of LlamaForCausalLM is trained.*use the strategy ddp"):
-        shard(model, torch.device("cpu"))
+        shard(model, torch.device("cpu"), [[0, 1]])
     model.lm_head.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"base weights in 4 or 8 bits \(lm_head.weight\).*--quantize"):
-        shard(model, torch.device("cpu"))
+        shard(model, torch.device("cpu"), [[0, 1]])
+
+
+class OnNodes(SharedModelStrategy):
+    """Of ranks on given nodes."""
+
+    def __init__(self, nodes: list[int], ranks_per_copy: int | Literal["node"] | None) -> None:
+        super().__init__(ranks_per_copy)
+        self.nodes = nodes
+
+    @property
+    def world_size(self) -> int:
+        return len(self.nodes)
+
+
+def test_copies_are_shared_by_the_ranks_of_a_node_wherever_these_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler may number ranks across nodes."""
+
+    def copies(nodes: list[int], ranks_per_copy: int | Literal["node"] | None) -> list[list[int]]:
+        monkeypatch.setattr(dist, "all_gather_object", lambda found, _: found.__setitem__(slice(None), nodes))
+        return OnNodes(nodes, ranks_per_copy).copies()
+
+    assert copies([0, 0, 1, 1], "node") == [[0, 1], [2, 3]]
+    assert copies([0, 1, 0, 1], "node") == [[0, 2], [1, 3]]
+    assert copies([0, 0, 0, 0], 2) == [[0, 1], [2, 3]] and copies([0, 1], None) == [[0, 1]] == copies([0, 0], "node")
+    assert copies([0], "node") == [[0]]
+    with pytest.raises(ValueError, match=r"ranks_per_copy 'node': got nodes of 1 and of 3 ranks; expected as many"):
+        copies([0, 0, 0, 1], "node")
+    with pytest.raises(ValueError, match=r"got one rank for each copy .*\(2 ranks, 2 nodes\).*take model_parallel"):
+        copies([0, 1], "node")
+    with pytest.raises(ValueError, match=r"ranks_per_copy 3: got 4 ranks; expected a number of ranks that 3 divides"):
+        copies([0, 0, 0, 0], 3)
+
+
+def test_lightning_s_own_strategy_shards_over_all_ranks_or_is_refused() -> None:
+    strategy: Any = ModelParallelStrategy()
+    strategy.cluster_environment = SimpleNamespace(world_size=lambda: 4)
+    strategy.parallel_devices = [torch.device("cpu")] * 4
+    for sizes in ((1, 4), (4, 1)):
+        strategy._device_mesh = SimpleNamespace(shape=sizes)
+        assert copies_of(strategy) == [[0, 1, 2, 3]]
+    strategy._device_mesh = SimpleNamespace(shape=(2, 2))
+    with pytest.raises(
+        ValueError, match=r"data_parallel_size=2, tensor_parallel_size=2\): .* all 4 ranks.*SharedModelStrategy\(ranks"
+    ):
+        copies_of(strategy)
 
 
 def test_the_command_line_s_names_of_sharding_mean_one_strategy(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in ("model_parallel", "fsdp"):
+    for name in ("model_parallel", "fsdp", "model_parallel_hybrid"):
         flags: dict[str, Any] = predicting_strategy({"strategy": name, "accelerator": "cpu", "logger": False})
-        assert isinstance(Trainer(**flags).strategy, SharedModelStrategy)
+        strategy = Trainer(**flags).strategy
+        assert isinstance(strategy, SharedModelStrategy)
+        assert strategy.ranks_per_copy == ("node" if name == "model_parallel_hybrid" else None)
         assert ("fsdp: taken as model_parallel (FSDP2)" in capsys.readouterr().err) == (name == "fsdp")
+    lone = {"strategy": "model_parallel_hybrid", "devices": 1, "num_nodes": 2}
+    for check in (predict_flags, partial(trainer_flags, epochs=1, accumulate=1, dtype="float32")):
+        with pytest.raises(ValueError, match="sharding: got one rank for each copy of the frozen weights"):
+            check(lone)
     assert predicting_strategy({"strategy": "ddp"}) == {"strategy": "ddp"}
     assert named_strategy({"strategy": "fsdp"}) == {"strategy": "fsdp"}, "a fit knows it"
 

@@ -201,4 +201,5 @@ class TrainerOptions:
     """run"""
 
     trainer: dict[str, Any] = field(default_factory=dict)
-    """show the flags of Lightning's Trainer, all reachable as --trainer.FLAG, for example --trainer.devices 8"""
+    """show the flags of Lightning's Trainer, all reachable as --trainer.FLAG, for example --trainer.devices 8; with
+    --trainer.strategy model_parallel all GPUs share a model, with model_parallel_hybrid those of each node"""
