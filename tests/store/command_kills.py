@@ -19,8 +19,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import icons.cli.export
+import icons.cli.factors
 import icons.cli.gradients
 import icons.cli.influence
+import icons.cli.report
 import icons.cli.score
 import icons.cli.select
 import icons.cli.warmup  # noqa: F401
@@ -90,7 +93,32 @@ def select(folder: Path, out: Path) -> list[str]:
     return ["select", *made_from, f"--out={out}/selected.json", f"--table={out}/table.csv"]
 
 
-COMMANDS = {"warmup": fit, "gradients": gradients, "score": score, "influence": influence, "select": select}
+def factors(folder: Path, out: Path) -> list[str]:
+    made_from = [f"--checkpoint={folder}/warm", f"--data={folder}/data.json", f"--images={LLAVA}"]
+    return ["factors", *made_from, f"--out={out}/factors.safetensors", "--batch-size=2", *QUIET]
+
+
+def export(folder: Path, out: Path) -> list[str]:
+    return ["export", f"--checkpoint={folder}/warm", f"--out={out}/merged"]
+
+
+def report(folder: Path, out: Path) -> list[str]:
+    made_from = [f"--scores={folder}/scores.zarr", f"--data={folder}/all.json", f"--images={LLAVA}"]
+    return ["report", *made_from, f"--selection={folder}/chosen/selected.json", f"--out={out}/page.html", "--png"]
+
+
+COMMANDS = {
+    "warmup": fit,
+    "gradients": gradients,
+    "score": score,
+    "influence": influence,
+    "select": select,
+    "factors": factors,
+    "export": export,
+    "report": report,
+}
+BEFORE = dict.fromkeys(["gradients", "score", "factors", "export"], (fit, "warm")) | {"report": (select, "chosen")}
+"""What is made first, and where."""
 
 
 def result(command: str, out: Path) -> dict[str, bytes]:
@@ -152,8 +180,9 @@ def main() -> None:
         os._exit(0)
     if ended(begun) or not (folder / "scores.zarr").exists():
         sys.exit("the inputs could not be made")
-    if command in ("gradients", "score"):
-        made(fit, folder, folder / "warm")
+    if command in BEFORE:
+        first, place = BEFORE[command]
+        made(first, folder, folder / place)
     took = made(make, folder, folder / "whole")
     expected = result(command, folder / "whole")
     kills = rounds = equal = 0
