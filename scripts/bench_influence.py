@@ -1,15 +1,13 @@
-"""Measures influence and selection at size: time and memory against the plainest code that does the same arithmetic.
+"""Measures influence and selection by vote at size: time and memory against the plainest code of the same arithmetic.
 
     python scripts/bench_influence.py influence            # 100,000 rows x 5,120, 10 tasks of 100 rows; 2 GB of disk
     python scripts/bench_influence.py memory               # 1,000,000 rows, a store of its rows repeated; peak memory
     python scripts/bench_influence.py select               # 7,000,000 rows x 22 tasks
-    python scripts/bench_influence.py write                # selections from a 2 GB JSON and a 2 GB JSONL
 
 Every figure is measured in a process of its own; `--scale 0.01` tries it at a hundredth of the size.
 """
 
 import argparse
-import json
 import os
 import platform
 import resource
@@ -24,7 +22,6 @@ import numpy as np
 import torch
 
 from icons.consensus import select
-from icons.datamodules.records import RecordIndex
 from icons.scores import Scorer, influence
 from icons.store import GradientStore
 
@@ -131,51 +128,10 @@ def bench_select(folder: Path, scale: float) -> None:
     print(f"select by vote, {num_rows:,} rows x 22 tasks: {seconds:.1f} s (<= 10), peak {peak_mb():.0f} MB (<= 3,000)")
 
 
-def bench_write(folder: Path, scale: float) -> None:
-    for suffix in ("json", "jsonl"):
-        path = folder / f"data.{suffix}"
-        num_rows = write_data(path, int(2e9 * scale))
-        out = folder / f"selected.{suffix}"
-        line = [sys.executable, __file__, "--child", str(path), str(out), str(num_rows)]
-        print(f"{suffix}: {subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()}")
-
-
-def write_data(path: Path, size: int) -> int:
-    """Records like LLaVA's until the file has `size` bytes; how many."""
-    turns = [{"from": "human", "value": "<image>\n" + "What is it? " * 40}, {"from": "gpt", "value": "A thing. " * 60}]
-    num_rows, json_list = 0, path.suffix == ".json"
-    with path.open("w") as file:
-        file.write("[" if json_list else "")
-        while file.tell() < size:
-            comma = ",\n" if json_list and num_rows else ""
-            record = {"id": f"{num_rows:012d}", "image": f"coco/{num_rows:012d}.jpg", "conversations": turns}
-            file.write(comma + json.dumps(record) + ("" if json_list else "\n"))
-            num_rows += 1
-        file.write("]" if json_list else "")
-    return num_rows
-
-
-def child(data: str, out: str, num_rows: str) -> None:
-    """One selection of every fifth record, in a process whose memory is only its own."""
-    start = time.perf_counter()
-    index = RecordIndex(Path(data))
-    opened = time.perf_counter()
-    index.write_selection(range(0, int(num_rows), 5), Path(out))
-    done = time.perf_counter()
-    size, selected = Path(data).stat().st_size / 1e6, Path(out).stat().st_size / 1e6
-    print(f"{size:.0f} MB: index {opened - start:.1f} s, write {done - opened:.1f} s,", end=" ")
-    print(
-        f"{size / (done - start):.0f} MB/s of input, {selected / (done - opened):.0f} MB/s of output (>= 200),", end=" "
-    )
-    print(f"peak {peak_mb():.0f} MB (<= 300)")
-
-
-BENCHES = {"influence": bench_influence, "memory": bench_memory, "select": bench_select, "write": bench_write}
+BENCHES = {"influence": bench_influence, "memory": bench_memory, "select": bench_select}
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        return child(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*BENCHES, "all"], nargs="?", default="all")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full size")
@@ -185,11 +141,10 @@ def main() -> None:
         for name in BENCHES:
             words = ["--scale", str(options.scale), *(["--folder", str(options.folder)] if options.folder else [])]
             subprocess.run([sys.executable, __file__, name, *words], check=True)
-        return None
+        return
     print(f"# {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         BENCHES[options.what](Path(folder), options.scale)
-    return None
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import hashlib
 import os
 import threading
 import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -92,10 +93,27 @@ class DataFile:
             ChangedFileError: the file is not what it was.
         """
         begin, end, _ = part.indices(self.state.size)
+        number = self.opened()
+        self.state.check(number, self.path)
+        return self.read(number, begin, max(0, end - begin))
+
+    def parts(self, ranges: Iterable[tuple[int, int]]) -> Iterator[bytes]:
+        """The bytes of many ranges, each with its begin and its end. They may be trusted once all have come, and the
+        file has been found to be what it was.
+
+        Raises:
+            ChangedFileError: it is not.
+        """
+        number = self.opened()
+        self.state.check(number, self.path)
+        for begin, end in ranges:
+            yield self.read(number, begin, end - begin)
+        self.state.check(number, self.path)
+
+    def opened(self) -> int:
         if self.number is None:
             self.number = self.open()
-        self.state.check(self.number, self.path)
-        return self.read(self.number, begin, max(0, end - begin))
+        return self.number
 
     def open(self) -> int:
         try:

@@ -106,12 +106,16 @@ def blocks(content: DataFile) -> Iterator[tuple[int, UInt8[np.ndarray, " bytes"]
 def _line_ranges(content: DataFile) -> Int[np.ndarray, "rows 2"]:
     """Lines that are not blank."""
     ends = [begin + np.flatnonzero(block == _NEWLINE) for begin, block in blocks(content)]
-    end = np.concatenate([*ends, [len(content)]])
-    begin = np.concatenate([[_first_of(content) if content[:3] == b"\xef\xbb\xbf" else 0], end[:-1] + 1])
-    ranges = np.stack([begin, end], axis=1)[end > begin]
+    ranges = np.empty((sum(map(len, ends)) + 1, 2), np.int64)
+    np.concatenate([*ends, [len(content)]], out=ranges[:, 1])
+    ends.clear()  # as large as half of the ranges
+    ranges[0, 0] = _first_of(content) if content[:3] == b"\xef\xbb\xbf" else 0
+    np.add(ranges[:-1, 1], 1, out=ranges[1:, 0])
+    if not (whole := ranges[:, 1] > ranges[:, 0]).all():
+        ranges = ranges[whole]
     short = np.flatnonzero(ranges[:, 1] - ranges[:, 0] < 64)  # no record is that short: look at these for blank ones
     blank = [index for index in short.tolist() if not content[slice(*ranges[index].tolist())].strip(_WHITE)]
-    return np.delete(ranges, blank, axis=0)
+    return np.delete(ranges, blank, axis=0) if blank else ranges
 
 
 def _nested_ranges(path: Path, content: DataFile) -> Int[np.ndarray, "rows 2"]:

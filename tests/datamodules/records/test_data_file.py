@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,25 @@ def test_a_file_that_is_cut_short_between_the_look_and_the_read(
     monkeypatch.setattr(State, "check", lambda *_: os.truncate(tmp_path / "data.json", 5000))
     with pytest.raises(ChangedFileError, match="was cut short while it was read; expected a file that stays as it is"):
         index[700]
+
+
+def test_a_file_that_changes_while_a_selection_of_it_is_written_leaves_none(tmp_path: Path) -> None:
+    large(tmp_path / "data.json")
+    os.utime(tmp_path / "data.json", ns=(0, 0))
+    index, out = RecordIndex(tmp_path / "data.json"), tmp_path / "selected.json"
+
+    def rows() -> Iterator[int]:
+        yield from range(500)
+        with (tmp_path / "data.json").open("r+b") as file:
+            file.seek(9000)
+            file.write(b"x")
+        yield 700
+
+    with pytest.raises(ChangedFileError, match=r"data\.json: has changed while it was read \(its content\)"):
+        index.write_selection(rows(), out)
+    with pytest.raises(IndexError, match="row 801; expected 0 to 799"):
+        RecordIndex(tmp_path / "data.json").write_selection([1, 801, 2], out)
+    assert not list(tmp_path.glob("*selected*"))
 
 
 def test_an_error_from_a_worker_is_its_line_alone() -> None:
