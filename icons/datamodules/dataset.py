@@ -7,7 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from icons.batch import IGNORE_INDEX, Status
@@ -28,6 +30,7 @@ from icons.terminal import counted
 
 _LOOKED_AT = 32
 _DETECTED_BY = 64  # records, evenly spaced over the file
+_KEPT_TOKENS = 1 << 20  # of measured rows, until they are asked for: 16 MB
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
@@ -99,6 +102,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
         else:
             self.maker = TemplateSamples(folder, self.preprocessing, trust_remote_code)
         self.tokenizer = self.maker.tokenizer
+        self.measured: dict[int, Sequence[Tensor]] = {}  # row -> ids and labels
         self.dialect = asked or self.detected()
 
     def describe_reader(self) -> dict[str, str | None]:
@@ -158,9 +162,11 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def lengths(self, rows: Sequence[int]) -> list[int]:
         """Tokens of each row as the model will see them; 0 for one that fails.
 
-        Images are not opened, but for models whose own processor decides how many tokens an image is.
+        Images are not opened, but for models whose own processor decides how many tokens an image is. The tokens of
+        these rows are kept until they are asked for, a million at most, so that a text is not tokenised twice.
         """
-        lengths = []
+        lengths: list[int] = []
+        self.measured, kept = {}, 0
         for row in rows:
             try:
                 if isinstance(self.maker, ProcessorSamples):
@@ -168,7 +174,10 @@ class ConversationDataset(Dataset[dict[str, Any]]):
                 else:
                     with _row_failure():
                         said = self.conversation(row, light=True)
-                        lengths.append(len(self.maker.tokens(self.turns(said), bool(said.images), said.system)[0]))
+                        tokens = self.maker.tokens(self.turns(said), bool(said.images), said.system)
+                    lengths.append(len(tokens[0]))
+                    if kept + lengths[-1] <= _KEPT_TOKENS:
+                        self.measured[row], kept = [*map(torch.tensor, tokens)], kept + lengths[-1]
             except FailedRowError:
                 lengths.append(0)
         return lengths
@@ -217,7 +226,7 @@ class ConversationDataset(Dataset[dict[str, Any]]):
             if isinstance(self.maker, ProcessorSamples):
                 sample = self.maker(turns, opened(), self.preprocessing.max_length, said.system)
             else:
-                sample = self.maker(turns, bool(said.images), said.system, opened)
+                sample = self.maker(turns, bool(said.images), said.system, opened, self.measured.pop(row, None))
         if not bool((sample["labels"][1:] != IGNORE_INDEX).any()):
             raise FailedRowError(Status.NO_SUPERVISED_TOKEN, "no token of an answer is left to train on")
         return {"row": row, **sample}

@@ -235,3 +235,29 @@ def test_llama_3_text_is_cut_where_an_image_would_still_fit(text_folder: Path, t
         RecordIndex(tmp_path / "data.jsonl"), tmp_path, folder, Preprocessing("llama_3", max_length=100)
     )
     assert len(dataset[0]["input_ids"]) == 100 - 16 + (15 if image else 0)
+
+
+def test_a_measured_row_is_tokenised_once_and_is_the_same_sample(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [record("<image>\nHi", image="0.png"), "{", record("A longer text", "with an answer")]
+    expected = [make(records)[row] for row in range(3)]
+    dataset = make(records)
+    asked: list[Any] = []
+    template = dataset.maker.template  # type: ignore[union-attr]
+    monkeypatch.setattr(dataset.maker, "template", lambda *given: asked.append(given) or template(*given))
+    assert dataset.lengths(range(3)) == [len(sample.get("input_ids", ())) for sample in expected]
+    for _ in range(2):  # the second time its tokens are no longer kept
+        for row, wanted in enumerate(expected):
+            found = dataset[row]
+            assert found.keys() == wanted.keys()
+            assert all(torch.equal(torch.as_tensor(found[key]), torch.as_tensor(value))
+                       for key, value in wanted.items() if not isinstance(value, str))  # fmt: skip
+    assert len(asked) == 2 + 2 and not dataset.measured
+
+
+def test_of_many_measured_rows_a_million_tokens_are_kept(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("icons.datamodules.dataset._KEPT_TOKENS", 100)
+    dataset = make([record("Hi", "there" * 10)] * 30)
+    lengths = dataset.lengths(range(30))
+    assert sum(len(ids) for ids, _ in dataset.measured.values()) <= 100 < sum(lengths)
+    dataset.lengths([29])
+    assert list(dataset.measured) == [29]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from icons.batch import IGNORE_INDEX, Status
 from icons.datamodules.chat.own_template import OwnTemplate
@@ -57,7 +58,12 @@ class TemplateSamples:
         return self.tokenizer.convert_ids_to_tokens(number) if 0 <= number < len(self.tokenizer) else IMAGE
 
     def __call__(
-        self, turns: Sequence[Turn], image: bool, system: str | None, opened: Callable[[], Sequence[Image.Image]]
+        self,
+        turns: Sequence[Turn],
+        image: bool,
+        system: str | None,
+        opened: Callable[[], Sequence[Image.Image]],
+        known: Sequence[Tensor] | None = None,
     ) -> dict[str, Any]:
         """`input_ids [L]` and `labels [L]`, and `pixel_values [images, 3, H, W]` if there is an image that is not cut.
 
@@ -66,17 +72,19 @@ class TemplateSamples:
             image: whether the record has images.
             system: its system text.
             opened: opens all of its images.
+            known: what `tokens` gave for it, if it was asked before.
 
         Raises:
             TemplateError: the template has no form for the turns.
             FailedRowError: the text has the model's image token, or the model takes no images.
         """
-        ids, labels = self.tokens(turns, image, system)
-        sample: dict[str, Any] = {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+        ids, labels = known or map(torch.tensor, self.tokens(turns, image, system))
+        sample: dict[str, Any] = {"input_ids": ids, "labels": labels}
         if image and self.pixels is not None:
             assert self.folder.image_token_id is not None
             # images that the maximal length cuts away are not needed, but opened: a broken record is one all the same
-            needed, images = -(-ids.count(self.folder.image_token_id) // self.folder.image_tokens), opened()
+            count = int((ids == self.folder.image_token_id).sum())
+            needed, images = -(-count // self.folder.image_tokens), opened()
             if needed:
                 sample["pixel_values"] = self.pixels(images[:needed])
         return sample
