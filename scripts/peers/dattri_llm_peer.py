@@ -25,7 +25,7 @@ from dattri_llm import (
 )
 from dattri_llm.gradient.optimizer_state import optimizer_from_state_dict
 from result import EPOCH, Job, main, mean_by_task
-from task import Row, collate, losses_of
+from task import INPUTS, Row, collate, losses_of
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -36,9 +36,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     """Rows of one length."""
 
     def __init__(self, rows: Sequence[Row], length: int) -> None:
-        longest: Row = {"input_ids": [0] * length, "labels": [-100] * length}
-        every = collate([*rows, longest])
-        self.columns = {name: value[:-1] for name, value in every.items()}
+        self.columns = collate(rows, length=length)
 
     def __len__(self) -> int:
         return len(self.columns["row"])
@@ -49,7 +47,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     def hashes(self) -> list[str]:
         """By which a row's scores are found: of what the model is called with. Rows of the same text share one."""
         rows = [self[place] for place in range(len(self))]
-        return [hash_sample({name: row[name] for name in ("input_ids", "attention_mask")}) for row in rows]
+        return [hash_sample({name: row[name] for name in INPUTS if name in row}) for row in rows]
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -63,14 +61,15 @@ def load(job: Job, model: nn.Module, epoch: int) -> nn.Module:
 
 
 def attribute(
-    job: Job, method: Callable[..., Any], epochs: Sequence[int], kept: bool = False, **options: Any
-) -> np.ndarray:
-    """`kept`: gradients go to files first, where a killed run may have left some."""
-    tokens = job.task.tokens
-    queries = [row for name in job.task.names for row in tokens[name]]
-    length = max(len(row["input_ids"]) for row in tokens["pool"] + queries)
-    train, test = Rows(tokens["pool"], length), Rows(queries, length)
+    job: Job, method: Callable[..., Any], epochs: Sequence[int], kept: bool = False, dim: int | None = None,
+    **options: Any,
+) -> np.ndarray:  # fmt: skip
+    """`kept`: gradients go to files first, where a killed run may have left some; `dim`: of both sides of a layer."""
     model = job.task.model(job.way, job.checkpoint)
+    tokens = job.task.stackable(model)
+    queries = [row for name in job.task.names for row in tokens[name]]
+    length = max(len(row["labels"]) for row in tokens["pool"] + queries)
+    train, test = Rows(tokens["pool"], length), Rows(queries, length)
     modules = [
         name for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and any(part.requires_grad for part in module.parameters())
@@ -82,7 +81,11 @@ def attribute(
         output_dir=str(job.out / "scores"), per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
         use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
-    hooks = HookManagerConfig(hook_types=dict.fromkeys(modules, "linear_io"))
+    projection = {"__default__": {"style": "logra", "proj_dim": dim, "proj_max_batch_size": BATCH}} if dim else None
+    hooks = HookManagerConfig(
+        hook_types=dict.fromkeys(modules, "linear_io"), projection_kwargs=projection,
+        capture_style="materialized" if dim else "factorized",
+    )  # fmt: skip
     attributor = method(arguments, task=task)
     if kept:
         [places] = attributor.cache(train, test, hook_config=hooks, cache_dir=str(job.out / "gradients"))
@@ -120,6 +123,7 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "less": partial(less, epochs=(1, 2, 3)),
     "less-one": partial(less, epochs=(EPOCH,)),
     "gradcos": partial(attribute, method=TracInAttributor, epochs=(EPOCH,), normalized_grad=True),
+    "gradcos-10": partial(attribute, method=TracInAttributor, epochs=(EPOCH,), normalized_grad=True, kept=True, dim=10),
     "gradcos, as a killed run left it": partial(
         attribute, method=TracInAttributor, epochs=(EPOCH,), normalized_grad=True, kept=True
     ),

@@ -9,6 +9,7 @@ Its EK-FAC takes no sequences (0.3.0: `UnboundLocalError: a_prev` for inputs of 
 """
 
 from collections.abc import Callable
+from contextlib import chdir
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -28,16 +29,18 @@ Columns = tuple[Tensor, ...]
 
 def loader(rows: list[Row], length: int, size: int) -> DataLoader[Any]:
     """Rows of one length, in batches."""
-    every = collate([*rows, {"input_ids": [0] * length, "labels": [-100] * length}])
-    columns = [every[name][:-1] for name in ("input_ids", "attention_mask", "labels")]
+    every = collate(rows, length=length)
+    columns = [next(iter(every.values())), every["attention_mask"], every["labels"]]
     return DataLoader(TensorDataset(*columns), batch_size=size, shuffle=False)
 
 
-def loaders(job: Job, size: int, queries_size: int | None = None) -> tuple[DataLoader[Any], DataLoader[Any]]:
+def loaders(
+    job: Job, model: "Called", size: int, queries_size: int | None = None
+) -> tuple[DataLoader[Any], DataLoader[Any]]:
     """The pool and all tasks' rows."""
-    tokens = job.task.tokens
+    tokens = job.task.stackable(model.model)
     queries = [row for name in job.task.names for row in tokens[name]]
-    length = max(len(row["input_ids"]) for row in tokens["pool"] + queries)
+    length = max(len(row["labels"]) for row in tokens["pool"] + queries)
     return loader(tokens["pool"], length, size), loader(queries, length, queries_size or size)
 
 
@@ -49,9 +52,10 @@ class Called(nn.Module):
         self.model = job.task.model(job.way, job.checkpoint)
         self.model.config._attn_implementation = "eager"  # type: ignore[union-attr]  # the fused one is closed to vmap
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
-        """As Hugging Face's models, with the sum of the rows' losses."""
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    def forward(self, inputs: Tensor, attention_mask: Tensor, labels: Tensor) -> Any:
+        """As Hugging Face's models, with the sum of the rows' losses; of ids or of embeddings."""
+        name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+        batch = {name: inputs, "attention_mask": attention_mask, "labels": labels}
         return SimpleNamespace(loss=losses_of(self.model, batch).sum())
 
     @property
@@ -65,12 +69,13 @@ class Called(nn.Module):
 
 def mean_loss(model: Called, params: dict[str, Tensor], data: Columns) -> Tensor:
     """Mean over a batch, or of one row: some of its attributors hand over `[1, length]`, some `[length]`."""
-    batch = tuple(column.view(-1, column.shape[-1]) for column in data)
+    batch = tuple(column[None] if data[-1].dim() == 1 else column for column in data)
     return torch.func.functional_call(model, params, batch).loss / len(batch[0])
 
 
 def inner_product(job: Job, method: Callable[..., Any], **options: Any) -> np.ndarray:
-    model, (pool, queries) = Called(job), loaders(job, LARGE, 60)  # DataInf takes queries squared of memory
+    model = Called(job)
+    pool, queries = loaders(job, model, LARGE, 60)  # DataInf takes queries squared of memory
     task = AttributionTask(partial(mean_loss, model), model, model.state_dict())
     attributor = method(task=task, **options)
     attributor.cache(pool)
@@ -78,24 +83,28 @@ def inner_product(job: Job, method: Callable[..., Any], **options: Any) -> np.nd
         return mean_by_task(job.task, attributor.attribute(pool, queries).numpy())
 
 
-def cosine(job: Job) -> np.ndarray:
-    model, (pool, queries) = Called(job), loaders(job, LARGE)
+def cosine(job: Job, dim: int) -> np.ndarray:
+    model = Called(job)
+    pool, queries = loaders(job, model, LARGE)
     task = AttributionTask(partial(mean_loss, model), model, model.state_dict())
-    attributor = TracInAttributor(task=task, weight_list=torch.ones(1), normalized_grad=True, device="cpu")
+    attributor = TracInAttributor(
+        task=task, weight_list=torch.ones(1), normalized_grad=True, projector_kwargs={"proj_dim": dim}, device="cpu"
+    )
     with torch.no_grad():
         return mean_by_task(job.task, attributor.attribute(pool, queries).numpy())
 
 
 def logra(job: Job, dim: int, damping: float) -> np.ndarray:
-    model, names = Called(job), ("input_ids", "attention_mask", "labels")
+    model, names = Called(job), ("inputs", "attention_mask", "labels")
     as_dict = [
         DataLoader([dict(zip(names, row, strict=True)) for row in part.dataset], batch_size=BATCH, shuffle=False)
-        for part in loaders(job, BATCH)
+        for part in loaders(job, model, BATCH)
     ]
     task = AttributionTask(lambda model, batch, device: model(**batch).loss, model, model.state_dict())
-    attributor = LoGraAttributor(task=task, layer_names=model.trained, proj_dim=dim, damping=damping)
-    attributor.cache(as_dict[0])
-    return mean_by_task(job.task, attributor.attribute(*as_dict).detach().numpy())
+    with chdir(job.out):  # where it leaves its `batch_metadata.json`, and believes the one that it finds
+        attributor = LoGraAttributor(task=task, layer_names=model.trained, proj_dim=dim, damping=damping)
+        attributor.cache(as_dict[0])
+        return mean_by_task(job.task, attributor.attribute(*as_dict).detach().numpy())
 
 
 def trak(job: Job, dim: int) -> np.ndarray:
@@ -112,17 +121,19 @@ def trak(job: Job, dim: int) -> np.ndarray:
         task=AttributionTask(odds, model, model.state_dict()), correct_probability_func=probability,
         projector_kwargs={"proj_dim": dim, "device": "cpu"},
     )  # fmt: skip
-    pool, queries = loaders(job, BATCH)
+    pool, queries = loaders(job, model, BATCH)
     with torch.no_grad():
         attributor.cache(pool)
         return mean_by_task(job.task, attributor.attribute(queries).numpy())
 
 
 VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
-    "cosine, K 512": cosine,
+    "cosine, K 512": partial(cosine, dim=512),
+    "cosine, K 5120": partial(cosine, dim=5120),
     "datainf, 0.1": partial(inner_product, method=IFAttributorDataInf, regularization=0.1),
     "datainf, 1e-4": partial(inner_product, method=IFAttributorDataInf, regularization=1e-4),
     "logra": partial(logra, dim=1024, damping=1e-2),
+    "logra-100": partial(logra, dim=100, damping=1e-2),
     "trak": partial(trak, dim=512),
 }
 

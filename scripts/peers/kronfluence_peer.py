@@ -16,7 +16,7 @@ from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task as Method
 from kronfluence.utils.dataset import DataLoaderKwargs
 from result import Job, main, mean_by_task
-from task import collate
+from task import INPUTS, collate
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,15 +26,12 @@ BATCH = 32
 class RowLoss(Method):
     """Each row's mean loss over its supervised tokens."""
 
-    INPUTS: tuple[str, ...] = ("input_ids", "attention_mask")
-    """What of a batch the model is given, where the batch has it."""
-
     def __init__(self, modules: list[str]) -> None:
         super().__init__()
         self.modules = modules
 
     def compute_train_loss(self, batch: dict[str, Tensor], model: nn.Module, sample: bool = False) -> Tensor:
-        logits = model(**{name: batch[name] for name in self.INPUTS if name in batch}).logits[:, :-1]
+        logits = model(**{name: batch[name] for name in INPUTS if name in batch}).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         counted = labels != -100
         if sample:

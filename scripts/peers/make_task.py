@@ -97,7 +97,8 @@ def make_checkpoints(task: Task, way: str, few: int | None) -> None:
     torch.manual_seed(0)
     model = task.model(way)
     before = {name: round(measure(model, tokens[name]), 3) for name in task.names}
-    train(model, pool, 0, LEARNING_RATE[way], EPOCHS, task.folder / way)
+    settings = task.settings
+    train(model, pool, 0, settings["rate"][way], settings["epochs"], task.folder / way)
     after = {name: round(measure(model, tokens[name]), 3) for name in task.names}
     print(f"{way}: losses before {before}, after {after}", flush=True)
 

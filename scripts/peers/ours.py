@@ -116,15 +116,16 @@ def projected(job: Job, form: str | Curvature, dim: int, **options: Any) -> np.n
     return torch.cat([part.influence for part in scorer.score(range(scorer.num_rows))]).numpy()
 
 
-def command_line(job: Job, dim: int, curved: bool = False) -> np.ndarray:
+def command_line(job: Job, dim: int, curved: bool = False, **batches: int) -> np.ndarray:
     """`icons gradients` into stores, `icons influence` from them; for LoRA, as the command line has it.
 
-    `curved`: `icons factors` of all rows first, and inner products in place of cosines.
+    `batches`: its options, if it is not to form its own; `curved`: `icons factors` of all rows first, and inner
+    products in place of cosines.
     """
     model: dict[str, Any] = {
-        "model": job.task.folder / "start", "adapter": job.checkpoint, "template": "chat", "batch_size": BATCH,
+        "model": job.task.folder / "start", "adapter": job.checkpoint, "template": "chat", **batches,
         "trainer": {"accelerator": "cpu"},
-    }  # fmt: skip
+    } | ({"images": images} if (images := job.task.folder / "images").exists() else {})  # fmt: skip
     factors = {"factors": job.out / "factors.safetensors"} if curved else {}
     if curved:
         done("factors", data=job.task.folder / "pool.json", out=factors["factors"], rows=None, **model)
@@ -173,10 +174,13 @@ VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "product, kfac, not its root, K 5120": partial(
         projected, form=Curvature(), dim=5120, normalize="none", task_normalize="none"
     ),
+    "cosine, kfac, exact, 3 checkpoints": partial(several, form=Curvature()),
     "cosine, kfac, K 5120": partial(projected, form=Curvature(root=True), dim=5120),
     "cosine, kfac, exact": partial(exact, form=Curvature(), epoch=EPOCH, cosine=True),
-    "command line": partial(command_line, dim=5120),
-    "command line, kfac": partial(command_line, dim=5120, curved=True),
+    "command line": partial(command_line, dim=5120, batch_size=BATCH),
+    "command line, its own batches": partial(command_line, dim=5120),
+    "command line, 2,048 tokens": partial(command_line, dim=5120, batch_size=1000, max_tokens=2048),
+    "command line, kfac": partial(command_line, dim=5120, batch_size=BATCH, curved=True),
     "cosine, Adam, K 5120": partial(projected, form="adam", dim=5120),
     "cosine, Adam, K 1024": partial(projected, form="adam", dim=1024),
     "cosine, Adam, K 5120, subspace 0.9": partial(projected, form="adam", dim=5120, subspace=0.9),

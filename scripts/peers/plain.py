@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from result import Job, main
-from task import batches
+from task import INPUTS, batches
 from torch.nn import functional as F
 
 BATCH = 32
@@ -15,7 +15,7 @@ def forward_backward(job: Job) -> np.ndarray:
     base = model.get_base_model() if job.way == "lora" else model  # type: ignore[operator]
     rows = job.task.tokens["pool"]
     for batch in batches(rows, BATCH):
-        hidden = base.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        hidden = base.model(**{name: batch[name] for name in INPUTS if name in batch}).last_hidden_state
         row, place = (batch["labels"][:, 1:] != -100).nonzero(as_tuple=True)
         each = F.cross_entropy(base.lm_head(hidden[row, place]), batch["labels"][row, place + 1], reduction="none")
         tokens = torch.bincount(row, minlength=len(batch["row"]))

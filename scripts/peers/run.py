@@ -57,8 +57,8 @@ def judged(task: Task, way: str, scores: np.ndarray) -> dict[str, Any]:
     wrong = np.array([record["wrong"] for record in json.loads((task.folder / "pool.json").read_text())])
     kinds = np.array([record["kind"] for record in json.loads((task.folder / "pool.json").read_text())])
     names = task.names
-    own = scores[np.arange(len(kinds)), [names.index(kind) for kind in kinds]]
-    areas = [separation(own[kinds == name], wrong[kinds == name]) for name in names]
+    own = scores[np.arange(len(kinds)), [names.index(kind) if kind in names else 0 for kind in kinds]]
+    areas = [separation(own[kinds == name], wrong[kinds == name]) for name in names if wrong[kinds == name].any()]
     area = float(np.mean(areas))
     ends = separation_interval(area, int(wrong.sum()), int((~wrong).sum()))
     each = dict(zip(names, spearman(gain, -measured), strict=True))

@@ -48,5 +48,7 @@ def retrained(task: Task, way: str, chosen: Sequence[int], seed: int) -> list[fl
     """Each task's loss after training the start on some of the pool's rows."""
     tokens = task.tokens
     torch.manual_seed(seed)  # of a fresh adapter
-    model = train(task.model(way), [tokens["pool"][row] for row in chosen], seed, LEARNING_RATE[way], EPOCHS)
+    settings = task.settings
+    rows = [tokens["pool"][row] for row in chosen]
+    model = train(task.model(way), rows, seed, settings["rate"][way], settings["epochs"])
     return [measure(model, tokens[name]) for name in task.names]

@@ -30,6 +30,12 @@ def token_odds(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return (log_p - others) * counted, log_p.exp() * counted
 
 
+def arguments(inputs: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+    """Of the model, for ids or embeddings."""
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    return {name: inputs, "attention_mask": attention_mask, "use_cache": False}
+
+
 class AnswerMargin(AbstractModelOutput):
     """Mean log odds of the answer's tokens."""
 
@@ -38,18 +44,18 @@ class AnswerMargin(AbstractModelOutput):
 
     @staticmethod
     def get_output(
-        model: nn.Module, weights: Any, buffers: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+        model: nn.Module, weights: Any, buffers: Any, inputs: Tensor, attention_mask: Tensor, labels: Tensor
     ) -> Tensor:
-        inputs = {"input_ids": input_ids[None], "attention_mask": attention_mask[None], "use_cache": False}
-        logits = torch.func.functional_call(model, (weights, buffers), args=(), kwargs=inputs).logits
+        called = arguments(inputs[None], attention_mask[None])
+        logits = torch.func.functional_call(model, (weights, buffers), args=(), kwargs=called).logits
         shifted = labels[None, 1:]
         odds, _ = token_odds(logits[:, :-1], shifted)
         return odds.sum() / (shifted != -100).sum()
 
     def get_out_to_loss_grad(self, model: nn.Module, weights: Any, buffers: Any, batch: Any) -> Tensor:
-        input_ids, attention_mask, labels = batch
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        logits = torch.func.functional_call(model, (weights, buffers), args=(), kwargs=inputs).logits
+        inputs, attention_mask, labels = batch
+        called = arguments(inputs, attention_mask)
+        logits = torch.func.functional_call(model, (weights, buffers), args=(), kwargs=called).logits
         _, p = token_odds(logits[:, :-1], labels[:, 1:])
         counted = (labels[:, 1:] != -100).sum(dim=1)
         return (1 - p.sum(dim=1) / counted).detach()[:, None]
@@ -58,13 +64,13 @@ class AnswerMargin(AbstractModelOutput):
 def of(rows: list[Row]) -> Any:
     for begin in range(0, len(rows), BATCH):
         batch = collate(rows[begin : begin + BATCH])
-        yield batch["input_ids"], batch["attention_mask"], batch["labels"]
+        yield next(iter(batch.values())), batch["attention_mask"], batch["labels"]
 
 
 def trak(job: Job, dim: int, epochs: tuple[int, ...]) -> np.ndarray:
-    tokens = job.task.tokens
-    pool, queries = tokens["pool"], [row for name in job.task.names for row in tokens[name]]
     models = [job.task.model(job.way, job.task.checkpoint(job.way, epoch)) for epoch in epochs]
+    tokens = job.task.stackable(models[0])
+    pool, queries = tokens["pool"], [row for name in job.task.names for row in tokens[name]]
     for model in models:
         model.config._attn_implementation = "eager"  # vmap cannot see through the fused kernel's mask
     names = [name for name, value in models[0].named_parameters() if value.requires_grad]
@@ -87,6 +93,7 @@ def trak(job: Job, dim: int, epochs: tuple[int, ...]) -> np.ndarray:
 VARIANTS: dict[str, Callable[[Job], np.ndarray]] = {
     "trak": partial(trak, dim=512, epochs=(EPOCH,)),
     "trak-2048": partial(trak, dim=2048, epochs=(EPOCH,)),
+    "trak-5120": partial(trak, dim=5120, epochs=(EPOCH,)),
     "trak-three": partial(trak, dim=512, epochs=(1, 2, 3)),
 }
 
