@@ -72,7 +72,7 @@ def sample_losses(
     sample, position = supervised.nonzero(as_tuple=True)
     rows = logits[sample, position]  # softmax over the vocabulary only where a token is supervised
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    token_loss = F.cross_entropy(rows, targets[sample, position], reduction="none")
+    token_loss = F.cross_entropy(rows, targets[sample, position].long(), reduction="none")
     # every position is written once, so that the sum is deterministic on CUDA too (index_add is not)
     per_position = token_loss.new_zeros(targets.shape).index_put((sample, position), token_loss)
     return per_position.sum(dim=1) / supervised.sum(dim=1).clamp(min=1)

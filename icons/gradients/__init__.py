@@ -2,7 +2,9 @@
 
 per_sample.py       whole, projected as they stream by, or scored against tasks; each of them from
 capture.py          each parameter's gradients, sample by sample, block by block: once
-self_test.py        a sample's loss is known to depend on the sample alone, and
+acceptance.py       the model is one whose samples can be told apart,
+self_test.py        a sample's loss is known to depend on the sample alone
+altered_batches.py  (whatever its padding, end and company), and
 proof.py            every layer's blocks have agreed with autograd; what is
 strangers.py        (towers, which do not see the text, are found out)
 paths.py            known of a model is kept with it; each of these from

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
+from icons.gradients.acceptance import refuse_absent
 from icons.gradients.chance import without_chance
 from icons.gradients.garbage import no_collection
 from icons.gradients.layers import TEXT, Call, Division, Part, divided, input_of, widen
@@ -294,6 +295,8 @@ class BackwardPass:
             if name in self.partial:
                 self.send(name, self.partial.pop(name))
             elif name not in self.sent and not (self.proving and name in self.plan.slow):
+                for owner in self.members.structure.owners[name]:
+                    refuse_absent(self.members.modules[owner.around], name)
                 zeros = torch.zeros(self.shape[0], *parameter.shape, device=parameter.device, dtype=torch.float32)
                 self.send(name, zeros)
 

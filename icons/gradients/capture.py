@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch
+from icons.gradients.acceptance import refuse_unknown
 from icons.gradients.backward_pass import (
     BackwardPass,
     OverflowedError,
@@ -21,7 +22,7 @@ from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import Paths, paths_of
 from icons.gradients.proof import prove
 from icons.gradients.repeatable import repeatable
-from icons.gradients.self_test import SelfTest, refuse_unknown
+from icons.gradients.self_test import SelfTest
 from icons.gradients.structure import Members, members_of, turn_of
 
 
@@ -61,7 +62,8 @@ def per_sample_blocks(
 
     Raises:
         ValueError: inference mode is on, the model draws random numbers, nothing is trainable, or the model is none
-            whose samples can be told apart (see `icons.gradients.self_test`).
+            whose samples can be told apart (see `icons.gradients.acceptance` and
+            `icons.gradients.self_test`).
     """
     if torch.is_inference_mode_enabled():
         raise ValueError(
@@ -100,7 +102,8 @@ def _run(
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
     scale, unproven, this_time = LossScale.of(batch, members), set[str](), set[str]()
-    test, to_prove, shown = SelfTest.of(model, batch, known), not known.proven, None
+    plan, shown = known.plan(members), None
+    test, to_prove = SelfTest.of(model, batch, known), plan.unmet == set(members.trainable) != plan.slow
     if test is not None and not to_prove:
         with torch.no_grad():
             test.compare(SupervisedPositions(model, batch["labels"]).run(model, batch))

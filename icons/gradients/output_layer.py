@@ -103,7 +103,7 @@ class SupervisedPositions:
         """
         rows = self.supervised(logits)
         following = self.labels[:, 1:].to(rows.device)
-        loss = token_losses(rows, following[self.sample, self.position])
+        loss = token_losses(rows, following[self.sample, self.position].long())
         # every position is written once, so that the sum is deterministic on CUDA too (index_add is not)
         per_position = loss.new_zeros(following.shape).index_put((self.sample, self.position), loss)
         return per_position.sum(dim=1) / (following != IGNORE_INDEX).sum(dim=1).clamp(min=1)

@@ -87,14 +87,16 @@ class Paths:
         first: the quickest path of each parameter.
         worsened: by kind of batch, the paths of parameters whose quicker ones were found wrong.
         kind: of the batch at hand.
-        proven: by parameter and path, the layouts of calls in which it agreed with autograd -> the strength of the
-            strongest batch, see `strength`.
+        proven: by parameter, path, and what the batch held beside the text, the layouts of calls in which it agreed
+            with autograd -> the strength of the strongest batch, see `strength`. With images a model may take another
+            way, on which it reads the parameter once more.
         refused: by parameter and path, the maps from images to rows that did not.
         sees_text: of the modules that were looked at in a batch with images, whether the text makes a difference.
         silent: parameters whose gradient was zero in every proof: the first that is not needs a proof.
         narrow: see `NarrowInputs`.
         narrows: whether the output layer may be narrowed to supervised positions.
-        tested: sides of padding with which the model has passed its self-test.
+        tested: sides of padding, and what the batch held beside the text, with which the model has passed its
+            self-test.
     """
 
     structure: Structure | None = None
@@ -103,31 +105,35 @@ class Paths:
     first: dict[str, int] = field(default_factory=dict)
     worsened: dict[Kind, dict[str, int]] = field(default_factory=dict)
     kind: Kind = (False, frozenset())
-    proven: dict[tuple[str, int], dict[Layout, int]] = field(default_factory=dict)
+    proven: dict[tuple[str, int, frozenset[str]], dict[Layout, int]] = field(default_factory=dict)
     refused: dict[tuple[str, int], frozenset[str]] = field(default_factory=dict)
     sees_text: WeakKeyDictionary[nn.Module, bool] = field(default_factory=WeakKeyDictionary)
     silent: set[str] = field(default_factory=set)
     narrow: dict[str, bool] = field(default_factory=dict)
     narrows: bool = True
-    tested: set[str] = field(default_factory=set)
+    tested: set[tuple[str, frozenset[str]]] = field(default_factory=set)
 
     def path(self, name: str) -> int:
         """The quickest path of a parameter that was not found wrong in a batch of this kind."""
         return self.worsened.get(self.kind, {}).get(name, self.first[name])
 
+    def use(self, name: str) -> tuple[str, int, frozenset[str]]:
+        """Of a parameter in batches of this kind, as `proven` has it."""
+        return name, self.path(name), self.kind[1]
+
     def covers(self, name: str, layout: Layout, wanted: int) -> bool:
         """Whether a parameter's path is proven for a call of this layout, by a batch of this strength or more."""
-        known = self.proven.get((name, self.path(name)), {})
+        known = self.proven.get(self.use(name), {})
         return any(good >= wanted and other.covers(layout) for other, good in known.items())
 
     def met(self, name: str) -> bool:
         """Whether a proof has met a call of the parameter's path."""
-        return bool(self.proven.get((name, self.path(name))))
+        return bool(self.proven.get(self.use(name)))
 
     def record(self, name: str, layouts: Iterable[Layout], shown: int, silent: bool) -> None:
         """A path has agreed with autograd on a batch of this strength in which it met these layouts."""
         self.plans.clear()
-        known = self.proven.setdefault((name, self.path(name)), {})
+        known = self.proven.setdefault(self.use(name), {})
         for layout in layouts:
             known[layout] = max(known.get(layout, 0), shown)
         (self.silent.add if silent else self.silent.discard)(name)
@@ -136,7 +142,7 @@ class Paths:
         """The parameter's path was found wrong in these layouts: another map, or the next path, is to be proven."""
         self.plans.clear()
         key = (name, self.path(name))
-        self.proven.pop(key, None)
+        self.proven.pop(self.use(name), None)
         maps = frozenset[str]().union(*(layout.agreeing for layout in layouts))
         if maps and FOREIGN not in layouts:
             self.refused[key] = self.refused.get(key, frozenset()) | maps
@@ -184,8 +190,9 @@ class Paths:
         return [socket.alike() for socket in sockets.values()]
 
     def _forget(self, name: str) -> None:
+        for use in [use for use in self.proven if use[0] == name]:
+            del self.proven[use]
         for path in range(SLOW):
-            self.proven.pop((name, path), None)
             self.refused.pop((name, path), None)
         for paths in self.worsened.values():
             paths.pop(name, None)

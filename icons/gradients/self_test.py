@@ -4,24 +4,26 @@ Not on padding, not on the samples beside it; and where it depends on the very t
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
-from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch
+from icons.batch import IGNORE_INDEX, Batch
+from icons.gradients.altered_batches import most_padded, rows_of, with_another_end, with_more_padding, without_padding
 from icons.gradients.output_layer import SupervisedPositions
-from icons.gradients.packing import keep_unpacked
-from icons.gradients.paths import Paths, is_text
-from icons.gradients.structure import Members
+from icons.gradients.paths import Paths
 
 _ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
-
+_BESIDE = "the samples beside it"
+_HALF = (torch.float16, torch.bfloat16)
+_DRAWS, _SAMPLES = 3, 8  # passes and losses that the noise of half precision is measured by, at least
+_DEVIATIONS = 6  # of that noise: what another order of the same sums may do
+_MOST = 0.05  # of a loss: more is no noise
 
 _told: WeakSet[nn.Module] = WeakSet()  # of the router's loss; what is known of a model otherwise may be given up
 
@@ -38,77 +40,6 @@ class WholeLogitsWarning(UserWarning):
     """The output layer's results are changed afterwards: it runs on every position."""
 
 
-def refuse_unknown(model: nn.Module, members: Members) -> None:
-    """Refuses what can be told without a pass; what a structure tells is looked at once.
-
-    Raises:
-        ValueError: an encoder-decoder, outputs without names, or weights that are not there, not whole, or packed.
-    """
-    kind = type(model).__name__
-    if getattr(getattr(model, "config", None), "return_dict", True) is False:
-        raise ValueError(
-            f"per-sample gradients: {kind} gives tuples (its config has return_dict=False); expected outputs with "
-            "logits: set config.return_dict to True"
-        )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(
-            f"per-sample gradients: {kind} is an encoder-decoder, whose labels are not its input's next tokens; "
-            "expected a causal or image-text model"
-        )
-    keep_unpacked(model, members.modules)
-    if members.structure.accepted:
-        return
-    named = dict(model.named_parameters())
-    _refuse_pieces(model, named)
-    empty = next((name for name, parameter in named.items() if parameter.is_meta), None)
-    if empty is not None:
-        raise ValueError(
-            f"per-sample gradients: {kind} has no weights ({empty} is on the meta device); expected a model that is "
-            "loaded"
-        )
-    members.structure.accepted = True
-
-
-def _refuse_pieces(model: nn.Module, named: Mapping[str, nn.Parameter]) -> None:
-    """Frozen weights may be sharded by FSDP2, which gathers a layer's before it is called.
-
-    Args:
-        model: any.
-        named: all its parameters.
-
-    Raises:
-        ValueError: what is trained is sharded, or a layer runs on pieces of its weights.
-    """
-    modules = dict(model.named_modules())
-    whole_when_called = {
-        id(parameter)
-        for module in modules.values()
-        if isinstance(module, FSDPModule) and isinstance(module, nn.Module)
-        for parameter in module.parameters()
-        if not parameter.requires_grad and sum(map(_is_shard, getattr(parameter, "placements", ()))) < 2
-    }
-    pieces = next(
-        (
-            name
-            for name, parameter in named.items()
-            if hasattr(parameter, "device_mesh") and id(parameter) not in whole_when_called
-        ),
-        None,
-    )
-    kinds = {type(part).__name__: name for name, part in modules.items()}
-    pieces = pieces or kinds.get("FullyShardedDataParallel")
-    if pieces is not None:
-        raise ValueError(
-            f"per-sample gradients: {type(model).__name__} is sharded over devices ({pieces}), where a layer's own "
-            "weights are seen as pieces; expected whole trained weights on each device: fully_shard the frozen ones "
-            "alone (ignored_params), as Trainer(strategy=ModelParallelStrategy()) has it, or use the strategy ddp"
-        )
-
-
-def _is_shard(placement: Any) -> bool:
-    return not placement.is_replicate()
-
-
 class SelfTest:
     """Losses of the batch changed in ways that must not matter, for `compare` with its own.
 
@@ -121,18 +52,25 @@ class SelfTest:
 
     def __init__(self, model: nn.Module, batch: Batch, known: Paths, left: bool) -> None:
         self.model, self.batch, self.known, self.left = model, batch, known, left
-        self.ended, self.padded = _with_another_end(batch), _with_more_padding(model, batch, left)
-        both = None if self.ended is None else _with_more_padding(model, self.ended, left) or self.ended
+        self.ended, self.padded = with_another_end(batch), with_more_padding(model, batch, left)
+        self.noise: float | None = None
+        # the most padded row will be alone: all others are in other company without it, and in another order
+        self.row, size = most_padded(batch), len(batch["labels"])
+        self.others = [] if known.kind[1] else [row for row in reversed(range(size)) if row != self.row]
+        changed = None if self.ended is None else with_more_padding(model, self.ended, left) or self.ended
+        fewer = None if changed is None or not self.others else rows_of(changed, self.others)
+        self.order = list(range(size)) if fewer is None else self.others
         with torch.no_grad():
-            self.changed = _losses_or_none(model, both)
+            self.changed = _losses_or_none(model, fewer or changed)
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, known: Paths) -> "SelfTest | None":
-        """The test; None if the model has passed it. It comes once per model, and once more when padding first stands
-        on the left, and costs a forward pass, and one of a row alone."""
+        """The test; None if the model has passed it. It comes once per model and kind of batch (with images or
+        without), and once more when padding first stands on the left, and costs a forward pass, and one of a row
+        alone."""
         mask = batch.get("attention_mask")
         left = mask is not None and bool((mask[:, 0] == 0).any())
-        if _side(left) in known.tested or not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
+        if (_side(left), known.kind[1]) in known.tested or not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
             return None  # losses that are all zero tell nothing: the next batch is tested
         _tell_router_loss(model)
         return cls(model, batch, known, left)
@@ -150,13 +88,17 @@ class SelfTest:
             RouterLossWarning: the model's config asks for the loss of its routers.
         """
         model, causal, losses = self.model, True, losses.detach()
-        if self.changed is None or _differ(model, losses, self.changed):
-            losses = _whole_losses(model, self.batch, self.known, losses)
-            _refuse(model, losses, _losses_or_none(model, self.padded), "its padding")
+        if self.changed is None or self.differ(losses[self.order], self.changed):
+            losses = self.whole(losses)
+            self.refuse(losses, self.padded, "its padding")
             changed = _losses_or_none(model, self.ended)
-            causal = changed is None or not _differ(model, losses, changed)
-        alone, row = _on_its_own(self.batch, by_row=not causal)
-        _refuse(model, losses[row : row + 1], _losses_or_none(model, alone), "its padding or the samples beside it")
+            causal = changed is None or not self.differ(losses, changed)
+            if self.others:
+                self.refuse(losses[self.others], rows_of(self.batch, self.others, not causal), _BESIDE)
+        if len(losses) > 1 and "attention_mask" in self.batch:
+            one = rows_of(self.batch, [self.row], by_row=not causal)
+            alone = None if one is None else without_padding(one)
+            self.refuse(losses[[self.row]], alone, f"its padding or {_BESIDE}")
         if not causal:
             warnings.warn(
                 f"{type(model).__name__}: a sample's loss depends on the very token that it is to predict: nothing "
@@ -164,7 +106,77 @@ class SelfTest:
                 SeesItsTargetWarning,
                 stacklevel=4,
             )
-        self.known.tested.add(_side(self.left))
+        self.known.tested.add((_side(self.left), self.known.kind[1]))
+
+    def refuse(self, losses: Float[Tensor, " rows"], batch: Batch | None, cause: str) -> None:
+        """Refuses a model whose losses are others when the batch is this one."""
+        changed = _losses_or_none(self.model, batch)
+        if changed is not None and self.differ(losses, changed):
+            worst = int((losses - changed).abs().nan_to_num(0, 0).argmax())
+            raise ValueError(
+                f"per-sample gradients: in {type(self.model).__name__} a sample's loss depends on {cause}: got "
+                f"{float(losses[worst]):.6g} in its batch and {float(changed[worst]):.6g} otherwise; expected the "
+                "same: pad on the right, give all that the model's processor gives (token_type_ids), or batches of one "
+                "row"
+            )
+
+    def whole(self, narrowed: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The losses from all logits. Where they are others, the model is not narrowed any more."""
+        losses = SupervisedPositions(self.model, self.batch["labels"], narrow=False).run(self.model, self.batch)
+        if self.differ(losses, narrowed):
+            self.known.narrows = False
+            warnings.warn(
+                f"{type(self.model).__name__}: logits change after the output layer by more than their own position; "
+                "it runs on all positions, not on the supervised ones alone",
+                WholeLogitsWarning,
+                stacklevel=5,
+            )
+        return losses
+
+    def differ(self, one: Float[Tensor, " rows"], two: Float[Tensor, " rows"]) -> bool:
+        """Whether losses differ by more than another order of the same sums explains: in float32 by 1e-4 of the loss;
+        in half precision by more than the noise that the model turns its rounding into, which is measured."""
+        size, both = one.abs().clamp(min=0.1), one.isfinite() & two.isfinite()
+        beyond = ((one - two).abs() > 1e-4 * size) & both
+        if not bool(beyond.any()) or not _is_half(self.model, one.device):
+            return bool(beyond.any())
+        if self.noise is None:
+            self.noise = _noise(self.model, self.batch)
+        allowed = (_DEVIATIONS * self.noise + 1e-4 * size).minimum(_MOST * size)
+        return bool(((one - two).abs() > allowed)[both].any())
+
+
+def _is_half(model: nn.Module, device: torch.device) -> bool:
+    return any(value.dtype in _HALF for value in model.parameters()) or torch.is_autocast_enabled(device.type)
+
+
+def _noise(model: nn.Module, batch: Batch) -> float:
+    """Standard deviation of the loss that moves most when each result of each layer in half precision moves by up to a
+    unit in its last place: as much as any order of its sums can do, and for all of its numbers at once."""
+    plain = SupervisedPositions(model, batch["labels"]).run(model, batch)
+    generator = torch.Generator(plain.device).manual_seed(0)
+    squares: list[Tensor] = []
+    with _shaken(model, generator):
+        while len(squares) < _DRAWS or len(squares) * len(plain) < _SAMPLES:
+            moved = SupervisedPositions(model, batch["labels"]).run(model, batch)
+            squares.append((moved - plain).square())
+    return float(torch.stack(squares).nan_to_num(0, 0).mean(dim=0).max().sqrt())
+
+
+@contextmanager
+def _shaken(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
+    def shake(_module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+        if not isinstance(output, Tensor) or output.dtype not in _HALF:
+            return None
+        noise = torch.empty_like(output).uniform_(-1, 1, generator=generator)
+        return torch.addcmul(output, output, noise, value=torch.finfo(output.dtype).eps)
+
+    handles = [part.register_forward_hook(shake) for part in model.modules() if not part._modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _side(left: bool) -> str:
@@ -189,30 +201,6 @@ def _tell_router_loss(model: nn.Module) -> None:
             return
 
 
-def _refuse(model: nn.Module, losses: Tensor, changed: Tensor | None, cause: str) -> None:
-    if changed is not None and _differ(model, losses, changed):
-        worst = int((losses - changed).abs().argmax())
-        raise ValueError(
-            f"per-sample gradients: in {type(model).__name__} a sample's loss depends on {cause}: got "
-            f"{float(losses[worst]):.6g} in its batch and {float(changed[worst]):.6g} otherwise; expected the same: "
-            "pad on the right, give all that the model's processor gives (token_type_ids), or batches of one row"
-        )
-
-
-def _whole_losses(model: nn.Module, batch: Batch, known: Paths, narrowed: Tensor) -> Float[Tensor, " batch"]:
-    """The losses from all logits. Where they are others, the model is not narrowed any more."""
-    whole = SupervisedPositions(model, batch["labels"], narrow=False).run(model, batch)
-    if _differ(model, whole, narrowed):
-        known.narrows = False
-        warnings.warn(
-            f"{type(model).__name__}: logits change after the output layer by more than their own position; it runs on "
-            "all positions, not on the supervised ones alone",
-            WholeLogitsWarning,
-            stacklevel=5,
-        )
-    return whole
-
-
 def _losses_or_none(model: nn.Module, batch: Batch | None) -> Float[Tensor, " batch"] | None:
     """The losses; None where the batch could not be changed, or where the model does not take it so."""
     if batch is None:
@@ -223,80 +211,3 @@ def _losses_or_none(model: nn.Module, batch: Batch | None) -> Float[Tensor, " ba
         raise
     except Exception:
         return None
-
-
-def _differ(model: nn.Module, one: Float[Tensor, " batch"], two: Float[Tensor, " batch"]) -> bool:
-    """Whether losses differ by more than another order of the same sums, in the model's precision, explains."""
-    half = any(value.dtype in (torch.float16, torch.bfloat16) for value in model.parameters())
-    half = half or torch.is_autocast_enabled(one.device.type)
-    both = one.isfinite() & two.isfinite()
-    tolerance = 0.05 if half else 1e-4
-    return bool(((one - two).abs() > tolerance * one.abs().clamp(min=0.1))[both].any())
-
-
-def _with_another_end(batch: Batch) -> Batch | None:
-    """The batch with another token at the end of each row: one that is only predicted, never read."""
-    ids, labels = batch.get("input_ids"), batch["labels"]
-    if ids is None or ids.shape != labels.shape:
-        return None
-    positions = torch.arange(labels.shape[1], device=labels.device)
-    mask = batch.get("attention_mask", torch.ones_like(labels))
-    if mask.shape != labels.shape:
-        return None
-    last = (positions * (mask != 0)).argmax(dim=1)
-    rows = torch.arange(len(labels), device=labels.device)
-    predicted = labels[rows, last] != IGNORE_INDEX
-    targets = labels[labels != IGNORE_INDEX]
-    other = targets[(targets[None] != ids[rows, last][:, None]).int().argmax(dim=1)]
-    changed = ids.clone()
-    changed[rows, last] = torch.where(predicted, other, ids[rows, last])
-    return dict(batch) | {"input_ids": changed}
-
-
-def _with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | None:
-    """The batch with one column of padding more; None if there is no mask, or the model might have no such position."""
-    length = batch["labels"].shape[1]
-    if "attention_mask" not in batch or length >= _longest(model):
-        return None
-    padded = dict(batch)
-    for name, value in batch.items():
-        if (
-            isinstance(value, Tensor)
-            and value.shape[:2] == batch["labels"].shape
-            and is_text(name, value, batch["labels"].shape)
-        ):
-            edge = value[:, :1] if left else value[:, -1:]
-            fill = {"labels": IGNORE_INDEX, "attention_mask": 0}.get(name)
-            column = edge if fill is None else torch.full_like(edge, fill)
-            padded[name] = torch.cat([column, value] if left else [value, column], dim=1)
-    return padded
-
-
-def _longest(model: nn.Module) -> int:
-    """Positions that the model has, by its configuration; 0 if it does not say."""
-    config: Any = getattr(model, "config", None)
-    texts = [config, getattr(config, "text_config", None), getattr(config, "llm_config", None)]
-    lengths = [getattr(text, name, None) for text in texts if text is not None for name in _LENGTHS]
-    return max((value for value in lengths if isinstance(value, int)), default=0)
-
-
-def _on_its_own(batch: Batch, by_row: bool = False) -> tuple[Batch | None, int]:
-    """The most padded row without its padding, and its number; None where the batch does not tell whose its images are.
-
-    With `by_row`, a field whose first dimension is the batch's is taken to hold something for each row.
-    """
-    shape, mask = batch["labels"].shape, batch.get("attention_mask")
-    counts: Mapping[str, Tensor] = batch.get("entries_per_row", {})
-    fields = {name: value for name, value in batch.items() if name == "labels" or name not in OWN_FIELDS}
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
-    others = [value for name, value in tensors.items() if value.shape != shape and name not in counts]
-    if mask is None or shape[0] < 2 or any(not by_row or value.shape[:1] != shape[:1] for value in others):
-        return None, 0
-    row = int(mask.sum(dim=1).argmin())
-    kept = mask[row] != 0
-    for name, value in tensors.items():
-        if name in counts:
-            fields[name] = value[int(counts[name][:row].sum()) :][: int(counts[name][row])]
-        else:
-            fields[name] = value[row : row + 1][:, kept] if value.shape == shape else value[row : row + 1]
-    return {name: value for name, value in fields.items() if name not in counts or len(value)}, row

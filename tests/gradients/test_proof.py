@@ -209,6 +209,18 @@ def test_a_wrong_number_of_images_is_not_believed() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
+def test_a_weight_that_images_alone_read_once_more_is_found_after_text() -> None:
+    model, batch = with_lora(llava(), r".*language_model.*(q|v)_proj"), image_batch()
+    weight = dict(model.named_parameters())
+    read = next(value for name, value in weight.items() if "lora_A" in name)
+    projector: Any = next(part for name, part in model.named_modules() if name.endswith("multi_modal_projector"))
+    projector.register_forward_hook(lambda _module, _args, output: output * (1 + read.sum()))
+    for _ in range(2):
+        assert_rows_close(per_sample_gradients(model, text_batch()), one_by_one(model, text_batch()))
+    assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
 @pytest.mark.parametrize("told_of", [True, False])
 def test_what_a_batch_gives_does_not_depend_on_the_batches_before_it(told_of: bool) -> None:
     """Bit for bit, whichever batch is the first: so that a run may be resumed anywhere."""

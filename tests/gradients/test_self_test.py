@@ -135,6 +135,62 @@ class Bidirectional(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=seen, **options)
 
 
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.06), (torch.float16, 0.02), (torch.float32, 0.002)])
+def test_a_little_of_other_samples_is_found_in_any_precision(dtype: torch.dtype, share: float) -> None:
+    """Half precision's own noise is no reason to refuse; changes of a hundredth of the loss and less are."""
+    model, batch = with_lora(llama(hidden_size=64, num_hidden_layers=4).to(dtype), ["q_proj"]), text_batch()
+    per_sample_gradients(model, batch)
+    norm = model.get_submodule("base_model.model.model.norm")
+    norm.register_forward_hook(lambda _module, _args, output: output * (1 + share * len(output)))
+    with pytest.raises(ValueError, match=r"a sample's loss depends on .*the samples beside it: got"):
+        per_sample_gradients(model, batch)
+
+
+def test_each_row_is_tried_in_other_company() -> None:
+    """The most padded row alone would not tell: it is not one of those that see others."""
+    model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+
+    def see_the_row_before(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[:2], output[2:] + output[1:-1]])
+
+    model.get_submodule("base_model.model.model.layers.0.mlp").register_forward_hook(see_the_row_before)
+    with pytest.raises(ValueError, match="a sample's loss depends on the samples beside it: got"):
+        per_sample_gradients(model, batch)
+
+
+@pytest.mark.parametrize("state", ["merged", "disabled"])
+def test_an_adapter_that_takes_no_part_is_refused(state: str) -> None:
+    model: Any = with_lora(llama(), ["q_proj", "v_proj"])
+    batch, layer = (
+        text_batch(),
+        model.get_submodule("base_model.model.model.layers.1.self_attn.v_proj"),
+    )
+    per_sample_gradients(model, batch)
+    if state == "merged":
+        layer.merge()
+    else:
+        layer._disable_adapters = True
+    with pytest.raises(
+        ValueError, match=rf"v_proj\.lora_A\.default\.weight is {state}: its gradient would be a silent zero"
+    ):
+        per_sample_gradients(model, batch)
+
+
+def test_complex_weights_are_refused() -> None:
+    model = with_lora(llama(), ["q_proj"])
+    model.register_parameter("phases", nn.Parameter(torch.ones(3, dtype=torch.complex64)))
+    with pytest.raises(
+        ValueError, match=r"PeftModel trains complex numbers \(phases\), which a row of real ones cannot"
+    ):
+        per_sample_gradients(model, text_batch())
+
+
+def test_labels_of_fewer_bits_are_the_same_labels() -> None:
+    model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+    expected = one_by_one(model, batch)
+    assert_rows_close(per_sample_gradients(model, batch | {"labels": batch["labels"].int()}), expected)
+
+
 def test_a_model_that_sees_its_targets_is_told() -> None:
     torch.manual_seed(0)
     model, batch = with_lora(Bidirectional(LlamaConfig(**SMALL))), text_batch()

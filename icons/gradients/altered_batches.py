@@ -1,0 +1,92 @@
+"""Batches that are changed in ways that must not matter to the losses of their samples."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch, supervised_tokens
+from icons.gradients.paths import is_text
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
+
+
+def with_another_end(batch: Batch) -> Batch | None:
+    """The batch with another token at the end of each row: one that is only predicted, never read."""
+    ids, labels = batch.get("input_ids"), batch["labels"]
+    if ids is None or ids.shape != labels.shape:
+        return None
+    positions = torch.arange(labels.shape[1], device=labels.device)
+    mask = batch.get("attention_mask", torch.ones_like(labels))
+    if mask.shape != labels.shape:
+        return None
+    last = (positions * (mask != 0)).argmax(dim=1)
+    rows = torch.arange(len(labels), device=labels.device)
+    predicted = labels[rows, last] != IGNORE_INDEX
+    targets = labels[labels != IGNORE_INDEX]
+    other = targets[(targets[None] != ids[rows, last][:, None]).int().argmax(dim=1)]
+    changed = ids.clone()
+    changed[rows, last] = torch.where(predicted, other, ids[rows, last])
+    return dict(batch) | {"input_ids": changed}
+
+
+def with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | None:
+    """The batch with one column of padding more; None if there is no mask, or the model might have no such position."""
+    length = batch["labels"].shape[1]
+    if "attention_mask" not in batch or length >= _longest(model):
+        return None
+    padded = dict(batch)
+    for name, value in batch.items():
+        if (
+            isinstance(value, Tensor)
+            and value.shape[:2] == batch["labels"].shape
+            and is_text(name, value, batch["labels"].shape)
+        ):
+            edge = value[:, :1] if left else value[:, -1:]
+            fill = {"labels": IGNORE_INDEX, "attention_mask": 0}.get(name)
+            column = edge if fill is None else torch.full_like(edge, fill)
+            padded[name] = torch.cat([column, value] if left else [value, column], dim=1)
+    return padded
+
+
+def _longest(model: nn.Module) -> int:
+    """Positions that the model has, by its configuration; 0 if it does not say."""
+    config: Any = getattr(model, "config", None)
+    texts = [config, getattr(config, "text_config", None), getattr(config, "llm_config", None)]
+    lengths = [getattr(text, name, None) for text in texts if text is not None for name in _LENGTHS]
+    return max((value for value in lengths if isinstance(value, int)), default=0)
+
+
+def rows_of(batch: Batch, rows: Sequence[int], by_row: bool = False) -> Batch | None:
+    """Some of the batch's rows; None where the batch does not tell whose its images are.
+
+    With `by_row`, a field whose first dimension is the batch's is taken to hold something for each row.
+    """
+    shape, counts = batch["labels"].shape, batch.get("entries_per_row", {})
+    fields = {name: value for name, value in batch.items() if name == "labels" or name not in OWN_FIELDS}
+    for name, value in fields.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name in counts:
+            entries = value.split(counts[name].tolist())
+            fields[name] = torch.cat([entries[row] for row in rows])
+        elif value.shape == shape or (by_row and value.shape[:1] == shape[:1]):
+            fields[name] = value[list(rows)]
+        else:
+            return None
+    return {name: value for name, value in fields.items() if name not in counts or len(value)}
+
+
+def most_padded(batch: Batch) -> int:
+    """The row with the fewest tokens, of those that have a loss if there are any."""
+    counts = batch.get("attention_mask", batch["labels"] == IGNORE_INDEX).sum(dim=1)
+    silent = supervised_tokens(batch["labels"]).to(counts.device) == 0
+    return int((counts + counts.max() * silent).argmin())
+
+
+def without_padding(batch: Batch) -> Batch:
+    """A batch of one row, of its tokens alone."""
+    kept, shape = batch["attention_mask"][0] != 0, batch["labels"].shape
+    cut = {n: value[:, kept] for n, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}
+    return dict(batch) | cut
