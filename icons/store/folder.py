@@ -173,13 +173,15 @@ class DurableLocalStore(LocalStore):
         self._check_writable()
         partials: dict[str, str] = {}
         try:
-            for key, parts in values.items():
-                partials[key] = write_partial(self.place, key, parts)
+            size = {key: sum(map(len, parts)) for key, parts in values.items()}
+            # large ones last, so that they are on their way to the disk as soon as they are written
+            for key in sorted(values, key=size.__getitem__):
+                partials[key] = write_partial(self.place, key, values[key])
             guard()
-            for key, parts in values.items():
+            for key in values:
                 os.replace(partials[key], path := self.path_of(key))
                 del partials[key]
-                if sum(map(len, parts)) >= _LARGE:
+                if size[key] >= _LARGE:
                     self.begun[path] = self.pool.submit(flush_path, path)
                 self.remember(key, path)
         except FileNotFoundError as error:

@@ -110,16 +110,22 @@ class UnitWriter:
         """
         self.check()
         units = row // self.store.partition.chunk_rows
+        if len(units) and (units == units[0]).all():  # as a run's batches are, which are formed inside units
+            return self.collect_of_unit(int(units[0]), row, values)
         for unit in np.unique(units).tolist():
-            if not self.claim(unit):
-                continue
-            rows = self.store.partition.unit_rows(unit)
-            opened, here = self.open_units.get(unit), units == unit
-            if opened is None:
-                opened = self.open_units[unit] = OpenUnit(self.store.encode, len(rows), self.memory_for(len(rows)))
-            mine = values if here.all() else {name: values[name][here] for name in self.store.FIELDS}
-            if opened.add(row[here] - rows.start, mine):
-                self.pass_on(unit, self.open_units.pop(unit).columns)
+            here = units == unit
+            self.collect_of_unit(unit, row[here], {name: values[name][here] for name in self.store.FIELDS})
+        return None
+
+    def collect_of_unit(self, unit: int, row: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
+        if not self.claim(unit):
+            return
+        rows = self.store.partition.unit_rows(unit)
+        opened = self.open_units.get(unit)
+        if opened is None:
+            opened = self.open_units[unit] = OpenUnit(self.store.encode, len(rows), self.memory_for(len(rows)))
+        if opened.add(row - rows.start, values):
+            self.pass_on(unit, self.open_units.pop(unit).columns)
 
     def store_unit(self, unit: int, columns: Columns) -> None:
         """Passes a whole unit that was claimed on to be stored; waits while too many wait before it.
