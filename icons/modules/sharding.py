@@ -6,10 +6,13 @@ What is computed is what one process computes, to the last bit on a CPU. Ranks m
 as those of a node, and gather layers among themselves alone.
 """
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
@@ -22,6 +25,7 @@ from icons.modules.lockstep import Lockstep, LostRankError
 from icons.modules.shared_model_strategy import SharedModelStrategy
 
 KEPT = "_lockstep"
+_MUCH = 0.25
 
 
 class ShardedModule(LightningModule):
@@ -98,8 +102,8 @@ def shard(model: nn.Module, device: torch.device, copies: Sequence[Sequence[int]
     """Shares the frozen weights of a model out among ranks; layer by layer, so that no device holds it whole.
 
     To be called on every rank, with the same model: whole, on the CPU. Trained parameters stay whole, and plain
-    tensors, on every rank. Decoder and vision layers, and embeddings and output layer unless they are one, are gathered
-    one by one; the rest with the first of them.
+    tensors, on every rank, as do single numbers. Units are gathered one by one (see `units`); the rest with the first
+    of them, and a warning says so if it is much.
 
     Args:
         model: Hugging Face model; in the form in which it is called (with its adapter).
@@ -109,38 +113,62 @@ def shard(model: nn.Module, device: torch.device, copies: Sequence[Sequence[int]
     Raises:
         ValueError: base weights in 4 or 8 bits, or none that is frozen.
     """
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     packed = next((name for name, parameter in model.named_parameters() if not parameter.is_floating_point()), None)
     if packed is not None:
         raise ValueError(
             f"sharding: {type(model).__name__} has base weights in 4 or 8 bits ({packed}); expected weights in "
             "bfloat16, float16 or float32: leave out either --quantize or the strategy that shards"
         )
-    if not frozen:
+    if not (frozen := frozen_in(model)):
         raise ValueError(
             f"sharding: every weight of {type(model).__name__} is trained, and trained weights stay whole on every "
             "device; expected a frozen base model with LoRA: use the strategy ddp"
         )
     keep_description(model)
     mesh = DeviceMesh(device.type, [list(ranks) for ranks in copies], mesh_dim_names=("copies", "shards"))["shards"]
-    trained = {parameter for parameter in model.parameters() if parameter.requires_grad}
-    chosen = [*units(model), model]
-    for module in chosen:
-        fully_shard(module, mesh=mesh, ignored_params=trained)
+    chosen = units(model)
+    apart = {parameter for module in chosen for parameter in frozen_in(module)}
+    share = sum(weight.numel() for weight in set(frozen) - apart) / max(1, sum(weight.numel() for weight in frozen))
+    if share > _MUCH and dist.get_rank() == 0:
+        warnings.warn(
+            f"sharding: {share:.0%} of the frozen weights of {type(model).__name__} lie in no layer that can be "
+            "gathered on its own; each device holds these whole while it computes",
+            stacklevel=2,
+        )
+    whole = {parameter for parameter in model.parameters() if parameter.requires_grad or not parameter.dim()}
+    for module in [*chosen, model]:
+        fully_shard(module, mesh=mesh, ignored_params=whole)
     layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
     lockstep = vars(model)[KEPT] = Lockstep(layers, mesh.get_group(), copies)
     return lockstep
 
 
 def units(model: nn.Module) -> list[nn.Module]:
-    """The modules inside that are gathered on their own; none lies in another."""
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    """The modules inside that are gathered on their own; none lies in another, or shares a frozen weight with one.
+
+    Layers as transformers marks them (`GradientCheckpointingLayer`, `_no_split_modules`), else the members of lists of
+    modules; and embeddings and output layer.
+    """
+    modules = list(model.modules())
+    marked = {name for module in modules for name in getattr(module, "_no_split_modules", None) or ()}
+    layers = [m for m in modules if isinstance(m, GradientCheckpointingLayer) or type(m).__name__ in marked]
+    listed = [member for module in modules if isinstance(module, nn.ModuleList) for member in module]
+    layers += [member for member in listed if set(layers).isdisjoint(member.modules())]
     inner = {part for module in layers for part in module.modules() if part is not module}
     ends = [getattr(model, f"get_{name}_embeddings", lambda: None)() for name in ("input", "output")]
     plain = [module for module in ends if isinstance(module, nn.Module) and type(module) in (nn.Embedding, nn.Linear)]
-    tied = len({module.weight for module in plain}) < len(plain)
-    chosen = [*([] if tied else plain), *(module for module in layers if module not in inner)]
-    return [module for module in chosen if any(not parameter.requires_grad for parameter in module.parameters())]
+    owners = Counter(id(weight) for module in modules for weight in module._parameters.values() if weight is not None)
+
+    def is_apart(module: nn.Module) -> bool:
+        own = Counter(id(weight) for part in module.modules() for weight in frozen_in(part, recurse=False))
+        return bool(own) and all(owners[weight] == count for weight, count in own.items())
+
+    chosen = dict.fromkeys([*plain, *(module for module in layers if module not in inner)])
+    return [module for module in chosen if is_apart(module)]
+
+
+def frozen_in(module: nn.Module, recurse: bool = True) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters(recurse) if not parameter.requires_grad]
 
 
 def check_strategy(strategy: Any) -> None:

@@ -23,16 +23,19 @@ import torch
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gradients"))
 import sharded_commands
-from small_models import IMAGE, llava, with_lora
+from small_models import IMAGE, llama, llava, text_batch, with_lora
 
 from icons.datamodules.sampler import UnitBatchSampler, unit_dataloader
+from icons.gradients import per_sample_gradients
 from icons.models.loading import checkpoint_layers
 from icons.modules.extractor import GradientExtractor
 from icons.modules.gradient_writer import GradientWriter
+from icons.modules.sharding import frozen_in, shard, units
 from icons.modules.shared_model_strategy import SharedModelStrategy
 from icons.modules.task_vectorizer import TaskVectorizer
 from icons.modules.warmup import WarmupModule
@@ -241,6 +244,40 @@ def rank(folder: Path, ends: Callback | None, kinds: Sequence[str] = KINDS) -> N
         )
 
 
+def odd() -> nn.Module:
+    """Has frozen weights in two precisions, of one row or none, of no dimension; tied ones, and a trained copy."""
+    model: Any = llama(num_hidden_layers=6, hidden_size=20, num_attention_heads=2, tie_word_embeddings=True).bfloat16()
+    model.model.layers[0].few = nn.ParameterList([torch.ones(1, 5), torch.ones(0, 3), torch.tensor(1.0)])
+    return with_lora(model, r".*(q|down)_proj", modules_to_save=["embed_tokens"])
+
+
+def compute_odd() -> None:
+    """Rows are those of the whole model, of which no more than two layers, and what is in none, are there at a time."""
+    expected, model, count = per_sample_gradients(odd(), text_batch()), odd(), int(os.environ["LOCAL_WORLD_SIZE"])
+    layers = units(model)
+    assert len(layers) == 6, "tied weights are in no layer"
+    apart = [sum(weight.numel() for weight in frozen_in(layer)) for layer in layers]
+    total = sum(weight.numel() for weight in frozen_in(model))
+    lockstep = shard(model, torch.device("cpu"), [[0, 1], [2, 3]])
+    assert torch.equal(per_sample_gradients(model, text_batch()), expected)
+    whole: list[int] = []
+
+    def look(*_: Any) -> None:
+        whole.append(sum(weight.numel() for weight in frozen_in(model) if not isinstance(weight, DTensor)))
+
+    def follow(_: nn.Module, __: Any, output: Tensor) -> None:
+        look()
+        output.register_hook(look)
+
+    for layer in layers:
+        layer.register_forward_hook(follow)
+    model(text_batch()["input_ids"]).logits.float().sum().backward()
+    lockstep.end()
+    assert len(whole) == 12 and total - sum(apart) < max(whole) <= total - sum(apart) + 2 * max(apart)
+    held: Any = [weight.to_local().numel() for weight in frozen_in(model) if weight.dim()]  # type: ignore[operator]
+    assert abs(sum(held) * count - total) < 0.1 * total, "each rank holds its part of what is frozen"
+
+
 def forked(count: int, run: Callable[[], None], nodes: int = 1) -> list[int]:
     """Runs ranks, as torchrun sets them up, and waits; how each ended. Forked: to import everything takes seconds."""
     with socket.socket() as free:
@@ -268,6 +305,11 @@ def forked(count: int, run: Callable[[], None], nodes: int = 1) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
+def go_on(folder: Path) -> None:
+    rank(folder, Waits(folder), KINDS[:1])
+    compute_odd()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -278,7 +320,7 @@ def main() -> None:
         print(json.dumps(forked(count, partial(rank, folder, ends))), flush=True)
     print(json.dumps(forked(4, partial(rank, nodes, Dies(1), KINDS[:1]), nodes=2)), flush=True)
     (nodes / "after_death.json").write_text(json.dumps(GradientStore.open(nodes / "language.zarr").status[:].tolist()))
-    print(json.dumps(forked(4, partial(rank, nodes, Waits(nodes), KINDS[:1]), nodes=2)), flush=True)
+    print(json.dumps(forked(4, partial(go_on, nodes), nodes=2)), flush=True)
     print(json.dumps(forked(4, partial(fit_rank, folder), nodes=2)), flush=True)
     for strategy in ("model_parallel", "ddp"):
         print(json.dumps(forked(2, partial(sharded_commands.warm_up_rank, folder, 2, strategy))), flush=True)

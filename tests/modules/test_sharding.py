@@ -24,6 +24,7 @@ from torch import nn
 from icons.batch import Status
 from icons.cli.gradients import predict_flags
 from icons.models.tensor_files import read_tensors
+from icons.modules import sharding
 from icons.modules.fit import trainer_flags
 from icons.modules.named_strategy import named_strategy, predicting_strategy
 from icons.modules.sharding import check_strategy, copies_of, shard, units
@@ -218,3 +219,22 @@ def test_layers_and_untied_ends_are_gathered_one_by_one() -> None:
         model = with_lora(llama(tie_word_embeddings=tied))
         names = {name.rpartition("model.")[2] for name, part in model.named_modules() if part in units(model)}
         assert names == {"layers.0", "layers.1"} | (set() if tied else {"embed_tokens", "lm_head"})
+
+
+def test_layers_that_nothing_marks_are_gathered_one_by_one_and_weights_that_two_share_are_not() -> None:
+    plain = nn.ModuleList(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)) for _ in range(3))
+    model = nn.Sequential(plain, nn.Linear(3, 3)).requires_grad_(False)
+    assert units(model) == [*plain]
+    plain[2][1].weight = plain[0][0].weight
+    assert units(model) == [plain[1]]
+    plain[1].requires_grad_(True)
+    assert units(model) == []
+
+
+def test_much_that_lies_in_no_layer_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "DeviceMesh", lambda *_, **__: {"shards": None})
+    monkeypatch.setattr(sharding, "fully_shard", lambda *_, **__: pytest.fail("sharded"))
+    monkeypatch.setattr(sharding, "units", lambda _: [])
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(UserWarning, match=r"100% of the frozen weights of LlamaForCausalLM lie in no layer"):
+        shard(llama().requires_grad_(False), torch.device("cpu"), [[0, 1]])

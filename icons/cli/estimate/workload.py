@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 from torch import nn
+
+from icons.modules.sharding import frozen_in, units
 
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "8bit": 1.0, "4bit": 0.5}
 _TOWERS = ("vision_tower", "vision_model", "visual")
@@ -24,8 +25,10 @@ class ModelSize:
     dense: int
     """Of the embeddings and the output layer, which are never quantised."""
     layers: int
-    largest_layer: int
-    """Frozen ones of the largest layer: what is whole at a time where the base is sharded."""
+    largest_unit: int
+    """Frozen ones of the largest layer, or embedding: what is whole at a time where the base is sharded."""
+    outside: int
+    """Frozen ones in no layer, which are whole all the time there."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelSize":
@@ -34,31 +37,21 @@ class ModelSize:
         tower = sum(count for name, count in frozen.items() if set(_TOWERS) & set(name.split(".")))
         ends = [end.weight for end in _ends_of(model) if not end.weight.requires_grad]
         text: Any = model.config.get_text_config()  # type: ignore[union-attr,operator]
-        sizes = groupby(sorted((layer_of(name), count) for name, count in frozen.items()), key=lambda item: item[0])
+        apart = [sum(value.numel() for value in frozen_in(unit)) for unit in units(model)]
         return cls(
             language=sum(frozen.values()) - tower,
             tower=tower,
             trainable=sum(value.numel() for value in model.parameters() if value.requires_grad),
             dense=sum({id(weight): weight.numel() for weight in ends}.values()),
             layers=text.num_hidden_layers,
-            largest_layer=max((sum(count for _, count in group) for layer, group in sizes if layer), default=0),
+            largest_unit=max(apart, default=0),
+            outside=sum(frozen.values()) - sum(apart),
         )
 
 
 def _ends_of(model: Any) -> list[Any]:
     """Input embeddings and output layer, where the model has them."""
     return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-
-
-def layer_of(name: str) -> str:
-    """The layer that a parameter belongs to; empty for what is outside of all.
-
-    >>> layer_of("model.layers.12.mlp.up_proj.weight"), layer_of("lm_head.weight")
-    ('model.layers.12', '')
-    """
-    parts = name.split(".")
-    at = next((index for index, part in enumerate(parts) if part.isdigit()), -1)
-    return ".".join(parts[: at + 1])
 
 
 @dataclass(frozen=True)
@@ -74,7 +67,7 @@ class Workload:
     attention: str = "sdpa"
     gradient_checkpointing: bool = False
     base_shards: int = 1
-    """Ranks over which the frozen weights are sharded; each has its share, and two layers in full."""
+    """Ranks over which the frozen weights are sharded: each has its share, two layers, and what is in no layer."""
 
     @property
     def mean_length(self) -> int:
@@ -101,5 +94,6 @@ def weights(model: ModelSize, load: Workload) -> dict[str, int]:
     each = BYTES[load.quantize or load.dtype]
     whole = (model.language - model.dense) * each + (model.dense + model.tower) * BYTES[load.dtype]
     if load.base_shards > 1:
-        whole = whole / load.base_shards + 2 * model.largest_layer * each
+        outside = model.outside * each
+        whole = (whole - outside) / load.base_shards + outside + 2 * model.largest_unit * each
     return {"weights": int(whole + 4 * model.trainable)}
