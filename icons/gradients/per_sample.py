@@ -124,7 +124,7 @@ def projected_gradients(
         return receive
 
     losses = per_sample_blocks(model, batch, begin, in_pieces=by_entry)
-    return ProjectedGradients(total, squares.sum().sqrt(), losses.float(), supervised_tokens(batch["labels"]))
+    return ProjectedGradients(total, squares.norm(), losses.float(), supervised_tokens(batch["labels"]))
 
 
 def exact_influence(
@@ -234,7 +234,7 @@ def scored_gradients(
         return receive
 
     losses = per_sample_blocks(model, batch, begin)
-    norm, tokens = squares.sum().sqrt(), supervised_tokens(batch["labels"])
+    norm, tokens = squares.norm(), supervised_tokens(batch["labels"])
     return product, norm, ProjectedGradients(total, norm, losses.float(), tokens)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 PART = 1 << 13  # entries that are added up one by one
 RUN = 1 << 10  # squares that are added up by eight or more adders side by side
+SQUARES = 1e-28, 1e34  # of a norm that lies between, all squares that count are whole float32
 CACHED = 1 << 18  # entries that are gone through several times on a CPU: 1 MB
 LARGE = 1 << 21  # entries of a block that is gone through in pieces: 8 MB
 
@@ -40,7 +41,8 @@ class SquaredNorms:
 
     def __init__(self, size: int, names: Collection[str], device: torch.device) -> None:
         self._column = {name: number for number, name in enumerate(names)}
-        self._parts = torch.zeros(size, len(names), device=device, dtype=torch.float32)
+        wide = torch.float64 if device.type == "cpu" else torch.float32
+        self._parts = torch.zeros(size, len(names), device=device, dtype=wide)
 
     def put(self, name: str, block: Float[Tensor, "rows *shape"], rows: slice) -> None:
         """Of one parameter and some samples; what was put there before is forgotten."""
@@ -50,27 +52,31 @@ class SquaredNorms:
         else:
             torch.linalg.vector_norm(block[:, None].flatten(1), dim=1, out=parts)
 
-    def sum(self) -> Float[Tensor, " batch"]:
-        parts = self._parts if self._parts.device.type == "cpu" else self._parts.square()
-        return parts.sum(dim=1)
+    def norm(self) -> Float[Tensor, " batch"]:
+        """Of each sample, float32. On a CPU it is right wherever float32 holds it; on a GPU from 1e-19 to 1e19."""
+        squares = self._parts if self._parts.device.type == "cpu" else self._parts.square()
+        return squares.sum(dim=1).sqrt().float()
 
 
 def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
-    """The square of each sample's L2 norm; of a sample it is the same in any batch, to the last bit.
+    """The square of each sample's L2 norm; of a sample it is the same in any batch, to the last bit. On a CPU float64.
 
-    >>> squared_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
-    tensor([25.,  4.])
+    >>> squared_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).tolist()
+    [25.0, 4.0]
     """
     flat = block[:, None].flatten(1)
     if flat.device.type != "cpu":
         return torch.linalg.vector_norm(flat, dim=1).square()  # a tree of sums
     whole = flat.shape[1] // RUN * RUN
-    rest = torch.linalg.vector_norm(flat[:, whole:], dim=1).square()
-    if not whole:
-        return rest
-    # no product is stored; of a part that short, several threads do not share out the sum
-    norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, RUN)), dim=2)
-    return norms.square_().sum(dim=1).add_(rest)
+    squares = torch.linalg.vector_norm(flat[:, whole:], dim=1).double().square()
+    if whole:
+        # no product is stored; of a part that short, several threads do not share out the sum
+        norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, RUN)), dim=2)
+        squares += norms.double().square_().sum(dim=1)
+    beyond = ~((squares > SQUARES[0]) & (squares < SQUARES[1]))
+    if bool(beyond.any()):  # a number's square may be no float32
+        squares[beyond] = torch.linalg.vector_norm(flat[beyond], dim=1, dtype=torch.float64).square()
+    return squares
 
 
 def inner_products(

@@ -8,7 +8,7 @@ from small_models import llama, text_batch, trainable
 from torch import Tensor
 
 from icons.gradients import projected_gradients, sums
-from icons.gradients.sums import PART, inner_products, samples_at_a_time, squared_norm
+from icons.gradients.sums import PART, SquaredNorms, inner_products, samples_at_a_time, squared_norm
 from icons.preconditioner import AdamPreconditioner, Sign
 from icons.projection import CountSketch
 
@@ -16,7 +16,7 @@ from icons.projection import CountSketch
 @pytest.mark.parametrize("entries", [1, 7, 100, PART - 1, PART, 2 * PART + 5, 700_001])
 def test_squared_norms_are_float64s_and_the_same_in_any_batch(entries: int) -> None:
     block = torch.randn(5, entries, generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [[1e-6], [1], [3], [0], [1e6]]
+        [[1e-6], [1], [3], [0], [1e-25]]
     )
     found, expected = squared_norm(block), block.double().square().sum(dim=1)
     torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=0)
@@ -36,6 +36,20 @@ def test_inner_products_are_float64s(entries: int, samples: int) -> None:
     size = one.double().norm(dim=1)[:, None] * two.double().norm(dim=1)
     error = (inner_products(one, two).double() - one.double() @ two.double().mT).abs() / size
     assert error.max() < 1e-6
+
+
+def test_norms_are_right_wherever_float32_holds_them() -> None:
+    """Their squares are none: of a sample that a model knows by heart, or whose loss is enormous."""
+    sizes = torch.logspace(-40, 36, 77, dtype=torch.float64)
+    block = (sizes[:, None] * torch.randn(1, 1500, generator=torch.Generator().manual_seed(0))).float()
+    norms = SquaredNorms(len(block), ["weight", "other"], torch.device("cpu"))
+    norms.put("weight", block, slice(0, 77))
+    norms.put("other", torch.stack([block[:, 0]] * 3, dim=1), slice(0, 77))
+    expected = torch.cat([block, torch.stack([block[:, 0]] * 3, dim=1)], dim=1).double().norm(dim=1)
+    assert norms.norm().dtype == torch.float32
+    torch.testing.assert_close(norms.norm().double(), expected, rtol=3e-7, atol=2.0**-149)
+    bad = squared_norm(torch.tensor([[1.0, torch.nan], [torch.inf, 0.0], [3.0, 4.0]]))
+    assert bad[0].isnan() and bad[1].isinf() and bad[2] == 25
 
 
 def test_of_no_samples_and_of_a_number_without_dimensions() -> None:
