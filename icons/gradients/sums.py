@@ -12,7 +12,7 @@ from torch import Tensor
 
 PART = 1 << 13  # entries that are added up one by one
 RUN = 1 << 10  # squares that are added up by eight or more adders side by side
-SQUARES = 1e-28, 1e34  # of a norm that lies between, all squares that count are whole float32
+_SQUARES = 1e-28, 1e34  # of a norm that lies between, all squares that count are whole float32
 CACHED = 1 << 18  # entries that are gone through several times on a CPU: 1 MB
 LARGE = 1 << 21  # entries of a block that is gone through in pieces: 8 MB
 
@@ -73,7 +73,7 @@ def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"
         # no product is stored; of a part that short, several threads do not share out the sum
         norms = torch.linalg.vector_norm(flat[:, :whole].unflatten(1, (-1, RUN)), dim=2)
         squares += norms.double().square_().sum(dim=1)
-    beyond = ~((squares > SQUARES[0]) & (squares < SQUARES[1]))
+    beyond = ~((squares > _SQUARES[0]) & (squares < _SQUARES[1]))
     if bool(beyond.any()):  # a number's square may be no float32
         squares[beyond] = torch.linalg.vector_norm(flat[beyond], dim=1, dtype=torch.float64).square()
     return squares
