@@ -103,7 +103,7 @@ def _run(
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
     scale, unproven, this_time = LossScale.of(batch, members), set[str](), set[str]()
     plan, shown = known.plan(members), None
-    test, to_prove = SelfTest.of(model, batch, known), plan.unmet == set(members.trainable) != plan.slow
+    test, to_prove = SelfTest.of(model, batch, known), not plan.tried and plan.slow != set(members.trainable)
     if test is not None and not to_prove:
         with torch.no_grad():
             test.compare(SupervisedPositions(model, batch["labels"]).run(model, batch))

@@ -61,6 +61,8 @@ class Plan:
     Attributes:
         sockets: the modules to tap.
         slow: parameters that no tap serves.
+        tried: whether a proof has looked at a batch that held the same beside the text. It may have met no call at all,
+            as where only the projector is trained and no row has an image.
         unmet: parameters of whose path no proof has met a call.
         hidden: those with a use that has no inputs to show, as an embedding's of a tied weight.
         covered: what `Paths.covers` was asked before, and affirmed.
@@ -68,6 +70,7 @@ class Plan:
 
     sockets: list[Socket]
     slow: set[str]
+    tried: bool
     unmet: set[str]
     hidden: set[str]
     covered: set[tuple[str, Layout, int]] = field(default_factory=set)
@@ -166,9 +169,9 @@ class Paths:
         if plan is None:
             names = list(members.trainable)
             slow, unmet = self.slow(names), {name for name in names if not self.met(name)}
-            sockets = self._sockets(members)
+            sockets, tried = self._sockets(members), any(self.use(name) in self.proven for name in names)
             hidden = {part.name for socket in sockets for part in socket.parts if not part.linear}
-            plan = self.plans[self.kind] = Plan(sockets, slow, unmet, hidden)
+            plan = self.plans[self.kind] = Plan(sockets, slow, tried, unmet, hidden)
         return plan
 
     def slow(self, parameters: Iterable[str]) -> set[str]:

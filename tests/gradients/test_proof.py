@@ -380,3 +380,14 @@ def test_one_row_that_is_not_finite_costs_its_row_alone(names: str) -> None:
         found = per_sample_gradients(model, batch)
         assert not found[2].isfinite().all()
         assert_rows_close(found[:2], expected[:2])
+
+
+def test_batches_that_meet_nothing_trainable_are_proven_once() -> None:
+    """A projector is trained, and no row has an image: the next such batch costs a pass and no proof."""
+    model, batch, passes = trainable(llava(), "projector"), text_batch(), list[nn.Module]()
+    handle = model.register_forward_pre_hook(lambda module, _args: passes.append(module))
+    assert not per_sample_gradients(model, batch).any()
+    passes.clear()
+    assert not per_sample_gradients(model, batch).any()
+    assert len(passes) == 1
+    handle.remove()
