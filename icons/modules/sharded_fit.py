@@ -4,9 +4,11 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from icons.modules.sharding import ShardedModule, lockstep_of
+from icons.modules.shared_model_strategy import SharedModelStrategy
 
 
 class ShardedFit(ShardedModule):
@@ -14,6 +16,20 @@ class ShardedFit(ShardedModule):
 
     Ranks meet before anything else that needs all of them: one may still be gathering layers for its batch.
     """
+
+    def configure_model(self) -> None:
+        """Shards the model's frozen weights; see `ShardedModule`.
+
+        Raises:
+            ValueError: see there; or Lightning's own strategy.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, SharedModelStrategy):
+            raise ValueError(
+                f"{type(self).__name__}: got {type(strategy).__name__}, whose checkpoints hold the base model, and "
+                "which gives all ranks of a node the same rows; expected SharedModelStrategy() in its place"
+            )
+        super().configure_model()
 
     def meet(self) -> None:
         """Returns when all ranks have come here.

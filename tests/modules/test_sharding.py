@@ -29,6 +29,7 @@ from icons.modules.fit import trainer_flags
 from icons.modules.named_strategy import named_strategy, predicting_strategy
 from icons.modules.sharding import check_strategy, copies_of, shard, units
 from icons.modules.shared_model_strategy import SharedModelStrategy
+from icons.modules.warmup import WarmupModule
 from icons.store import GradientStore, ScoreStore
 
 SCRIPT = Path(sharded_predict.__file__)
@@ -197,6 +198,13 @@ def test_lightning_s_own_strategy_shards_over_all_ranks_or_is_refused() -> None:
         ValueError, match=r"data_parallel_size=2, tensor_parallel_size=2\): .* all 4 ranks.*SharedModelStrategy\(ranks"
     ):
         copies_of(strategy)
+
+
+def test_lightning_s_own_strategy_is_refused_for_a_fit() -> None:
+    warmup: Any = WarmupModule(llama())
+    warmup._trainer = SimpleNamespace(strategy=ModelParallelStrategy())
+    with pytest.raises(ValueError, match=r"WarmupModule: got ModelParallelStrategy, whose checkpoints .*SharedModel"):
+        warmup.configure_model()
 
 
 def test_the_command_line_s_names_of_sharding_mean_one_strategy(capsys: pytest.CaptureFixture[str]) -> None:
