@@ -80,10 +80,15 @@ def per_sample_blocks(
             return torch.zeros(0, device=members.device, dtype=torch.float32)
         refuse_unknown(model, members)
         known = paths_of(model, members, batch)
-        slow = known.plan(members).slow
+        slow = known.plan(members).slow if known.tested else set()
 
         def compute() -> Float[Tensor, " batch"]:
-            return _run(model, batch, members, known, begin, watch, in_pieces)
+            nonlocal members, known
+            test = SelfTest.of(model, batch, known)
+            if test is not None:  # its passes may be the model's first, in which some put hooks on themselves
+                members = members_of(model)
+                known = test.known = paths_of(model, members, batch)
+            return _run(model, batch, members, known, begin, watch, in_pieces, test)
 
         try:
             return repeatable(model, members.device, compute)
@@ -99,11 +104,12 @@ def _run(
     begin: Callable[[Members], Receiver],
     watch: Watcher | None,
     in_pieces: bool,
+    test: SelfTest | None,
 ) -> Float[Tensor, " batch"]:
     """Passes until one is proven throughout; each pass that is given up adds to what is known."""
     scale, unproven, this_time = LossScale.of(batch, members), set[str](), set[str]()
     plan, shown = known.plan(members), None
-    test, to_prove = SelfTest.of(model, batch, known), not plan.tried and plan.slow != set(members.trainable)
+    to_prove = not plan.tried and plan.slow != set(members.trainable)
     if test is not None and not to_prove:
         with torch.no_grad():
             test.compare(SupervisedPositions(model, batch["labels"]).run(model, batch))

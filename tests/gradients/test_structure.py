@@ -14,9 +14,11 @@ from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrize import register_parametrization
 
-from icons.gradients import per_sample_gradients, projected_gradients
+from icons.gradients import capture, per_sample_gradients, projected_gradients
+from icons.gradients.capture import SlowerPathWarning
 from icons.gradients.garbage import no_collection
 from icons.gradients.per_sample import weighted_gradient as weighted
+from icons.gradients.proof import prove
 from icons.gradients.structure import members_of
 from icons.projection import CountSketch
 
@@ -199,6 +201,32 @@ def test_a_change_between_two_passes_is_seen(change: Callable[[nn.Module], None]
         assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
     change(model)
     assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+
+
+def test_a_model_that_hooks_itself_in_its_first_pass_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch, proofs = with_lora(llama(), ["q_proj"]), text_batch(), list[int]()
+
+    def hook_once(_module: nn.Module, _args: Any) -> None:
+        handle.remove()
+        layer_of(model).register_forward_hook(lambda _module, _args, output: output + 0)
+
+    def counted(*args: Any) -> Any:
+        proofs.append(1)
+        return prove(*args)
+
+    handle = layer_of(model).register_forward_pre_hook(hook_once)
+    monkeypatch.setattr(capture, "prove", counted)
+    for _ in range(3):
+        assert_rows_close(per_sample_gradients(model, batch), one_by_one(model, batch))
+    assert len(proofs) == 1
+
+
+def test_a_weight_with_hooks_of_its_gradient_is_announced_as_slow() -> None:
+    model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+    layer_of(model).lora_B["default"].weight.register_hook(lambda gradient: gradient * 1.7)
+    with pytest.warns(SlowerPathWarning, match="1 trainable parameters"):
+        found = per_sample_gradients(model, batch)
+    assert_rows_close(found, one_by_one(model, batch))
 
 
 def test_a_hook_of_all_modules_is_seen_while_it_is_there() -> None:
