@@ -31,6 +31,7 @@ from icons.modules.fit import (
     trainer_flags,
 )
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW
+from icons.modules.fit_lock import alone_in
 from icons.modules.named_strategy import sharing_ranks
 from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark, remove
@@ -126,33 +127,37 @@ def warmup(options: WarmupOptions) -> int:
         image_files=datamodule.image_marks,
     )
     say(f"training on {share}, {counted(options.epochs, 'epoch')}")
-    ended = run_fit(
-        module,
-        datamodule,
-        flags,
-        options.out,
-        minutes=options.checkpoint_minutes,
-        seed=options.seed,
-        resume=options.resume,
-    )
-    if isinstance(ended, int):
-        return ended
-    failures, lines = failed.describe(ended), failed.lines(ended)
-    if ended.is_global_zero:
-        assert module.outcome is not None
-        used = {"rows": len(rows), "fraction": len(rows) / num_rows, "steps": ended.global_step}
-        manifest = (
-            datamodule.describe() | losses_of(module) | {"settings": settings, "lora": asdict(lora), "used": used}
+    with alone_in(options.out):
+        if options.resume and already_done(options.out, settings, datamodule.image_marks):  # by another run meanwhile
+            say(f"{options.out} holds this very fit, finished by another run: nothing to do")
+            return 0
+        ended = run_fit(
+            module,
+            datamodule,
+            flags,
+            options.out,
+            minutes=options.checkpoint_minutes,
+            seed=options.seed,
+            resume=options.resume,
         )
-        manifest |= {"versions": versions(), "failed": failures}
-        save_warmup(options.out, network, module.outcome, folder, manifest)
-        for name in (BEFORE, NEW, *([LAST] if module.outcome.exp_avg else [])):  # else DeepSpeed's alone has them
-            remove(options.out / name)
-        for line in lines:
-            warn(line)
-        _show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
-        steps = counted(ended.global_step, "step")
-        say(f"{steps}; the adapter and Adam's moments are in {options.out}")
+        if isinstance(ended, int):
+            return ended
+        failures, lines = failed.describe(ended), failed.lines(ended)
+        if ended.is_global_zero:
+            assert module.outcome is not None
+            used = {"rows": len(rows), "fraction": len(rows) / num_rows, "steps": ended.global_step}
+            manifest = (
+                datamodule.describe() | losses_of(module) | {"settings": settings, "lora": asdict(lora), "used": used}
+            )
+            manifest |= {"versions": versions(), "failed": failures}
+            save_warmup(options.out, network, module.outcome, folder, manifest)
+            for name in (BEFORE, NEW, *([LAST] if module.outcome.exp_avg else [])):  # else DeepSpeed's alone has them
+                remove(options.out / name)
+            for line in lines:
+                warn(line)
+            _show_losses(module, is_warmup=options.fraction < 1)  # the final fine-tune starts where others ended
+            steps = counted(ended.global_step, "step")
+            say(f"{steps}; the adapter and Adam's moments are in {options.out}")
     return 0
 
 

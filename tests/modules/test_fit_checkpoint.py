@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from icons.modules.fit import check_resumable
 from icons.modules.fit_checkpoint import FitCheckpoint, Interrupted, checkpoint_of
+from icons.modules.fit_lock import alone_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")
 
@@ -171,3 +172,11 @@ def test_sigusr1_stops_a_fit_as_sigterm_does_and_lightning_acts_on_neither(
     assert first.seen + rest.seen == whole.seen and not list(tmp_path.rglob("hpc_ckpt*"))
     for name, value in rest.state_dict().items():
         assert torch.equal(value, whole.state_dict()[name]), name
+
+
+def test_a_second_fit_in_a_folder_waits_for_the_first_and_then_says_so(tmp_path: Path) -> None:
+    said = r"another run is training there; wait until it has ended and run the same line again, or give another folder"
+    with alone_in(tmp_path), pytest.raises(ValueError, match=said), alone_in(tmp_path, patience_s=0.0):
+        raise AssertionError("two at once")
+    with alone_in(tmp_path, patience_s=0.0), alone_in(tmp_path / "not there yet", patience_s=0.0):
+        pass
