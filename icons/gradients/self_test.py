@@ -152,28 +152,35 @@ def _is_half(model: nn.Module, device: torch.device) -> bool:
 
 def _noise(model: nn.Module, batch: Batch) -> float:
     """Standard deviation of the loss that moves most when each result of each layer in half precision moves by up to a
-    unit in its last place: as much as any order of its sums can do, and for all of its numbers at once."""
+    unit in its last place: as much as any order of its sums can do, and for all of its numbers at once. Infinite where
+    no layer gives such a result, as where a model computes by functions alone: nothing is known of its noise."""
     plain = SupervisedPositions(model, batch["labels"]).run(model, batch)
     generator = torch.Generator(plain.device).manual_seed(0)
     squares: list[Tensor] = []
-    with _shaken(model, generator):
+    with _shaken(model, generator) as shaken:
         while len(squares) < _DRAWS or len(squares) * len(plain) < _SAMPLES:
             moved = SupervisedPositions(model, batch["labels"]).run(model, batch)
             squares.append((moved - plain).square())
+    if not shaken:
+        return float("inf")
     return float(torch.stack(squares).nan_to_num(0, 0).mean(dim=0).max().sqrt())
 
 
 @contextmanager
-def _shaken(model: nn.Module, generator: torch.Generator) -> Iterator[None]:
-    def shake(_module: nn.Module, _args: Any, output: Any) -> Tensor | None:
+def _shaken(model: nn.Module, generator: torch.Generator) -> Iterator[set[nn.Module]]:
+    """Yields the modules whose results have been moved so far."""
+    shaken = set[nn.Module]()
+
+    def shake(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
         if not isinstance(output, Tensor) or output.dtype not in _HALF:
             return None
+        shaken.add(module)
         noise = torch.empty_like(output).uniform_(-1, 1, generator=generator)
         return torch.addcmul(output, output, noise, value=torch.finfo(output.dtype).eps)
 
     handles = [part.register_forward_hook(shake) for part in model.modules() if not part._modules]
     try:
-        yield
+        yield shaken
     finally:
         for handle in handles:
             handle.remove()

@@ -298,3 +298,26 @@ def test_weights_that_bitsandbytes_has_packed_are_refused_and_others_stay_as_the
     layer.weight.quant_state = SimpleNamespace(packing_format_for_cpu=True)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match=r"4-bit weights of .*down_proj are packed .* load it again"):
         measure(model, text_batch())
+
+
+class ByFunctions(nn.Module):
+    """Has no layers; its sums are added in another order when the rows are odd in number, as kernels of GPUs may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        table, output = (torch.randn(64, 64, generator=generator) for _ in range(2))
+        self.table, self.output = nn.Parameter(table.bfloat16()), nn.Parameter(output.bfloat16())
+        self.config = SimpleNamespace(max_position_embeddings=64)
+
+    def forward(self, input_ids: Tensor, **_options: Any) -> Any:
+        states = nn.functional.embedding(input_ids, self.table)
+        if len(states) % 2:
+            halves = zip(states.chunk(2, dim=-1), self.output.chunk(2, dim=-1), strict=True)
+            return SimpleNamespace(logits=sum(part @ weight.T for part, weight in halves))
+        return SimpleNamespace(logits=states @ self.output.T)
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
+def test_half_precision_whose_noise_cannot_be_measured_is_not_refused_for_it() -> None:
+    assert per_sample_gradients(ByFunctions(), text_batch((12, 5, 9, 7))).any()
