@@ -111,6 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         said = str(error).strip().partition("\n")[0]
         return _user_error(name, f"{said}: {SHORTAGE}")
+    except Exception as error:  # safetensors has a word of its own for what the disk says
+        if os.environ.get("ICONS_TRACEBACK") or type(error).__name__ != "SafetensorError" or "I/O" not in str(error):
+            raise
+        return _user_error(name, f"{error}: mend the cause, and run the same line again")
 
 
 def _user_error(name: str, error: object) -> int:

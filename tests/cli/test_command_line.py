@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from icons.cli import command_line as cli
 from icons.cli.options.status import StatusOptions
@@ -107,3 +109,15 @@ def test_a_system_that_gives_no_more_is_one_line(
     assert cli.main(["compare", "a", "b"]) == 1
     expected = f"icons compare: error: {said}: {cli.SHORTAGE}"
     assert " ".join(capsys.readouterr().err.split()) == expected
+
+
+def test_a_disk_that_fills_while_tensors_are_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(options: object) -> int:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(cli, "command_of", lambda name: full)
+    assert cli.main(["status", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert "icons status: error: Error while serializing: I/O error: No space left" in said.replace("\n", " ")
