@@ -216,8 +216,8 @@ class KroneckerPreconditioner:
         return self.ready[name, device]
 
     def apply(
-        self, name: str, gradient: Float[Tensor, "batch *shape"], sign: Float[Tensor, "*shape"] | None = None
-    ) -> Float[Tensor, "batch *shape"]:
+        self, name: str, gradient: Float[Tensor, " batch *shape"], sign: Float[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, " batch *shape"]:
         """The update direction of each sample, times `sign`; may overwrite `gradient`.
 
         Raises:

@@ -25,8 +25,8 @@ class Preconditioner(Protocol):
     """Turns per-sample gradients of one parameter into update directions."""
 
     def apply(
-        self, name: str, gradient: Float[Tensor, "batch *shape"], sign: Float[Tensor, "*shape"] | None = None
-    ) -> Float[Tensor, "batch *shape"]:
+        self, name: str, gradient: Float[Tensor, " batch *shape"], sign: Float[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, " batch *shape"]:
         """The update direction times `sign`; may overwrite `gradient`."""
         ...
 
@@ -40,8 +40,8 @@ class Sign:
     """The sign of each gradient entry: +1, -1, or 0 where the gradient is 0 (`sign` in the original's options)."""
 
     def apply(
-        self, name: str, gradient: Float[Tensor, "batch *shape"], sign: Float[Tensor, "*shape"] | None = None
-    ) -> Float[Tensor, "batch *shape"]:
+        self, name: str, gradient: Float[Tensor, " batch *shape"], sign: Float[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, " batch *shape"]:
         """The signs of `gradient`, in place.
 
         >>> Sign().apply("w", torch.tensor([[-3.0, 0.0, 2.0]])).tolist()
@@ -155,8 +155,8 @@ class AdamPreconditioner:
         return constants
 
     def apply(
-        self, name: str, gradient: Float[Tensor, "batch *shape"], sign: Float[Tensor, "*shape"] | None = None
-    ) -> Float[Tensor, "batch *shape"]:
+        self, name: str, gradient: Float[Tensor, " batch *shape"], sign: Float[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, " batch *shape"]:
         """The update direction of each sample, times `sign`; overwrites `gradient`.
 
         Args:
@@ -220,13 +220,13 @@ def step(gradient: Tensor, sign: Tensor, first: Tensor, second: Tensor, share: f
 
 
 def fused_step(
-    gradient: Float[Tensor, "batch *shape"],
+    gradient: Float[Tensor, " batch *shape"],
     sign: Float[Tensor, "*shape"],
     first: Float[Tensor, "*shape"],
     second: Float[Tensor, "*shape"],
     share: float,
     eps: float,
-) -> Float[Tensor, "batch *shape"]:
+) -> Float[Tensor, " batch *shape"]:
     """Adam's step with the projector's signs; compiled once for all weights, once for biases."""
     flat = gradient[:, None].flatten(1), sign.flatten(), first.flatten(), second.flatten()
     device = gradient.device.type

@@ -33,7 +33,7 @@ class Projector(Protocol):
         """Signs (+1, -1) that the caller multiplies a block by before `add`, or None."""
         ...
 
-    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
+    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, " batch *shape"]) -> None:
         """Adds the projection of one parameter's (signed) per-sample gradients to `total`, in place."""
         ...
 
@@ -125,7 +125,7 @@ class CountSketch(Seeded):
             self._signs[key] = sign.reshape(shape).to(device)
         return self._signs[key]
 
-    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
+    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, " batch *shape"]) -> None:
         length, begin = self._fold(name, block.shape[1:])
         flat = block[:, None].flatten(1)
         whole = flat.shape[1] // length * length
@@ -146,7 +146,7 @@ class Dense(Seeded):
     def entries(self, generator: np.random.Generator, count: int) -> Tensor:
         raise NotImplementedError
 
-    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
+    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, " batch *shape"]) -> None:
         flat, height = block[:, None].flatten(1), max(1, DENSE_BLOCK // self.dim)
         for number, begin in enumerate(range(0, flat.shape[1], height)):
             part = flat[:, begin : begin + height]
@@ -193,7 +193,7 @@ class Identity:
     def sign(self, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
         return None
 
-    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
+    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, " batch *shape"]) -> None:
         flat = block[:, None].flatten(1)
         total[:, self.begin[name] : self.begin[name] + flat.shape[1]].add_(flat)
 
@@ -223,7 +223,7 @@ class ConcatProjector:
     def sign(self, name: str, shape: torch.Size, device: torch.device) -> Tensor | None:
         return None  # each has its own
 
-    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, "batch *shape"]) -> None:
+    def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, " batch *shape"]) -> None:
         for projector, part in zip(self.projectors, self.split(total), strict=True):
             sign = projector.sign(name, block.shape[1:], block.device)
             projector.add(part, name, block if sign is None else block * sign)

@@ -54,7 +54,7 @@ class Division:
 
     def linear(
         self, kind: str, x: Tensor, gradient: Tensor, rows: slice = slice(None)
-    ) -> Float[Tensor, "batch *shape"]:
+    ) -> Float[Tensor, " batch *shape"]:
         """The gradients of a linear layer's weight or bias, float32; of some samples, if all have as many entries."""
         if self.layout.even:
             gradient = widen(gradient.reshape(self.size, -1, gradient.shape[-1])[rows])
@@ -121,7 +121,7 @@ class Call:
         division: Division,
         kept: Sequence[Tensor],
         gradient: Tensor,
-    ) -> dict[str, Float[Tensor, "batch *shape"]]:
+    ) -> dict[str, Float[Tensor, " batch *shape"]]:
         """The gradients of any parameters inside the module, float32, by running it once more for each sample.
 
         Args:

@@ -191,7 +191,7 @@ class TaskMatrix:
             rows = [vector.get(name, torch.zeros(shape, dtype=torch.float32)).flatten() for vector in task_vectors]
             self.rows[name] = torch.stack(rows).to(device, dtype)
 
-    def product(self, name: str, block: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch tasks"]:
+    def product(self, name: str, block: Float[Tensor, " batch *shape"]) -> Float[Tensor, "batch tasks"]:
         rows = self.rows[name].to(block.device, block.dtype, non_blocking=True)
         return inner_products(block[:, None].flatten(1), rows)
 

@@ -14,7 +14,7 @@ def blocks_one_by_one(
     factors: Float[Tensor, " batch"] | None,
     parameters: Mapping[str, nn.Parameter],
     slow: Collection[str],
-) -> dict[str, Float[Tensor, "batch *shape"]]:
+) -> dict[str, Float[Tensor, " batch *shape"]]:
     """Gradients of each sample's loss, times its factor; NaN where the loss is not finite. `.grad` is None afterwards.
 
     Args:

@@ -44,7 +44,7 @@ class SquaredNorms:
         wide = torch.float64 if device.type == "cpu" else torch.float32
         self._parts = torch.zeros(size, len(names), device=device, dtype=wide)
 
-    def put(self, name: str, block: Float[Tensor, "rows *shape"], rows: slice) -> None:
+    def put(self, name: str, block: Float[Tensor, " rows *shape"], rows: slice) -> None:
         """Of one parameter and some samples; what was put there before is forgotten."""
         parts = self._parts[rows, self._column[name]]
         if parts.device.type == "cpu":
@@ -58,7 +58,7 @@ class SquaredNorms:
         return squares.sum(dim=1).sqrt().float()
 
 
-def squared_norm(block: Float[Tensor, "batch *shape"]) -> Float[Tensor, " batch"]:
+def squared_norm(block: Float[Tensor, " batch *shape"]) -> Float[Tensor, " batch"]:
     """The square of each sample's L2 norm; of a sample it is the same in any batch, to the last bit. On a CPU float64.
 
     >>> squared_norm(torch.tensor([[3.0, 4.0], [0.0, 2.0]])).tolist()
