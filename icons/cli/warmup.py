@@ -128,7 +128,9 @@ def warmup(options: WarmupOptions) -> int:
     )
     say(f"training on {share}, {counted(options.epochs, 'epoch')}")
     with alone_in(options.out):
-        if options.resume and already_done(options.out, settings, datamodule.image_marks):  # by another run meanwhile
+        if options.resume and already_done(options.out, settings, datamodule.image_marks):
+            if ranks > 1:  # the others have not waited, and have begun
+                raise ValueError(f"{options.out}: another run has finished this fit meanwhile; run the same line again")
             say(f"{options.out} holds this very fit, finished by another run: nothing to do")
             return 0
         ended = run_fit(

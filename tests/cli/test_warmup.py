@@ -96,6 +96,19 @@ def test_a_finished_fit_of_other_settings_is_not_overwritten(
     assert json.loads((out / "icons.json").read_text())["settings"]["seed"] == 3
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_fit_that_another_run_has_finished_while_this_one_waited_is_not_done_again(
+    data: Path, tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looks = iter([False, True])
+    monkeypatch.setattr("icons.cli.warmup.already_done", lambda *_: next(looks))
+    ended = main(words(data, tmp_path / "out", f"--trainer.devices={ranks}"))
+    said = " ".join("".join(capsys.readouterr()).split())
+    one_of_several = "another run has finished this fit meanwhile; run the same line again"
+    assert (ended, "finished by another run: nothing to do" in said) == ((0, True) if ranks == 1 else (1, False))
+    assert (one_of_several in said) == (ranks > 1)
+
+
 def test_failed_rows_are_counted_shown_and_kept_and_too_many_end_the_fit(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

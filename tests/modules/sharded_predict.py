@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningDataModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
@@ -292,6 +293,7 @@ def forked(count: int, run: Callable[[], None], nodes: int = 1) -> list[int]:
         if child == 0:
             own = places | {"RANK": number, "LOCAL_RANK": number % each, "GROUP_RANK": number // each}
             os.environ |= {name: str(value) for name, value in own.items()}
+            rank_zero_only.rank = number  # as it is where ranks import Lightning on their own
             status = 1
             try:
                 run()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from torch import Tensor, nn
 
 from icons.modules.fit import check_resumable
@@ -179,4 +180,12 @@ def test_a_second_fit_in_a_folder_waits_for_the_first_and_then_says_so(tmp_path:
     with alone_in(tmp_path), pytest.raises(ValueError, match=said), alone_in(tmp_path, patience_s=0.0):
         raise AssertionError("two at once")
     with alone_in(tmp_path, patience_s=0.0), alone_in(tmp_path / "not there yet", patience_s=0.0):
+        pass
+
+
+def test_ranks_that_nothing_numbers_yet_do_not_keep_each_other_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MPIEnvironment, "detect", lambda: True)
+    with alone_in(tmp_path), alone_in(tmp_path, patience_s=0.0):
         pass
