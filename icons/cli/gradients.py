@@ -18,7 +18,7 @@ from icons.datamodules.datamodule import ConversationDataModule
 from icons.modules.collector import DIFFERENTIATED, collector
 from icons.modules.fit import quiet, ranks_of
 from icons.modules.gradient_writer import GradientWriter
-from icons.modules.named_strategy import predicting_strategy, sharing_ranks
+from icons.modules.named_strategy import predicting_strategy
 from icons.modules.part_writer import PartWriter, part_path
 from icons.output import check_output
 from icons.partition import assign, parse_shard
@@ -191,9 +191,8 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
             raise ValueError(
                 f"--trainer.{flag}: expected {value}; gradients cannot be computed otherwise, leave it out"
             )
-    flags = predicting_strategy(TRAINER | bars() | (trainer or {}) | _FIXED)
-    sharing_ranks(flags, ranks_of(flags))
-    return flags
+    flags = TRAINER | bars() | (trainer or {}) | _FIXED
+    return predicting_strategy(flags, ranks_of(flags))
 
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:

@@ -19,7 +19,7 @@ from icons.choices import ModelDtype
 from icons.models.tensor_files import load_data
 from icons.models.warmup_folder import MANIFEST
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of
-from icons.modules.named_strategy import named_strategy, sharing_ranks
+from icons.modules.named_strategy import named_strategy
 from icons.modules.progress import FitProgress
 from icons.modules.warmup import WarmupModule
 from icons.output import remove
@@ -91,8 +91,7 @@ def trainer_flags(given: Mapping[str, Any], epochs: int, accumulate: int, dtype:
         flags["check_val_every_n_epoch"] = None if isinstance(given["val_check_interval"], int) else 1
     if ranks_of(given) > 1 and flags.get("strategy", "auto") in ("auto", "ddp"):
         flags["strategy"] = "ddp_find_unused_parameters_true"
-    sharing_ranks(flags, ranks_of(flags))
-    return named_strategy(flags)
+    return named_strategy(flags, ranks_of(flags))
 
 
 def _as_list(given: Any) -> list[Any]:

@@ -13,21 +13,26 @@ NAME, _HYBRID = "model_parallel", "model_parallel_hybrid"
 _FLATTENING = ("fsdp", "fsdp2", "fsdp_cpu_offload")
 
 
-def named_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The Trainer's flags, as they are; from now on Lightning knows both names, each Trainer making its own."""
+def named_strategy(flags: Mapping[str, Any], ranks: int) -> dict[str, Any]:
+    """The Trainer's flags, as they are; from now on Lightning knows both names, each Trainer making its own.
+
+    Raises:
+        ValueError: the strategy cannot divide the ranks.
+    """
+    sharing_ranks(flags, ranks)
     over = {NAME: ("over all ranks", None), _HYBRID: ("over the ranks of each node", "node")}
-    for name, (which, ranks) in over.items():
+    for name, (which, ranks_per_copy) in over.items():
         about = f"frozen weights sharded {which}"
-        StrategyRegistry.register(name, SharedModelStrategy, about, override=True, ranks_per_copy=ranks)
+        StrategyRegistry.register(name, SharedModelStrategy, about, override=True, ranks_per_copy=ranks_per_copy)
     return dict(flags)
 
 
-def predicting_strategy(flags: Mapping[str, Any]) -> dict[str, Any]:
+def predicting_strategy(flags: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     """The same for what tells samples' gradients apart, where `fsdp` becomes `model_parallel`; it says so."""
     if flags.get("strategy") in _FLATTENING:
         say(f"--trainer.strategy {flags['strategy']}: taken as {NAME} (FSDP2), under which gradients can be told apart")
         flags = {**flags, "strategy": NAME}
-    return named_strategy(flags)
+    return named_strategy(flags, ranks)
 
 
 def sharing_ranks(flags: Mapping[str, Any], ranks: int) -> int:

@@ -10,9 +10,9 @@ durable before it gets its name: after a cut it would otherwise be there and emp
 import asyncio
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -168,49 +168,53 @@ class DurableLocalStore(LocalStore):
         self._check_writable()
         self.remember(key, write_file(self.place, key, parts))
 
-    def set_together(self, values: Mapping[str, Sequence[Any]], guard: Guard) -> None:
-        """Writes files that get their names one right after the other, unless the guard objects."""
+    @contextmanager
+    def partials(self, values: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, str]]:
+        """Files written beside the names that they are to have, by key, in this order; what is still there at the end
+        is removed."""
         self._check_writable()
         partials: dict[str, str] = {}
         try:
-            size = {key: sum(map(len, parts)) for key, parts in values.items()}
-            # large ones last, so that they are on their way to the disk as soon as they are written
-            for key in sorted(values, key=size.__getitem__):
-                partials[key] = write_partial(self.place, key, values[key])
-            guard()
-            for key in values:
-                os.replace(partials[key], path := self.path_of(key))
-                del partials[key]
-                if size[key] >= _LARGE:
-                    self.begun[path] = self.pool.submit(flush_path, path)
-                self.remember(key, path)
-        except FileNotFoundError as error:
-            raise_if_vanished(self.place, error)
-            raise
+            for key, parts in values.items():
+                partials[key] = write_partial(self.place, key, parts)
+            yield partials
         finally:
             for partial in partials.values():
                 remove(partial)
 
+    def named_file(self, partials: dict[str, str], key: str) -> str:
+        """Gives one of these files its name."""
+        os.replace(partials[key], path := self.path_of(key))
+        del partials[key]
+        return path
+
+    def set_together(self, values: Mapping[str, Sequence[Any]], guard: Guard) -> None:
+        """Writes files that get their names one right after the other, unless the guard objects."""
+        size = {key: sum(map(len, parts)) for key, parts in values.items()}
+        # large ones last, so that they are on their way to the disk as soon as they are written
+        with self.partials({key: values[key] for key in sorted(values, key=size.__getitem__)}) as partials:
+            try:
+                guard()
+                for key in values:
+                    path = self.named_file(partials, key)
+                    if size[key] >= _LARGE:
+                        self.begun[path] = self.pool.submit(flush_path, path)
+                    self.remember(key, path)
+            except FileNotFoundError as error:
+                raise_if_vanished(self.place, error)
+                raise
+
     def set_whole(self, values: Mapping[str, Sequence[Any]], guards: Mapping[str, Guard]) -> list[str]:
         """Writes files each of which has its name only once it, and all that was written before, is durable; the keys
         for which no guard has objected."""
-        self._check_writable()
-        partials: dict[str, str] = {}
         written = []
-        try:
-            for key, parts in values.items():
-                partials[key] = write_partial(self.place, key, parts)
+        with self.partials(values) as partials:
             self.flush(partials.values())  # with the rest, since a disk takes many at once for little more
             for key in values:
                 with suppress(LostUnit):
                     guards.get(key, nothing)()
-                    os.replace(partials[key], path := self.path_of(key))
-                    del partials[key]
-                    self.remember(key, _parent(path))  # its content is durable
+                    self.remember(key, _parent(self.named_file(partials, key)))  # its content is durable
                     written.append(key)
-        finally:
-            for partial in partials.values():
-                remove(partial)
         return written
 
     async def _set(self, key: str, value: Buffer, exclusive: bool = False) -> None:
@@ -220,12 +224,8 @@ class DurableLocalStore(LocalStore):
 
     def create_whole(self, values: Mapping[str, bytes]) -> list[str]:
         """Writes those keys that do not exist, each durable before it has its name; the keys that did."""
-        self._check_writable()
-        partials: dict[str, str] = {}
         existed = []
-        try:
-            for key, value in values.items():
-                partials[key] = write_partial(self.place, key, [value])
+        with self.partials({key: [value] for key, value in values.items()}) as partials:
             self.flush_side_by_side(list(partials.values()))
             for key, partial in partials.items():
                 try:
@@ -233,9 +233,6 @@ class DurableLocalStore(LocalStore):
                     self.remember(key, path)
                 except FileExistsError:
                     existed.append(key)
-        finally:
-            for partial in partials.values():
-                remove(partial)
         return existed
 
     def create_sync(self, key: str, value: bytes) -> bool:

@@ -25,9 +25,8 @@ class OpenUnit:
         """Puts rows at their positions; whether the unit is whole now."""
         rows: np.ndarray | slice = position
         out: Columns = {}
-        if (
-            position[1:] == position[:-1] + 1
-        ).all():  # in order, as rows of equal length come: they are encoded where they belong
+        # in order, as rows of equal length come: they are encoded where they belong
+        if (position[1:] == position[:-1] + 1).all():
             rows = slice(int(position[0]), int(position[-1]) + 1)
             out = {name: column[rows] for name, column in self.columns.items()}
         for name, values in self.encode(results, out).items():

@@ -54,8 +54,8 @@ def judged(task: Task, way: str, scores: np.ndarray) -> dict[str, Any]:
     drawn = draw_subsets(len(scores), max(places) + 1, task.settings["share"], 0)
     gain = predicted_gain(scores, [drawn[place] for place in places])
     lds = datamodelling_score(gain, measured, resamples=RESAMPLES)
-    wrong = np.array([record["wrong"] for record in json.loads((task.folder / "pool.json").read_text())])
-    kinds = np.array([record["kind"] for record in json.loads((task.folder / "pool.json").read_text())])
+    pool = json.loads((task.folder / "pool.json").read_text())
+    wrong, kinds = (np.array([record[what] for record in pool]) for what in ("wrong", "kind"))
     names = task.names
     own = scores[np.arange(len(kinds)), [names.index(kind) if kind in names else 0 for kind in kinds]]
     areas = [separation(own[kinds == name], wrong[kinds == name]) for name in names if wrong[kinds == name].any()]

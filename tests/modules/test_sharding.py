@@ -209,7 +209,7 @@ def test_lightning_s_own_strategy_is_refused_for_a_fit() -> None:
 
 def test_the_command_line_s_names_of_sharding_mean_one_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("model_parallel", "fsdp", "model_parallel_hybrid"):
-        flags: dict[str, Any] = predicting_strategy({"strategy": name, "accelerator": "cpu", "logger": False})
+        flags: dict[str, Any] = predicting_strategy({"strategy": name, "accelerator": "cpu", "logger": False}, 1)
         strategy = Trainer(**flags).strategy
         assert isinstance(strategy, SharedModelStrategy)
         assert strategy.ranks_per_copy == ("node" if name == "model_parallel_hybrid" else None)
@@ -218,8 +218,8 @@ def test_the_command_line_s_names_of_sharding_mean_one_strategy(capsys: pytest.C
     for check in (predict_flags, partial(trainer_flags, epochs=1, accumulate=1, dtype="float32")):
         with pytest.raises(ValueError, match="sharding: got one rank for each copy of the frozen weights"):
             check(lone)
-    assert predicting_strategy({"strategy": "ddp"}) == {"strategy": "ddp"}
-    assert named_strategy({"strategy": "fsdp"}) == {"strategy": "fsdp"}, "a fit knows it"
+    assert predicting_strategy({"strategy": "ddp"}, 1) == {"strategy": "ddp"}
+    assert named_strategy({"strategy": "fsdp"}, 1) == {"strategy": "fsdp"}, "a fit knows it"
 
 
 def test_layers_and_untied_ends_are_gathered_one_by_one() -> None:
