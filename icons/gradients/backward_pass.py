@@ -101,6 +101,7 @@ class BackwardPass:
         self.uses = dict.fromkeys(parameters, 0)  # calls in the forward pass that still owe their gradient
         self.met: dict[str, set[Layout]] = {name: set() for name in parameters}
         self.size_of: dict[str, Tensor] = {}  # |x| |g| of each sample, summed over uses: what rounding is measured by
+        self.failed: set[str] = set()  # whose module does not run once more
         self.partial: dict[str, Tensor] = {}
         self.sent: set[str] = set()
         self.loud: dict[str, Tensor] = {}  # silent parameters that are not: a flag each
@@ -231,17 +232,13 @@ class BackwardPass:
             return
         blocks: dict[str, Tensor] = {}
         if call is not None:
-            odd = {part.kind: self.parameters[part.name] for part in socket.parts if not part.linear}
-            self.inside = True
-            try:
-                with self.autocast():
-                    blocks = call.again(odd, division, kept, gradient)
-            finally:
-                self.inside = False
+            blocks = self.again(socket, division, call, kept, gradient)
         with _whole_precision(gradient):
             for part in socket.parts:
                 if self.proving:
                     size = division.lengths(kept[0]).to(gradient.device) * division.lengths(gradient)
+                    if self.factors is not None:
+                        size = size / self.factors.to(size.device)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
                 if self.watch is not None and part.name not in self.plan.hidden and part.kind == "weight":
                     self.show(part.name, division, kept[0], gradient)
@@ -253,6 +250,29 @@ class BackwardPass:
                 self.uses[part.name] -= 1
                 for rows in pieces:
                     self.send(part.name, division.linear(part.kind, kept[0], gradient, rows), rows)
+
+    def again(
+        self, socket: Socket, division: Division, call: Call, kept: tuple[Tensor, ...], gradient: Tensor
+    ) -> dict[str, Tensor]:
+        """The blocks of a module that runs once more for each sample. One that cannot, as it keeps something of the
+        whole batch, is wrong for a proof, and else asks for one."""
+        odd = {part.kind: self.parameters[part.name] for part in socket.parts if not part.linear}
+        self.inside = True
+        try:
+            with self.autocast():
+                return call.again(odd, division, kept, gradient)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            names = {part.name for part in socket.parts if not part.linear}
+            if not self.proving:
+                raise UnprovenError(names) from error
+            self.failed |= names
+            return {
+                kind: value.new_zeros(self.shape[0], *value.shape, dtype=torch.float32) for kind, value in odd.items()
+            }
+        finally:
+            self.inside = False
 
     def pieces(self, part: Part, division: Division) -> list[slice]:
         """The samples to make a block of at a time: all, unless it is a large one that is made of this call alone."""

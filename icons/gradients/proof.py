@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
+from icons.gradients.altered_batches import rows_of
 from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, Watcher, owners_in
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
@@ -40,8 +41,9 @@ class Truth:
     gradients: dict[str, Tensor | None]
 
     def apart(self, other: "Truth") -> dict[str, float]:
-        """How far two passes over the same batch differ, parameter by parameter: the noise of kernels that add in
-        another order each time, which half precision amplifies from layer to layer."""
+        """How far two passes over the same rows differ, parameter by parameter: the noise of sums in another order,
+        as some kernels take each time, which half precision amplifies from layer to layer; and of sums that are made in
+        half precision themselves, as a CPU's LayerNorm adds up all positions."""
         return {
             name: float((value.float() - again.float()).norm())
             for name, value in self.gradients.items()
@@ -92,7 +94,9 @@ def prove(
             continue
         wrong, silent, unknown = verdict.of(backward_pass, noise or {})
         if wrong and noise is None and _is_half(backward_pass):
-            noise = truth.apart(_truth_of(model, batch, members, known))
+            turned = rows_of(batch, range(len(batch["labels"]))[::-1])
+            again = (batch, truth.weights) if turned is None else (turned, truth.weights.flip(0))
+            noise = truth.apart(_truth_of(model, again[0], members, known, weights=again[1]))
             wrong, silent, unknown = verdict.of(backward_pass, noise)
         for name in wrong:
             known.worsen(name, backward_pass.met[name])
@@ -144,7 +148,8 @@ class Verdict:
             elif true == spread == 0:
                 # a call that is not tapped would stay silent when it no longer is
                 (wrong if FOREIGN in backward_pass.met[name] else silent).add(name)
-        return wrong, silent, unknown
+        failed = backward_pass.failed
+        return wrong | failed, silent - failed, unknown - failed
 
 
 def _tolerance(backward_pass: BackwardPass, parameter: nn.Parameter) -> float:
@@ -169,14 +174,15 @@ def _truth_of(
     known: Paths,
     strangers: Strangers | None = None,
     test: SelfTest | None = None,
+    weights: Float[Tensor, " batch"] | None = None,
 ) -> Truth:
     """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
     its activations in the CPU's. Its forward pass serves the self-test and the search for strangers too."""
     try:
-        return _ordinary_pass(model, batch, members, known, strangers, test)
+        return _ordinary_pass(model, batch, members, known, strangers, test, weights)
     except torch.OutOfMemoryError:
         with torch.autograd.graph.save_on_cpu():
-            return _ordinary_pass(model, batch, members, known, strangers, test)
+            return _ordinary_pass(model, batch, members, known, strangers, test, weights)
 
 
 def _ordinary_pass(
@@ -186,6 +192,7 @@ def _ordinary_pass(
     known: Paths,
     strangers: Strangers | None,
     test: SelfTest | None,
+    weights: Float[Tensor, " batch"] | None,
 ) -> Truth:
     parameters, scaled = members.trainable, needs_scale(members)
     grads = {name: parameter.grad for name, parameter in parameters.items()}
@@ -208,7 +215,7 @@ def _ordinary_pass(
                 if not known.narrows and positions.head is not None:
                     positions = SupervisedPositions(model, batch["labels"], narrow=False)
                     losses = positions.run(model, batch)
-            weights = _sample_weights(losses)
+            weights = _sample_weights(losses) if weights is None else weights
             if not bool((weights != 0).all()):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite))
                 losses = positions.run(model, batch)
