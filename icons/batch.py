@@ -66,13 +66,48 @@ def sample_losses(
 
     Hugging Face's `loss` is a mean over all tokens of the batch, which weighs a sample by its share of the tokens;
     that is not the loss whose gradient ICONS compares (arXiv 2501.00654, section 3).
+
+    Raises:
+        ValueError: a label is neither -100 nor a token.
     """
     targets = labels[:, 1:]
     supervised = targets != IGNORE_INDEX
     sample, position = supervised.nonzero(as_tuple=True)
     rows = logits[sample, position]  # softmax over the vocabulary only where a token is supervised
     rows = rows if rows.dtype == torch.float64 else rows.float()
-    token_loss = F.cross_entropy(rows, targets[sample, position].long(), reduction="none")
+    wanted = targets[sample, position].long()
+    refuse_strange_labels(id_bounds(wanted), rows.shape[1])
+    token_loss = F.cross_entropy(rows, wanted, reduction="none")
     # every position is written once, so that the sum is deterministic on CUDA too (index_add is not)
     per_position = token_loss.new_zeros(targets.shape).index_put((sample, position), token_loss)
     return per_position.sum(dim=1) / supervised.sum(dim=1).clamp(min=1)
+
+
+def id_bounds(ids: Int[Tensor, "..."]) -> tuple[int, int]:
+    """The smallest and the largest; of none (0, 0).
+
+    >>> id_bounds(torch.tensor([[3, -1], [7, 0]])), id_bounds(torch.tensor([], dtype=torch.long))
+    ((-1, 7), (0, 0))
+    """
+    if not ids.numel():
+        return 0, 0
+    low, high = torch.stack(torch.aminmax(ids)).tolist()  # one copy from the device
+    return low, high
+
+
+def refuse_strange_labels(bounds: tuple[int, int], vocabulary: int) -> None:
+    """Refuses what cross-entropy would look up beyond its logits: on a GPU that ends the process, from a kernel.
+
+    Args:
+        bounds: of the supervised labels, see `id_bounds`.
+        vocabulary: number of logits.
+
+    Raises:
+        ValueError: a label is below 0 or has no logit.
+    """
+    strange = next((label for label in bounds if not 0 <= label < vocabulary), None)
+    if strange is not None:
+        raise ValueError(
+            f"labels: got {strange}, which is neither a token nor {IGNORE_INDEX} (not supervised); expected ids from 0 "
+            f"to {vocabulary - 1}, as the model has logits: give it the tokenizer it was made with"
+        )

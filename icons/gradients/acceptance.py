@@ -14,8 +14,8 @@ def refuse_unknown(model: nn.Module, members: Members) -> None:
     """Refuses what can be told without a pass; what a structure tells is looked at once.
 
     Raises:
-        ValueError: an encoder-decoder, outputs without names, or weights that are not there, not whole, not real, or
-            packed.
+        ValueError: an encoder-decoder, outputs without names, weights that are not there, not whole, not real, or
+            packed, or that are trained as soon as their gradient is there.
     """
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "return_dict", True) is False:
@@ -46,6 +46,14 @@ def refuse_unknown(model: nn.Module, members: Members) -> None:
         raise ValueError(
             f"per-sample gradients: {kind} trains complex numbers ({entangled}), which a row of real ones cannot hold; "
             "expected them frozen, or kept as real and imaginary parts (torch.view_as_real)"
+        )
+    trained = members.trainable.items()
+    stepping = next((name for name, parameter in trained if parameter._post_accumulate_grad_hooks), None)
+    if stepping is not None:
+        raise ValueError(
+            f"per-sample gradients: {kind} runs code of its own as soon as a gradient is there ({stepping} has a "
+            "post-accumulate-grad hook, as for an optimizer inside the backward pass), which would take each sample "
+            "for a training step; expected none: remove it by its handle"
         )
     members.structure.accepted = True
 

@@ -13,7 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from icons.batch import IGNORE_INDEX, Batch, model_inputs
+from icons.batch import IGNORE_INDEX, Batch, id_bounds, model_inputs, refuse_strange_labels
+from icons.gradients.tokens import tokens_alone
 
 CHUNK = 1 << 22  # logits that exist in float32 at once: 16 MB
 
@@ -35,6 +36,8 @@ class SupervisedPositions:
         self.model_class = type(model).__name__
         self.head = output_layer(model) if narrow else None
         self.sample, self.position = (labels[:, 1:] != IGNORE_INDEX).nonzero(as_tuple=True)
+        self.targets = labels[:, 1:][self.sample, self.position].long()
+        self.bounds = id_bounds(self.targets)  # before the forward pass, which a GPU need not have done for it
 
     @contextmanager
     def narrowed(self) -> Iterator[None]:
@@ -59,7 +62,7 @@ class SupervisedPositions:
         """The samples' losses, from one forward pass.
 
         Raises:
-            ValueError: the model gives no logits, or not one position per label.
+            ValueError: the model gives no logits, or not one position per label; or an id is no token.
         """
         return self.losses(self.logits(model, batch))
 
@@ -69,7 +72,7 @@ class SupervisedPositions:
         Raises:
             ValueError: the model gives none.
         """
-        with self.narrowed():
+        with self.narrowed(), tokens_alone(model):
             output = model(**{"use_cache": False} | model_inputs(batch))
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor) or logits.ndim != 3:
@@ -99,11 +102,12 @@ class SupervisedPositions:
         """The samples' losses from narrowed or whole logits, as `icons.batch.sample_losses` has them.
 
         Raises:
-            ValueError: see `supervised`.
+            ValueError: see `supervised`; or a label is neither -100 nor a token.
         """
         rows = self.supervised(logits)
+        refuse_strange_labels(self.bounds, rows.shape[1])
         following = self.labels[:, 1:].to(rows.device)
-        loss = token_losses(rows, following[self.sample, self.position].long())
+        loss = token_losses(rows, self.targets.to(rows.device))
         # every position is written once, so that the sum is deterministic on CUDA too (index_add is not)
         per_position = loss.new_zeros(following.shape).index_put((self.sample, self.position), loss)
         return per_position.sum(dim=1) / (following != IGNORE_INDEX).sum(dim=1).clamp(min=1)

@@ -120,6 +120,8 @@ def members_of(model: nn.Module) -> Members:
                 parameters.append(parameter)
                 if parameter._backward_hooks:
                     code += parameter._backward_hooks.values()
+                if parameter._post_accumulate_grad_hooks:
+                    code += parameter._post_accumulate_grad_hooks.values()
         marks.append(-1)
     code += [kind.forward for kind in dict.fromkeys(map(type, modules)) if hasattr(kind, "forward")]
     computation += map(id, code)
