@@ -112,7 +112,8 @@ def _run(
     to_prove = not plan.tried and plan.slow != set(members.trainable)
     if test is not None and not to_prove:
         with torch.no_grad():
-            test.compare(SupervisedPositions(model, batch["labels"]).run(model, batch))
+            positions = SupervisedPositions(model, batch["labels"])
+            test.compare(positions.of_tokens(positions.logits(model, batch)))
     while True:
         if to_prove:
             losses, this_time, shown = prove(model, batch, members, known, begin, watch, test)

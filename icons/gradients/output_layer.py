@@ -102,14 +102,25 @@ class SupervisedPositions:
         """The samples' losses from narrowed or whole logits, as `icons.batch.sample_losses` has them.
 
         Raises:
+            ValueError: see `of_tokens`.
+        """
+        return self.means(self.of_tokens(logits))
+
+    def of_tokens(self, logits: Float[Tensor, "rows positions vocab"]) -> Float[Tensor, " tokens"]:
+        """Each supervised token's loss, sample by sample.
+
+        Raises:
             ValueError: see `supervised`; or a label is neither -100 nor a token.
         """
         rows = self.supervised(logits)
         refuse_strange_labels(self.bounds, rows.shape[1])
-        following = self.labels[:, 1:].to(rows.device)
-        loss = token_losses(rows, self.targets.to(rows.device))
+        return token_losses(rows, self.targets.to(rows.device))
+
+    def means(self, losses: Float[Tensor, " tokens"]) -> Float[Tensor, " batch"]:
+        """The samples' losses from their tokens'."""
+        following = self.labels[:, 1:].to(losses.device)
         # every position is written once, so that the sum is deterministic on CUDA too (index_add is not)
-        per_position = loss.new_zeros(following.shape).index_put((self.sample, self.position), loss)
+        per_position = losses.new_zeros(following.shape).index_put((self.sample, self.position), losses)
         return per_position.sum(dim=1) / (following != IGNORE_INDEX).sum(dim=1).clamp(min=1)
 
 

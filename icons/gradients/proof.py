@@ -206,12 +206,13 @@ def _ordinary_pass(
             stack.callback(inputs.forget)
             stack.enter_context(torch.enable_grad())
             with without_chance(model), strangers.watching() if strangers else nullcontext():
-                losses = positions.run(model, batch)
+                tokens = positions.of_tokens(positions.logits(model, batch))
+            losses = positions.means(tokens)
             inputs.checking = False
             if strangers is not None:
                 strangers.compare()
             if test is not None:
-                test.compare(losses)
+                test.compare(tokens)
                 if not known.narrows and positions.head is not None:
                     positions = SupervisedPositions(model, batch["labels"], narrow=False)
                     losses = positions.run(model, batch)

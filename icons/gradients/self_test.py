@@ -4,8 +4,9 @@ Not on padding, not on the samples beside it; and where it depends on the very t
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import IGNORE_INDEX, Batch
+from icons.batch import IGNORE_INDEX, Batch, supervised_tokens
 from icons.gradients.altered_batches import most_padded, rows_of, with_another_end, with_more_padding, without_padding
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import Paths
@@ -24,6 +25,12 @@ _HALF = (torch.float16, torch.bfloat16)
 _DRAWS, _SAMPLES = 3, 8  # passes and losses that the noise of half precision is measured by, at least
 _DEVIATIONS = 6  # of that noise: what another order of the same sums may do
 _MOST = 0.05  # of a loss: more is no noise
+
+
+def _ratio(tokens: int) -> float:
+    """Of the noise, how much the losses of so many tokens may be apart."""
+    return 3 + 6 / tokens**0.5
+
 
 _told: WeakSet[nn.Module] = WeakSet()  # of the router's loss; what is known of a model otherwise may be given up
 
@@ -53,15 +60,16 @@ class SelfTest:
     def __init__(self, model: nn.Module, batch: Batch, known: Paths, left: bool) -> None:
         self.model, self.batch, self.known, self.left = model, batch, known, left
         self.ended, self.padded = with_another_end(batch), with_more_padding(model, batch, left)
-        self.noise: float | None = None
+        self.noise: _Noise | None = None
         # the most padded row will be alone: all others are in other company without it, and in another order
         self.row, size = most_padded(batch), len(batch["labels"])
         self.others = [] if known.kind[1] else [row for row in reversed(range(size)) if row != self.row]
         changed = None if self.ended is None else with_more_padding(model, self.ended, left) or self.ended
         fewer = None if changed is None or not self.others else rows_of(changed, self.others)
-        self.order = list(range(size)) if fewer is None else self.others
+        self.all = list(range(size))
+        self.order = self.all if fewer is None else self.others
         with torch.no_grad():
-            self.changed = _losses_or_none(model, fewer or changed)
+            self.changed = _Losses.or_none(model, fewer or changed)
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, known: Paths) -> "SelfTest | None":
@@ -76,8 +84,8 @@ class SelfTest:
         return cls(model, batch, known, left)
 
     @torch.no_grad()
-    def compare(self, losses: Float[Tensor, " batch"]) -> None:
-        """Compares with the losses of the batch as it is.
+    def compare(self, tokens: Float[Tensor, " tokens"]) -> None:
+        """Compares with the losses of the batch as it is, which are its supervised tokens'.
 
         Raises:
             ValueError: a loss depends on padding, or on the samples of its batch.
@@ -87,18 +95,20 @@ class SelfTest:
             SeesItsTargetWarning: a loss depends on the token that it is to predict.
             RouterLossWarning: the model's config asks for the loss of its routers.
         """
-        model, causal, losses = self.model, True, losses.detach()
-        if self.changed is None or self.differ(losses[self.order], self.changed):
+        model, causal = self.model, True
+        losses = _Losses.of(tokens.detach(), self.batch)
+        if self.changed is None or self.differ(losses[self.order], self.changed, self.order):
             losses = self.whole(losses)
-            self.refuse(losses, self.padded, "its padding")
-            changed = _losses_or_none(model, self.ended)
-            causal = changed is None or not self.differ(losses, changed)
+            self.refuse(losses, self.padded, self.all, "its padding")
+            changed = _Losses.or_none(model, self.ended)
+            causal = changed is None or not self.differ(losses, changed, self.all)
             if self.others:
-                self.refuse(losses[self.others], rows_of(self.batch, self.others, not causal), _BESIDE)
-        if len(losses) > 1 and "attention_mask" in self.batch:
+                fewer = rows_of(self.batch, self.others, not causal)
+                self.refuse(losses[self.others], fewer, self.others, _BESIDE)
+        if len(losses.rows) > 1 and "attention_mask" in self.batch:
             one = rows_of(self.batch, [self.row], by_row=not causal)
             alone = None if one is None else without_padding(one)
-            self.refuse(losses[[self.row]], alone, f"its padding or {_BESIDE}")
+            self.refuse(losses[[self.row]], alone, [self.row], f"its padding or {_BESIDE}")
         if not causal:
             warnings.warn(
                 f"{type(model).__name__}: a sample's loss depends on the very token that it is to predict: nothing "
@@ -108,22 +118,23 @@ class SelfTest:
             )
         self.known.tested.add((_side(self.left), self.known.kind[1]))
 
-    def refuse(self, losses: Float[Tensor, " rows"], batch: Batch | None, cause: str) -> None:
+    def refuse(self, losses: "_Losses", batch: Batch | None, rows: Sequence[int], cause: str) -> None:
         """Refuses a model whose losses are others when the batch is this one."""
-        changed = _losses_or_none(self.model, batch)
-        if changed is not None and self.differ(losses, changed):
-            worst = int((losses - changed).abs().nan_to_num(0, 0).argmax())
+        changed = _Losses.or_none(self.model, batch)
+        if changed is not None and self.differ(losses, changed, rows):
+            one, other = losses.means(), changed.means()
+            worst = int((one - other).abs().nan_to_num(0, 0).argmax())
             raise ValueError(
                 f"per-sample gradients: in {type(self.model).__name__} a sample's loss depends on {cause}: got "
-                f"{float(losses[worst]):.6g} in its batch and {float(changed[worst]):.6g} otherwise; expected the "
+                f"{float(one[worst]):.6g} in its batch and {float(other[worst]):.6g} otherwise; expected the "
                 "same: pad on the right, give all that the model's processor gives (token_type_ids), or batches of one "
                 "row"
             )
 
-    def whole(self, narrowed: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    def whole(self, narrowed: "_Losses") -> "_Losses":
         """The losses from all logits. Where they are others, the model is not narrowed any more."""
-        losses = SupervisedPositions(self.model, self.batch["labels"], narrow=False).run(self.model, self.batch)
-        if self.differ(losses, narrowed):
+        losses = _Losses.by(self.model, self.batch)
+        if self.differ(losses, narrowed, self.all):
             self.known.narrows = False
             warnings.warn(
                 f"{type(self.model).__name__}: logits change after the output layer by more than their own position; "
@@ -133,37 +144,92 @@ class SelfTest:
             )
         return losses
 
-    def differ(self, one: Float[Tensor, " rows"], two: Float[Tensor, " rows"]) -> bool:
+    def differ(self, one: "_Losses", two: "_Losses", rows: Sequence[int]) -> bool:
         """Whether losses differ by more than another order of the same sums explains: in float32 by 1e-4 of the loss;
-        in half precision by more than the noise that the model turns its rounding into, which is measured."""
-        size, both = one.abs().clamp(min=0.1), one.isfinite() & two.isfinite()
-        beyond = ((one - two).abs() > 1e-4 * size) & both
-        if not bool(beyond.any()) or not _is_half(self.model, one.device):
+        in half precision by more than the noise that the model turns its rounding into, which is measured: in the mean
+        of a sample's tokens, where it may all point one way, and in their spread, where it cannot."""
+        first, second = one.means(), two.means()
+        size, both = first.abs().clamp(min=0.1), first.isfinite() & second.isfinite()
+        beyond = ((first - second).abs() > 1e-4 * size) & both
+        if not bool(beyond.any()) or not _is_half(self.model, first.device):
             return bool(beyond.any())
         if self.noise is None:
-            self.noise = _noise(self.model, self.batch)
-        allowed = (_DEVIATIONS * self.noise + 1e-4 * size).minimum(_MOST * size)
-        return bool(((one - two).abs() > allowed)[both].any())
+            self.noise = _Noise.of(self.model, self.batch)
+        allowed = (_DEVIATIONS * self.noise.mean + 1e-4 * size).minimum(_MOST * size)
+        if bool(((first - second).abs() > allowed)[both].any()):
+            return True
+        apart = torch.cat([(a - b).square() for a, b in zip(one.rows, two.rows, strict=True)]).nan_to_num(0, 0)
+        usual = torch.cat([self.noise.squares[row].expand(len(one.rows[n])) for n, row in enumerate(rows)])
+        return bool(apart.sum() > _ratio(len(apart)) ** 2 * usual.sum())
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """Of each row, its supervised tokens' losses `[tokens]`."""
+
+    rows: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, tokens: Float[Tensor, " tokens"], batch: Batch) -> "_Losses":
+        return cls(tokens.split(supervised_tokens(batch["labels"]).tolist()))
+
+    @classmethod
+    def by(cls, model: nn.Module, batch: Batch, narrow: bool = False) -> "_Losses":
+        """From a pass."""
+        positions = SupervisedPositions(model, batch["labels"], narrow)
+        return cls.of(positions.of_tokens(positions.logits(model, batch)), batch)
+
+    @classmethod
+    def or_none(cls, model: nn.Module, batch: Batch | None) -> "_Losses | None":
+        """None where the batch could not be changed, or where the model does not take it so."""
+        if batch is None:
+            return None
+        try:
+            return cls.by(model, batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return None
+
+    def __getitem__(self, rows: Iterable[int]) -> "_Losses":
+        return _Losses([self.rows[row] for row in rows])
+
+    def means(self) -> Float[Tensor, " rows"]:
+        return torch.stack([row.sum() / max(1, len(row)) for row in self.rows])
 
 
 def _is_half(model: nn.Module, device: torch.device) -> bool:
     return any(value.dtype in _HALF for value in model.parameters()) or torch.is_autocast_enabled(device.type)
 
 
-def _noise(model: nn.Module, batch: Batch) -> float:
-    """Standard deviation of the loss that moves most when each result of each layer in half precision moves by up to a
-    unit in its last place: as much as any order of its sums can do, and for all of its numbers at once. Infinite where
-    no layer gives such a result, as where a model computes by functions alone: nothing is known of its noise."""
-    plain = SupervisedPositions(model, batch["labels"]).run(model, batch)
-    generator = torch.Generator(plain.device).manual_seed(0)
-    squares: list[Tensor] = []
-    with _shaken(model, generator) as shaken:
-        while len(squares) < _DRAWS or len(squares) * len(plain) < _SAMPLES:
-            moved = SupervisedPositions(model, batch["labels"]).run(model, batch)
-            squares.append((moved - plain).square())
-    if not shaken:
-        return float("inf")
-    return float(torch.stack(squares).nan_to_num(0, 0).mean(dim=0).max().sqrt())
+@dataclass(frozen=True)
+class _Noise:
+    """How far losses move when each result of each layer in half precision moves by up to a unit in its last place: as
+    much as any order of its sums can do, and for all of its numbers at once. Infinite where no layer gives such a
+    result, as where a model computes by functions alone: nothing is known of its noise.
+
+    Attributes:
+        mean: standard deviation of the sample's loss that moves most.
+        squares: `[B]`, of each sample's tokens the mean square.
+    """
+
+    mean: float
+    squares: Float[Tensor, " batch"]
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch) -> "_Noise":
+        plain = _Losses.by(model, batch, narrow=True)
+        generator = torch.Generator(plain.rows[0].device).manual_seed(0)
+        means: list[Tensor] = []
+        squares: list[Tensor] = []
+        with _shaken(model, generator) as shaken:
+            while len(means) < _DRAWS or len(means) * len(plain.rows) < _SAMPLES:
+                moved = _Losses.by(model, batch, narrow=True)
+                means.append((moved.means() - plain.means()).square())
+                apart = zip(moved.rows, plain.rows, strict=True)
+                squares.append(_Losses([(one - two).square() for one, two in apart]).means())
+        most = float("inf") if not shaken else float(torch.stack(means).nan_to_num(0, 0).mean(dim=0).max().sqrt())
+        return cls(most, torch.stack(squares).nan_to_num(0, 0).mean(dim=0) if shaken else plain.means() + torch.inf)
 
 
 @contextmanager
@@ -206,15 +272,3 @@ def _tell_router_loss(model: nn.Module) -> None:
                 stacklevel=5,
             )
             return
-
-
-def _losses_or_none(model: nn.Module, batch: Batch | None) -> Float[Tensor, " batch"] | None:
-    """The losses; None where the batch could not be changed, or where the model does not take it so."""
-    if batch is None:
-        return None
-    try:
-        return SupervisedPositions(model, batch["labels"], narrow=False).run(model, batch)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:
-        return None

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import SMALL, assert_rows_close, llama, one_by_one, text_batch
+from small_models import SMALL, assert_rows_close, llama, one_by_one, text_batch, with_lora
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel
 
@@ -52,3 +52,19 @@ def test_a_module_that_does_not_run_on_one_sample_takes_the_slower_path() -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(found, per_sample_gradients(model, batch))
+
+
+@pytest.mark.parametrize(("dtype", "share"), [(torch.bfloat16, 0.05), (torch.float16, 0.015)])
+def test_padding_that_moves_tokens_this_way_and_that_is_found(dtype: torch.dtype, share: float) -> None:
+    """The mean of a sample moves by less than the noise of half precision when none of its tokens does."""
+    model, batch = with_lora(llama(hidden_size=64, num_hidden_layers=4).to(dtype), ["q_proj"]), text_batch((30, 24), 32)
+    per_sample_gradients(model, batch)
+
+    def by_length(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        length = output.shape[1]
+        signs = (-1.0) ** torch.arange(length) * (-1) ** length
+        return output * (1 + share * signs[:, None]).to(output.dtype)
+
+    model.get_submodule("base_model.model.model.norm").register_forward_hook(by_length)
+    with pytest.raises(ValueError, match="a sample's loss depends on its padding"):
+        per_sample_gradients(model, batch)
