@@ -119,6 +119,23 @@ def check_image_files(
                 )
 
 
+def check_tasks(begun: Mapping[str, Any], now: Mapping[str, Any], what: str, remedy: str) -> None:
+    """Compares the tasks' files, and their images, of two manifests' `tasks`. Of a task that one of them lacks nothing
+    is known.
+
+    Raises:
+        ValueError: a file holds other data, or an image other bytes.
+    """
+    for task in [task for task in now if task in begun]:
+        check_compatible(
+            begun[task], now[task], ["data.fingerprint"], f"task {task} of {what}", "its file", f"{_PUT_BACK}{remedy}"
+        )
+        check_image_files(begun[task], now[task], f"task {task} of {what}", remedy=remedy)
+
+
+_PUT_BACK = "what was measured is of the former data: put it back, or "
+
+
 def _size(mark: str) -> str:
     size = mark.partition("-")[0]
     return f"{int(size):,} bytes" if size.isdecimal() else "?"

@@ -31,7 +31,7 @@ from icons.modules.fit import (
     trainer_flags,
 )
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW
-from icons.modules.fit_lock import alone_in
+from icons.modules.fit_lock import alone_in, others_wait
 from icons.modules.named_strategy import sharing_ranks
 from icons.modules.warmup import WarmupModule, hardly_moved
 from icons.output import check_output, mark, remove
@@ -108,7 +108,8 @@ def warmup(options: WarmupOptions) -> int:
         files = {"model": options.model, "data": options.data, "images": options.images, "out": options.out}
         estimate_warmup(plan, **work, settings=files | settings).show(console)
         return 0
-    if options.resume and already_done(options.out, settings, datamodule.image_marks):
+    made_from = settings, datamodule.image_marks, datamodule.describe_tasks()
+    if options.resume and already_done(options.out, *made_from):
         say(f"{options.out} holds this very fit, finished: nothing to do (--resume false to start again)")
         return 0
     datamodule.dataset.check_some(evenly(rows))
@@ -124,15 +125,21 @@ def warmup(options: WarmupOptions) -> int:
         weight_decay=options.weight_decay,
         tasks=list(tasks) or ([_HELD_OUT] if held else []),
         settings=settings,
-        image_files=datamodule.image_marks,
+        image_files=made_from[1],
+        task_files=made_from[2],
     )
     say(f"training on {share}, {counted(options.epochs, 'epoch')}")
-    with alone_in(options.out):
-        if options.resume and already_done(options.out, settings, datamodule.image_marks):
-            if ranks > 1:  # the others have not waited, and have begun
+    with alone_in(options.out) as refused:
+        try:
+            if refused is None and options.resume and already_done(options.out, *made_from):
+                if not others_wait(ranks):
+                    say(f"{options.out} holds this very fit, finished by another run: nothing to do")
+                    return 0
                 raise ValueError(f"{options.out}: another run has finished this fit meanwhile; run the same line again")
-            say(f"{options.out} holds this very fit, finished by another run: nothing to do")
-            return 0
+        except ValueError as error:
+            refused = error
+        if refused is not None and not others_wait(ranks):
+            raise refused
         ended = run_fit(
             module,
             datamodule,
@@ -141,6 +148,7 @@ def warmup(options: WarmupOptions) -> int:
             minutes=options.checkpoint_minutes,
             seed=options.seed,
             resume=options.resume,
+            refused=refused,
         )
         if isinstance(ended, int):
             return ended
@@ -151,7 +159,7 @@ def warmup(options: WarmupOptions) -> int:
             manifest = (
                 datamodule.describe() | losses_of(module) | {"settings": settings, "lora": asdict(lora), "used": used}
             )
-            manifest |= {"versions": versions(), "failed": failures}
+            manifest |= {"tasks": module.task_files, "versions": versions(), "failed": failures}
             save_warmup(options.out, network, module.outcome, folder, manifest)
             for name in (BEFORE, NEW, *([LAST] if module.outcome.exp_avg else [])):  # else DeepSpeed's alone has them
                 remove(options.out / name)

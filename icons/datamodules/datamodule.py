@@ -91,7 +91,7 @@ class ConversationDataModule(LightningDataModule):
 
     def val_dataloader(self) -> "list[DataLoader[Any]]":
         """One per task, in their order, then the held-out rows."""
-        sets: list[Any] = [self.make_dataset(*files) for files in self.tasks.values()]
+        sets: list[Any] = [*self.task_sets.values()]
         if self.held_out is not None:
             sets.append(Subset(self.dataset, list(self.held_out)))
         return [
@@ -119,9 +119,8 @@ class ConversationDataModule(LightningDataModule):
 
     def describe(self) -> dict[str, Any]:
         """The manifest's part: the data file and how it is prepared."""
-        records = self.dataset.records
         return {
-            "data": {"path": str(records.path), "num_rows": len(records), "fingerprint": records.fingerprint},
+            "data": _data_of(self.dataset),
             "preprocessing": self.preprocessing.as_dict(),
             "reader": self.dataset.describe_reader(),
             IMAGE_FILES: self.image_marks,
@@ -132,4 +131,25 @@ class ConversationDataModule(LightningDataModule):
         """What the image files of some rows are known by: of those of a fit, or of all."""
         every = range(len(self.dataset))
         used = every if self.rows is None else sorted({*self.rows, *(self.held_out or ())})
-        return image_marks(used, partial(self.dataset.conversation, light=True), self.dataset.images)
+        return _marks(self.dataset, used)
+
+    @cached_property
+    def task_sets(self) -> dict[str, ConversationDataset]:
+        """The tasks' files, read."""
+        return {task: self.make_dataset(*files) for task, files in self.tasks.items()}
+
+    def describe_tasks(self) -> dict[str, dict[str, Any]]:
+        """The manifest's part of each task: its file, and what its images are known by."""
+        return {
+            task: {"data": _data_of(part), IMAGE_FILES: _marks(part, range(len(part)))}
+            for task, part in self.task_sets.items()
+        }
+
+
+def _data_of(dataset: ConversationDataset) -> dict[str, Any]:
+    records = dataset.records
+    return {"path": str(records.path), "num_rows": len(records), "fingerprint": records.fingerprint}
+
+
+def _marks(dataset: ConversationDataset, rows: Sequence[int]) -> Marks:
+    return image_marks(rows, partial(dataset.conversation, light=True), dataset.images)

@@ -14,11 +14,12 @@ from lightning import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
-from icons.agreement import IMAGE_FILES, check_image_files
+from icons.agreement import IMAGE_FILES, check_image_files, check_tasks
 from icons.choices import ModelDtype
 from icons.models.tensor_files import load_data
 from icons.models.warmup_folder import MANIFEST
 from icons.modules.fit_checkpoint import BEFORE, LAST, NEW, FitCheckpoint, Interrupted, checkpoint_of
+from icons.modules.fit_lock import SameStart
 from icons.modules.named_strategy import named_strategy
 from icons.modules.progress import FitProgress
 from icons.modules.warmup import WarmupModule
@@ -99,12 +100,14 @@ def _as_list(given: Any) -> list[Any]:
     return list(given) if isinstance(given, Sequence) else [] if given is None else [given]
 
 
-def already_done(out: Path, settings: Mapping[str, Any], image_files: Mapping[str, Any]) -> bool:
-    """Whether `out` holds the finished fit of these very settings and images.
+def already_done(
+    out: Path, settings: Mapping[str, Any], image_files: Mapping[str, Any], task_files: Mapping[str, Any]
+) -> bool:
+    """Whether `out` holds the finished fit of these very settings, images and tasks.
 
     Raises:
         ValueError: it holds a finished fit of other settings; names the first with both values. Or an image file has
-            been replaced.
+            been replaced, or a task's data.
     """
     if not (out / MANIFEST).is_file():
         return False
@@ -116,6 +119,7 @@ def already_done(out: Path, settings: Mapping[str, Any], image_files: Mapping[st
                 f"--out {out}: holds a finished fit with {name} {kept.get(name)!r}, now it is {value!r}; {remedy}"
             )
     check_image_files(manifest, {IMAGE_FILES: image_files}, f"the fit in {out}", remedy=remedy)
+    check_tasks(manifest.get("tasks", {}), task_files, f"the fit in {out}", remedy)
     return True
 
 
@@ -128,18 +132,23 @@ def run_fit(
     minutes: float,
     seed: int,
     resume: bool,
+    refused: ValueError | None = None,
 ) -> Trainer | int:
     """Trains, from `out/last.ckpt` if that is there and `resume`.
+
+    Args:
+        module, datamodule, flags, out, minutes, seed, resume: of the fit.
+        refused: why rank 0 may not begin; raised on every rank.
 
     Returns:
         The Trainer when training has ended; the exit status when it was interrupted and saved.
     """
-    if not resume:
+    if not resume and refused is None:
         clear(out)
-    last = checkpoint_of(out, say, check_resumable)
+    last = checkpoint_of(out, say, check_resumable) if resume and refused is None else None
     if last is not None:
         say(f"going on with the interrupted fit in {last}")
-    callbacks = [FitCheckpoint(out, minutes, seed), *_as_list(flags.get("callbacks"))]
+    callbacks = [SameStart(refused, last), FitCheckpoint(out, minutes, seed), *_as_list(flags.get("callbacks"))]
     if flags.get("enable_progress_bar", True):
         in_terminal = sys.stdout.isatty()
         callbacks.append(RichProgressBar() if in_terminal else FitProgress())

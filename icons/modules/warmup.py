@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from icons.agreement import IMAGE_FILES, check_image_files, differences
+from icons.agreement import IMAGE_FILES, check_image_files, check_tasks, differences
 from icons.batch import IGNORE_INDEX, Batch, model_inputs, sample_losses, supervised_tokens
 from icons.models.warmup_folder import Trained
 from icons.modules.moments import gather
@@ -38,6 +38,8 @@ class WarmupModule(ShardedFit):
         tasks: names of the validation data loaders, in their order.
         settings: what a resumed fit must agree on; saved in every checkpoint, compared when one is loaded.
         image_files: marks of images (`icons.datamodules.image_marks`), saved and compared likewise.
+        task_files: what the tasks are read from (`ConversationDataModule.describe_tasks`), saved and compared likewise:
+            before and after are to be measured on the same.
 
     Attributes:
         before: task -> {"loss", "accuracy", "rows"} before training; empty until measured.
@@ -59,6 +61,7 @@ class WarmupModule(ShardedFit):
         tasks: Sequence[str] = ("held-out",),
         settings: Mapping[str, Any] | None = None,
         image_files: Mapping[str, Any] | None = None,
+        task_files: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.model = model.train()  # Lightning leaves modes as they are, and dropout belongs to training
@@ -70,6 +73,7 @@ class WarmupModule(ShardedFit):
         self.eps = eps
         self.tasks = list(tasks)
         self.settings, self.image_files = dict(settings or {}), dict(image_files or {})
+        self.task_files = dict(task_files or {})
         self.before: dict[str, dict[str, float]] = {}
         self.after: dict[str, dict[str, float]] = {}
         self.outcome: Trained | None = None
@@ -165,13 +169,15 @@ class WarmupModule(ShardedFit):
         """Keeps the trained parameters only (a 7B base model would be 14 GB a time), with settings and measurements."""
         trained = {f"model.{name}" for name in self.trained()}
         checkpoint["state_dict"] = {key: value for key, value in checkpoint["state_dict"].items() if key in trained}
-        checkpoint["warmup"] = {"settings": self.settings, IMAGE_FILES: self.image_files, "before": self.before}
+        files = {IMAGE_FILES: self.image_files, "tasks": self.task_files}
+        checkpoint["warmup"] = {"settings": self.settings, **files, "before": self.before}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on with a fit of other settings, or of other images.
+        """Refuses to go on with a fit of other settings, images or tasks.
 
         Raises:
-            ValueError: a setting differs; names it with both values. Or an image file has been replaced.
+            ValueError: a setting differs; names it with both values. Or an image file has been replaced, or a task's
+                data.
         """
         saved = checkpoint["warmup"]["settings"]
         for name, then, now in differences(saved, self.settings, sorted({*saved, *self.settings})):
@@ -181,6 +187,7 @@ class WarmupModule(ShardedFit):
             )
         marks, remedy = {IMAGE_FILES: self.image_files}, "start again with --resume false"
         check_image_files(checkpoint["warmup"], marks, "the interrupted fit", remedy=remedy)
+        check_tasks(checkpoint["warmup"].get("tasks", {}), self.task_files, "the interrupted fit", remedy)
         self.before = checkpoint["warmup"]["before"]
 
 

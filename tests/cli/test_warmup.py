@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -102,11 +103,45 @@ def test_a_fit_that_another_run_has_finished_while_this_one_waited_is_not_done_a
 ) -> None:
     looks = iter([False, True])
     monkeypatch.setattr("icons.cli.warmup.already_done", lambda *_: next(looks))
-    ended = main(words(data, tmp_path / "out", f"--trainer.devices={ranks}"))
-    said = " ".join("".join(capsys.readouterr()).split())
-    one_of_several = "another run has finished this fit meanwhile; run the same line again"
-    assert (ended, "finished by another run: nothing to do" in said) == ((0, True) if ranks == 1 else (1, False))
-    assert (one_of_several in said) == (ranks > 1)
+    assert main(words(data, tmp_path / "out", f"--trainer.devices={ranks}")) == 0
+    assert "finished by another run: nothing to do" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_ranks_that_were_started_beside_each_other_end_together_when_rank_0_may_not_begin(
+    data: Path, tmp_path: Path
+) -> None:
+    code = """import sys
+from contextlib import nullcontext
+import icons.cli.warmup as command
+from icons.cli import main
+refused = ValueError("two at once") if sys.argv.pop(1) == "0" else None
+command.alone_in = lambda folder: nullcontext(refused)
+sys.exit(main())"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    where |= {"GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    line = words(data, tmp_path, "--trainer.devices=2")
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, rank, *line],
+            env=os.environ | where | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        for rank in begun:
+            text, _ = rank.communicate(timeout=60)
+            assert rank.returncode == 1 and "error: two at once" in text and "Traceback" not in text, text
+    finally:
+        for rank in begun:
+            rank.kill()
+            rank.communicate()
 
 
 def test_failed_rows_are_counted_shown_and_kept_and_too_many_end_the_fit(
@@ -186,6 +221,37 @@ def test_a_terminated_fit_goes_on_to_the_same_adapter(
     manifests = [json.loads((folder / "icons.json").read_text()) for folder in (whole, parts)]
     for part in ("losses", "accuracy", "used"):
         assert manifests[0][part] == manifests[1][part]
+
+
+def test_a_fit_goes_on_only_with_the_tasks_that_it_measured_before(data: Path, tmp_path: Path) -> None:
+    images, task, out = tmp_path / "images", tmp_path / "task.json", tmp_path / "out"
+    images.mkdir()
+    picture, replaced = (LLAVA / "img0.png").read_bytes(), (LLAVA / "img1.png").read_bytes()
+    (images / "img0.png").write_bytes(picture)
+    records = json.loads(data.read_text())[:3]
+    task.write_text(json.dumps(records))
+    fit: dict[str, Any] = {"epochs": 2, "task": [f"a={task}:{images}"]}
+
+    def again(*callbacks: Callback) -> int:
+        return call("warmup", **options(data, out, **fit, trainer={"callbacks": list(callbacks)}))
+
+    def check_refused(what: str) -> None:
+        records[1]["conversations"][1]["value"] = "ho"
+        task.write_text(json.dumps(records))
+        with pytest.raises(ValueError, match=rf"data\.fingerprint: task a of {what} has '\w+', its file has '\w+'; "):
+            again()
+        records[1]["conversations"][1]["value"] = "hi"
+        task.write_text(json.dumps(records))
+        (images / "img0.png").write_bytes(replaced)
+        with pytest.raises(ValueError, match=rf"img0\.png of row 0: .* than when task a of {what} was begun \("):
+            again()
+        (images / "img0.png").write_bytes(picture)
+
+    assert again(Terminate()) == 75
+    check_refused("the interrupted fit")
+    assert again() == 0
+    check_refused(f"the fit in {out}")
+    assert again() == 0
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from icons.modules.fit import check_resumable
 from icons.modules.fit_checkpoint import FitCheckpoint, Interrupted, checkpoint_of
-from icons.modules.fit_lock import alone_in
+from icons.modules.fit_lock import SameStart, alone_in
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec.*:FutureWarning")
 
@@ -176,16 +176,36 @@ def test_sigusr1_stops_a_fit_as_sigterm_does_and_lightning_acts_on_neither(
 
 
 def test_a_second_fit_in_a_folder_waits_for_the_first_and_then_says_so(tmp_path: Path) -> None:
-    said = r"another run is training there; wait until it has ended and run the same line again, or give another folder"
-    with alone_in(tmp_path), pytest.raises(ValueError, match=said), alone_in(tmp_path, patience_s=0.0):
-        raise AssertionError("two at once")
-    with alone_in(tmp_path, patience_s=0.0), alone_in(tmp_path / "not there yet", patience_s=0.0):
-        pass
+    said = "another run is training there; wait until it has ended and run the same line again, or give another folder"
+    with alone_in(tmp_path) as first, alone_in(tmp_path, patience_s=0.0) as second:
+        assert first is None and said in str(second)
+    with alone_in(tmp_path, patience_s=0.0) as first, alone_in(tmp_path / "not there yet", patience_s=0.0) as second:
+        assert first is second is None
 
 
 def test_ranks_that_nothing_numbers_yet_do_not_keep_each_other_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(MPIEnvironment, "detect", lambda: True)
-    with alone_in(tmp_path), alone_in(tmp_path, patience_s=0.0):
-        pass
+    with alone_in(tmp_path) as first, alone_in(tmp_path, patience_s=0.0) as second:
+        assert first is second is None
+
+
+def test_ranks_begin_from_what_rank_0_has_found_or_end_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(refused: ValueError | None, last: Path | None) -> None:
+        SameStart(refused, last).setup(trainer, Dropped(), "fit")
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda found, src: (None, tmp_path / "last.ckpt"))
+    begin(None, tmp_path / "last.ckpt")
+    begin(ValueError("rank 0 alone has looked"), tmp_path / "last.ckpt")
+    with pytest.raises(
+        ValueError, match=r"has changed while the ranks began \(rank 0 goes on with .*last.ckpt, another "
+    ):
+        begin(None, None)
+    refused = ValueError("another run is training there")
+    monkeypatch.setattr(trainer.strategy, "broadcast", lambda found, src: (refused, None))
+    with pytest.raises(ValueError, match=r"another run is training there"):
+        begin(None, tmp_path / "last.ckpt")
