@@ -1,6 +1,7 @@
 """What a command writes: never over what is not its own, and whole or not at all."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,10 +74,15 @@ def check_output(
 
 
 def _check_kind(here: Path, option: str, kind: str) -> None:
-    """Refuses a pipe or a device, and a file where a folder is to be, or a folder where a file is."""
+    """Refuses a pipe or a device, a file where a folder is to be, or a folder where a file is; and a place where
+    nothing can be made, before hours are spent on what would go there."""
     try:
         mode = here.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):
+        around = next(folder for folder in here.absolute().parents if folder.exists())
+        if not around.is_dir() or not os.access(around, os.W_OK | os.X_OK):
+            what = "may not be written by this user, or not at all" if around.is_dir() else "is a file"
+            raise ValueError(f"{option} {here}: cannot be made: {around} {what}; give another place") from None
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise ValueError(f"{option} {here}: is neither a file nor a folder; expected a {kind}: give another place")
@@ -216,7 +222,7 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
     Args:
         path: the folder.
         last: the file that says it is whole: taken away first, put there last.
-        stale: names of files at the top of a former folder that do not stay, since they would be read with the new.
+        stale: which files of a former folder, by their paths in it, do not stay, since they would be read with the new.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -226,13 +232,36 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
     try:
         yield partial
         flush_tree(partial)
-        if target.is_dir() and any(target.iterdir()):
-            move_into(partial, target, last, stale)
-        else:
-            partial.rename(target)
+        with in_turn(target.parent):
+            if target.is_dir() and any(target.iterdir()):
+                move_into(partial, target, last, stale)
+            else:
+                partial.rename(target)
         flush_path(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process of this machine is in such a block for the same folder, so that what is put there
+    one after the other is one's or the other's, and never a mixture."""
+    with ExitStack() as stack:
+        # a network file system may lock no folders, nor one that must not be read: there they are not kept apart
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def at_the_top(file: str) -> bool:
+    """Whether a path in a folder leads into none below it.
+
+    >>> at_the_top("config.json"), at_the_top("images/1.png")
+    (True, False)
+    """
+    return "/" not in file
 
 
 def remove(path: Path) -> None:
@@ -244,10 +273,14 @@ def remove(path: Path) -> None:
 
 
 def move_into(partial: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
+    former = [file for file in target.rglob("*") if file.is_file() and stale(file.relative_to(target).as_posix())]
     (target / last).unlink(missing_ok=True)
-    for former in list(target.iterdir()):
-        if former.is_file() and former.name != MARK and stale(former.name):  # without it the folder is nobody's
-            former.unlink()
+    for file in former:
+        if file.name not in (MARK, last):  # without its mark the folder would be nobody's
+            file.unlink()
+    for folder in {file.parent for file in former} - {target}:
+        with suppress(OSError):  # somebody else's files are left there
+            folder.rmdir()
     files = [path.relative_to(partial) for path in sorted(partial.rglob("*")) if path.is_file()]
     for file in sorted(files, key=lambda file: file == Path(last)):
         (target / file).parent.mkdir(parents=True, exist_ok=True)

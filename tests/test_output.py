@@ -2,6 +2,7 @@
 
 import ast
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 import icons
-from icons.output import MARK, check_output, is_marked, mark, put, whole_file, whole_folder
+from icons.output import MARK, check_output, in_turn, is_marked, mark, put, whole_file, whole_folder
 
 
 def nobodys(path: Path) -> bool:
@@ -140,6 +141,25 @@ def test_a_file_is_replaced_whole_or_stays(user: Path) -> None:
     assert sorted(path.name for path in user.iterdir()) == ["data.json", "model", "nothing"]
 
 
+def test_a_place_where_nothing_can_be_made_is_refused_before_anything_is_computed(
+    user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(out: Path) -> None:
+        check_output(out, kind="folder", inputs={}, ours=lambda _: False)
+
+    check(user / "new" / "out")
+    with pytest.raises(ValueError, match=r"--out .*data.json/out: cannot be made: .*data.json is a file; give another"):
+        check(user / "data.json" / "out")
+    asked: list[Path] = []
+    # root may write everywhere but on a read-only file system
+    monkeypatch.setattr(os, "access", lambda path, mode: bool(asked.append(path)))
+    with pytest.raises(
+        ValueError, match=rf"out: cannot be made: {user} may not be written by this user, or not at all"
+    ):
+        check(user / "new" / "out")
+    assert asked == [user]
+
+
 def test_writing_through_a_link_keeps_the_link(user: Path) -> None:
     put(symlink(user), "[3]")
     assert (user / "link.json").is_symlink()
@@ -167,6 +187,17 @@ def test_a_folder_appears_whole_and_takes_the_place_of_a_former_one(user: Path) 
     with pytest.raises(RuntimeError), whole_folder(user / "not", last="m", stale=lambda name: False):
         raise RuntimeError
     assert sorted(path.name for path in user.iterdir()) == ["data.json", "model", "nothing", "out"]
+
+
+def test_two_runs_put_their_files_into_one_folder_one_after_the_other(user: Path) -> None:
+    export(user / "out", "one")
+    second = threading.Thread(target=export, args=(user / "out", "two"))
+    with in_turn(user):
+        second.start()
+        second.join(0.2)
+        assert files(user / "out") == {"mark.json": "one", "one.safetensors": "one", "deep/config.json": "one"}
+    second.join()
+    assert files(user / "out") == {"mark.json": "two", "two.safetensors": "two", "deep/config.json": "two"}
 
 
 WRITES = {"write_text", "write_bytes", "save_file", "savefig", "to_csv", "copyfile", "copy", "copytree", "mkstemp"}

@@ -6,11 +6,9 @@ the manifest last, and the note goes. Whatever a killed run leaves is what the f
 the same line goes on from there.
 """
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from icons.consensus.selection_file import (
     note_path,
     noted,
 )
-from icons.output import beside, flush_path, flush_tree, move_into, put, remove, sweep_partials
+from icons.output import at_the_top, beside, flush_path, flush_tree, in_turn, move_into, put, remove, sweep_partials
 
 
 class SelectionOutput:
@@ -62,7 +60,7 @@ class SelectionOutput:
             of: content for name, partial in self.partials.items() for of, content in digests(name, partial).items()
         }
         note = note_path(self.selection)
-        with _alone_in(self.selection.parent):
+        with in_turn(self.selection.parent):
             accepted = {name: set(several) for name, several in noted(self.selection).items()}
             for name, content in written.items():
                 accepted.setdefault(name, set()).add(content)
@@ -79,19 +77,7 @@ def move(partial: Path, target: Path) -> None:
     """Gives a file or a folder its place, durably. In a folder that is there, folders that it has beside stay."""
     flush_tree(partial)
     if target.is_dir() and any(target.iterdir()):
-        move_into(partial, target, last="README.md", stale=lambda _: True)
+        move_into(partial, target, last="README.md", stale=at_the_top)
     else:
         partial.replace(target)
     flush_path(target.parent)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this machine is in such a block for the same folder."""
-    with ExitStack() as stack:
-        # a network file system may lock no folders, nor one that must not be read: there they are not kept apart
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield

@@ -27,7 +27,7 @@ from icons.datamodules.failed_row import FailedRowError
 from icons.datamodules.records import RecordSource
 from icons.datamodules.records.data_set import library, without_bars
 from icons.manifest import versions
-from icons.output import mark, whole_folder
+from icons.output import at_the_top, mark, whole_folder
 from icons.terminal import counted
 
 Message = dict[str, Any]
@@ -74,7 +74,7 @@ def write_training_data(
     """
     if form not in FORMATS:
         raise ValueError(f"format {form!r}: expected one of {', '.join(FORMATS)}")
-    with whole_folder(out, last=_CARD, stale=lambda _: True) as partial:
+    with whole_folder(out, last=_CARD, stale=at_the_top) as partial:
         images = partial / "images"
         images.mkdir()
         own = Images(images, (named or out).absolute() / "images", image_root)

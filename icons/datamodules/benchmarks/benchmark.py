@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from icons.datamodules.benchmarks.pictures import Image, PictureFolder
-from icons.output import check_output, is_marked, mark, put, read_object
+from icons.output import check_output, in_turn, is_marked, mark, put, read_object
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +191,6 @@ def _write_task(
         image_name = images.add(example.image, example.image_name, example.id)
         records.append(_record(replace(example, image_name=image_name)))
     content = _json_of(records)
-    put(out / f"{name}.json", content)
     manifest = {
         "benchmark": benchmark.name,
         "subtask": subtask or None,
@@ -205,7 +204,9 @@ def _write_task(
         "source": str(source.resolve()),
         "ids": [example.id for example in chosen],
     }
-    put(out / f"{name}.manifest.json", _json_of(manifest))
+    with in_turn(out):
+        put(out / f"{name}.json", content)
+        put(out / f"{name}.manifest.json", _json_of(manifest))
     return BuiltTask(name, out / f"{name}.json", images.folder, len(records), len(examples), dict(left_out))
 
 

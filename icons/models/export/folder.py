@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from icons.models.export.processor import write_processor
 from icons.models.folder import ModelFolder, read_config
 from icons.models.llava import Llava
 from icons.models.loading import MERGED, adapter_digest, load_model, merged_adapters
-from icons.output import check_output, read_object, whole_folder
+from icons.output import at_the_top, check_output, read_object, whole_folder
 
 _TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -77,12 +78,19 @@ def export_model(
     }
     merged = merged_adapters(folder.model) + ([adapter_digest(adapter)] if adapter is not None else [])
     record |= {"adapters": merged}
-    with whole_folder(out, last=MERGED, stale=lambda name: name.endswith(_WEIGHT_SUFFIXES)) as partial:
+    with whole_folder(out, last=MERGED, stale=partial(_is_stale, out)) as made:
         if layout == "llava":
-            _write_llava(model, folder, partial, home=out)
+            _write_llava(model, folder, made, home=out)
         else:
-            _write_huggingface(model, folder, partial, trust_remote_code)
-        (partial / MERGED).write_text(json.dumps(record, indent=2) + "\n")
+            _write_huggingface(model, folder, made, trust_remote_code)
+        files = sorted(file.relative_to(made).as_posix() for file in made.rglob("*") if file.is_file())
+        (made / MERGED).write_text(json.dumps(record | {"files": files}, indent=2) + "\n")
+
+
+def _is_stale(out: Path, file: str) -> bool:
+    """Whether a file must not stay where an export is written: a former one's, which another layout or model does not
+    replace, or weights, which would be read with the new."""
+    return file in read_object(out / MERGED).get("files", []) or (at_the_top(file) and file.endswith(_WEIGHT_SUFFIXES))
 
 
 def _is_export(folder: Path) -> bool:

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from icons.batch import model_inputs
+from icons.choices import Layout
 from icons.datamodules.chat.templates import IMAGE_PLACE, token_ids
 from icons.datamodules.chat.tokenizer import load_tokenizer
 from icons.datamodules.dataset import ConversationDataset
@@ -282,6 +283,24 @@ def test_refuses_a_full_folder_and_llavas_layout_for_other_models(llava: ModelFo
     assert torch.equal(
         *(load_model(ModelFolder.open(tmp_path / name))(torch.tensor([[1, 2]])).logits for name in ("text", "copy"))
     )
+
+
+def test_an_export_leaves_nothing_of_a_former_one_in_another_layout_and_what_is_the_users(
+    llava: ModelFolder, tmp_path: Path
+) -> None:
+    def files(folder: Path) -> set[str]:
+        return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+    both, layouts = tmp_path / "both", get_args(Layout)
+    fresh: dict[str, set[str]] = {}
+    for layout in (*layouts, layouts[0]):
+        export_model(llava, None, both, layout)
+        if layout not in fresh:
+            export_model(llava, None, tmp_path / layout, layout)
+            fresh[layout] = files(tmp_path / layout)
+            (both / "notes.txt").write_text("mine")
+        assert files(both) == fresh[layout] | {"notes.txt"}
+    assert fresh["llava"] - fresh["huggingface"] and fresh["huggingface"] - fresh["llava"]
 
 
 def test_mean_rows_are_never_the_most_likely() -> None:
