@@ -138,13 +138,13 @@ class BackwardPass:
                 torch.autograd.backward(losses, torch.ones_like(losses) if self.factors is None else self.factors)
             self.find_unmet()
         self.flush()
+        if self.scale is not None and self.scale.lower(losses.detach().isfinite() & ~self.finite):
+            raise OverflowedError
         if self.loud:
             flags = torch.stack(list(self.loud.values())).tolist()
             loud = {name for name, flag in zip(self.loud, flags, strict=True) if flag}
             if loud:
                 raise UnprovenError(loud)
-        if self.scale is not None and self.scale.lower(losses.detach().isfinite() & ~self.finite):
-            raise OverflowedError
         return losses.detach()
 
     def forward(self) -> Float[Tensor, " batch"]:
@@ -305,7 +305,8 @@ class BackwardPass:
             block = block / self.factors[rows].to(block.device).view(-1, *[1] * (block.ndim - 1))
             self.finite[rows] &= block[:, None].flatten(1).isfinite().all(dim=1)
         if name in self.known.silent and name not in self.slow and not self.proving:
-            self.loud[name] = block.any() | self.loud.get(name, False)
+            # what is not finite is no sign: a broken sample's zeros are none
+            self.loud[name] = block.nan_to_num(0, 0, 0).any() | self.loud.get(name, False)
         with _whole_precision(block):
             self.receive(name, block, rows)
 

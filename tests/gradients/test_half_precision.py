@@ -10,8 +10,9 @@ from small_models import SMALL, assert_rows_close, llama, one_by_one, text_batch
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel
 
-from icons.gradients import per_sample_gradients
+from icons.gradients import capture, per_sample_gradients
 from icons.gradients.capture import SlowerPathWarning
+from icons.gradients.proof import prove
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -68,3 +69,27 @@ def test_padding_that_moves_tokens_this_way_and_that_is_found(dtype: torch.dtype
     model.get_submodule("base_model.model.model.norm").register_forward_hook(by_length)
     with pytest.raises(ValueError, match="a sample's loss depends on its padding"):
         per_sample_gradients(model, batch)
+
+
+def test_an_overflow_in_float16_is_no_sign_of_a_gradient_that_was_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fresh adapter's A has no gradient while its B is zero; infinity times zero is none either."""
+    model, batch = with_lora(llama(), ["q_proj", "v_proj"]), text_batch()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.zeros_(parameter)
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    head.weight.data *= 5e3
+    model.half()
+    proofs: list[nn.Module] = []
+
+    def counted(*args: Any) -> Any:
+        proofs.append(model)
+        return prove(*args)
+
+    monkeypatch.setattr(capture, "prove", counted)
+    per_sample_gradients(model, batch)
+    found = per_sample_gradients(model, batch)
+    expected = one_by_one(copy.deepcopy(model).float(), batch)
+    assert len(proofs) == 1
+    assert found.isfinite().all()
+    assert ((found - expected).norm(dim=1) < 0.05 * expected.norm(dim=1)).all()
