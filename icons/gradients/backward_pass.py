@@ -11,7 +11,7 @@ same graph: exact, slower, and announced once.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
 from icons.gradients.acceptance import refuse_absent
+from icons.gradients.blocks import Blocks, Receiver, whole_precision
 from icons.gradients.chance import without_chance
 from icons.gradients.garbage import no_collection
 from icons.gradients.layers import TEXT, Call, Division, Part, divided, input_of, widen
@@ -34,8 +35,6 @@ from icons.gradients.structure import Members
 from icons.gradients.sums import samples_at_a_time
 from icons.gradients.tap import NarrowInputs, Tap
 
-Receiver = Callable[[str, Tensor, slice], None]
-"""Parameter name, its per-sample gradients [b, *shape] in float32, and which b samples of the batch these are."""
 Watcher = Callable[[str, Tensor, Tensor, Tensor, bool], None]
 """Of a weight that linear layers alone use, once for each of its uses: name, inputs [entries, in] as they were kept,
 output gradients [entries, out] in float32, whose each entry is [entries], and whether entries are the B x L positions
@@ -86,7 +85,7 @@ class BackwardPass:
         strength: int | None = None,
         in_pieces: bool = False,
     ) -> None:
-        self.model, self.batch, self.members, self.known, self.receive = model, batch, members, known, receive
+        self.model, self.batch, self.members, self.known = model, batch, members, known
         self.parameters = parameters = members.trainable
         self.shape = (batch["labels"].shape[0], batch["labels"].shape[1])
         self.proving, self.scale, self.watch = proving, scale, watch
@@ -98,21 +97,16 @@ class BackwardPass:
         self.sockets = self.plan.sockets
         if slow:
             self.sockets = [few for socket in self.sockets if (few := socket.without(slow)).parts]
-        self.uses = dict.fromkeys(parameters, 0)  # calls in the forward pass that still owe their gradient
+        self.blocks = Blocks(receive, self.shape[0], members.device, set() if proving else known.silent - self.slow)
         self.met: dict[str, set[Layout]] = {name: set() for name in parameters}
         self.size_of: dict[str, Tensor] = {}  # |x| |g| of each sample, summed over uses: what rounding is measured by
         self.failed: set[str] = set()  # whose module does not run once more
-        self.partial: dict[str, Tensor] = {}
-        self.sent: set[str] = set()
-        self.loud: dict[str, Tensor] = {}  # silent parameters that are not: a flag each
-        self.finite = torch.ones(self.shape[0], dtype=torch.bool, device=members.device)
-        self.factors: Tensor | None = None
         self.forward_pass = self.listening = True
         self.inside = False  # a module that runs once more is not tapped
         self.inputs = NarrowInputs(owners_in(members, self.sockets), known.narrow)
         # asked before the weights are frozen: an output layer that is trained sees every position
         self.positions = SupervisedPositions(model, batch["labels"], known.narrows)
-        self.autocast = _autocast_of(self.finite.device.type)
+        self.autocast = _autocast_of(members.device.type)
 
     def run(self) -> Float[Tensor, " batch"]:
         """The pass: blocks to the receiver; the losses.
@@ -128,27 +122,24 @@ class BackwardPass:
                 with torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite):
                     losses = self.forward()
             self.forward_pass = False
-            self.factors = None if self.scale is None else self.scale.factors(losses)
+            factors = self.blocks.factors = None if self.scale is None else self.scale.factors(losses)
             if self.slow:
                 self.listening = False
-                for name, block in blocks_one_by_one(losses, self.factors, self.parameters, self.slow).items():
-                    self.send(name, block)
+                for name, block in blocks_one_by_one(losses, factors, self.parameters, self.slow).items():
+                    self.blocks.send(name, block)
                 self.listening = True
             if losses.requires_grad:
-                torch.autograd.backward(losses, torch.ones_like(losses) if self.factors is None else self.factors)
+                torch.autograd.backward(losses, torch.ones_like(losses) if factors is None else factors)
             self.find_unmet()
         self.flush()
-        if self.scale is not None and self.scale.lower(losses.detach().isfinite() & ~self.finite):
+        if self.scale is not None and self.scale.lower(losses.detach().isfinite() & ~self.blocks.finite):
             raise OverflowedError
-        if self.loud:
-            flags = torch.stack(list(self.loud.values())).tolist()
-            loud = {name for name, flag in zip(self.loud, flags, strict=True) if flag}
-            if loud:
-                raise UnprovenError(loud)
+        if loud := self.blocks.loud():
+            raise UnprovenError(loud)
         return losses.detach()
 
     def forward(self) -> Float[Tensor, " batch"]:
-        self.uses = dict.fromkeys(self.uses, 0)
+        self.blocks.expect_none()
         with torch.enable_grad(), without_chance(self.model):
             return self.positions.run(self.model, self.batch)
 
@@ -221,7 +212,8 @@ class BackwardPass:
                 (self.plan.covered if self.known.covers(*use) else unknown).add(use)
             if self.proving:
                 self.met[part.name].add(layout)
-            self.uses[part.name] += layout is not FOREIGN
+            if layout is not FOREIGN:
+                self.blocks.expect(part.name)
         if unknown:
             raise UnprovenError({name for name, *_ in unknown})
 
@@ -233,23 +225,22 @@ class BackwardPass:
         blocks: dict[str, Tensor] = {}
         if call is not None:
             blocks = self.again(socket, division, call, kept, gradient)
-        with _whole_precision(gradient):
+        with whole_precision(gradient):
             for part in socket.parts:
                 if self.proving:
                     size = division.lengths(kept[0]).to(gradient.device) * division.lengths(gradient)
-                    if self.factors is not None:
-                        size = size / self.factors.to(size.device)
+                    if self.blocks.factors is not None:
+                        size = size / self.blocks.factors.to(size.device)
                     self.size_of[part.name] = self.size_of.get(part.name, torch.zeros_like(size)) + size
                 if self.watch is not None and part.name not in self.plan.hidden and part.kind == "weight":
                     self.show(part.name, division, kept[0], gradient)
                 pieces = self.pieces(part, division)
                 if len(pieces) == 1:
                     block = division.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
-                    self.collect(part.name, block)
+                    self.blocks.collect(part.name, block)
                     continue
-                self.uses[part.name] -= 1
-                for rows in pieces:
-                    self.send(part.name, division.linear(part.kind, kept[0], gradient, rows), rows)
+                made = ((rows, division.linear(part.kind, kept[0], gradient, rows)) for rows in pieces)
+                self.blocks.collect_pieces(part.name, made)
 
     def again(
         self, socket: Socket, division: Division, call: Call, kept: tuple[Tensor, ...], gradient: Tensor
@@ -276,8 +267,8 @@ class BackwardPass:
 
     def pieces(self, part: Part, division: Division) -> list[slice]:
         """The samples to make a block of at a time: all, unless it is a large one that is made of this call alone."""
-        alone = self.uses[part.name] == 1 and part.name not in self.partial
-        if not (self.in_pieces and alone and part.linear and division.layout.even):
+        possible = self.in_pieces and part.linear and division.layout.even
+        if not (possible and self.blocks.alone(part.name)):
             return [slice(0, self.shape[0])]
         parameter = self.parameters[part.name]
         return samples_at_a_time(self.shape[0], parameter.numel(), parameter.device)
@@ -285,53 +276,25 @@ class BackwardPass:
     def show(self, name: str, division: Division, x: Tensor, gradient: Tensor) -> None:
         assert self.watch is not None
         owners, gradient = division.owners(gradient), widen(division.entries(gradient))
-        if self.factors is not None:
-            gradient = gradient / self.factors.to(gradient.device)[owners, None]
+        if self.blocks.factors is not None:
+            gradient = gradient / self.blocks.factors.to(gradient.device)[owners, None]
         self.watch(name, division.entries(x), gradient, owners, division.layout.kind in TEXT)
 
-    def collect(self, name: str, block: Tensor) -> None:
-        """A weight used several times in one forward pass is complete when all its uses have arrived."""
-        block = self.partial.pop(name) + block if name in self.partial else block
-        self.uses[name] -= 1
-        if self.uses[name]:
-            self.partial[name] = block
-        else:
-            self.send(name, block)
-
-    def send(self, name: str, block: Tensor, rows: slice | None = None) -> None:
-        rows = rows or slice(0, len(block))
-        self.sent.add(name)
-        if self.factors is not None:
-            block = block / self.factors[rows].to(block.device).view(-1, *[1] * (block.ndim - 1))
-            self.finite[rows] &= block[:, None].flatten(1).isfinite().all(dim=1)
-        if name in self.known.silent and name not in self.slow and not self.proving:
-            # what is not finite is no sign: a broken sample's zeros are none
-            self.loud[name] = block.nan_to_num(0, 0, 0).any() | self.loud.get(name, False)
-        with _whole_precision(block):
-            self.receive(name, block, rows)
-
     def flush(self) -> None:
-        """What never arrived: sums whose last uses carry no gradient, and zeros for weights without influence."""
-        for name, parameter in self.parameters.items():
-            if name in self.partial:
-                self.send(name, self.partial.pop(name))
-            elif name not in self.sent and not (self.proving and name in self.plan.slow):
-                for owner in self.members.structure.owners[name]:
-                    refuse_absent(self.members.modules[owner.around], name)
-                zeros = torch.zeros(self.shape[0], *parameter.shape, device=parameter.device, dtype=torch.float32)
-                self.send(name, zeros)
+        """What never arrived is zero, as of weights without influence."""
+        left_out = self.plan.slow if self.proving else set()
+        for name in self.blocks.flush([name for name in self.parameters if name not in left_out]):
+            for owner in self.members.structure.owners[name]:
+                refuse_absent(self.members.modules[owner.around], name)
+            parameter = self.parameters[name]
+            zeros = torch.zeros(self.shape[0], *parameter.shape, device=parameter.device, dtype=torch.float32)
+            self.blocks.send(name, zeros)
 
 
 def owners_in(members: Members, sockets: Iterable[Socket]) -> dict[nn.Module, tuple[str, nn.Module]]:
     """See `NarrowInputs`."""
     modules = members.modules
     return {modules[socket.module]: (socket.path, modules[socket.around]) for socket in sockets}
-
-
-def _whole_precision(value: Tensor) -> AbstractContextManager[None]:
-    """Sums are float32, whatever autocast says."""
-    kind = value.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _autocast_of(kind: str) -> Callable[[], Any]:

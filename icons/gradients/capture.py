@@ -12,10 +12,10 @@ from icons.gradients.acceptance import refuse_unknown
 from icons.gradients.backward_pass import (
     BackwardPass,
     OverflowedError,
-    Receiver,
     UnprovenError,
     Watcher,
 )
+from icons.gradients.blocks import Receiver
 from icons.gradients.chance import refuse_dropout
 from icons.gradients.loss_scale import LossScale
 from icons.gradients.output_layer import SupervisedPositions

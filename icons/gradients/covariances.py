@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, Batch
-from icons.gradients.backward_pass import Receiver
+from icons.gradients.blocks import Receiver
 from icons.gradients.capture import per_sample_blocks
 from icons.gradients.chance import without_chance
 from icons.gradients.output_layer import SupervisedPositions, chunks

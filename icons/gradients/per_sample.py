@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
-from icons.gradients.backward_pass import Receiver
+from icons.gradients.blocks import Receiver
 from icons.gradients.capture import per_sample_blocks
 from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
 from icons.gradients.altered_batches import rows_of
-from icons.gradients.backward_pass import BackwardPass, OverflowedError, Receiver, Watcher, owners_in
+from icons.gradients.backward_pass import BackwardPass, OverflowedError, Watcher, owners_in
+from icons.gradients.blocks import Receiver
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions

@@ -185,7 +185,7 @@ class _PassWithoutContents(BackwardPass):
     """The pass of `icons gradients`; tensors without contents can neither be asked for chance nor be proven right."""
 
     def forward(self) -> Tensor:
-        self.uses = dict.fromkeys(self.uses, 0)
+        self.blocks.expect_none()
         with torch.enable_grad():
             losses = self.positions.run(self.model, self.batch)
         self.proving = False  # what backward passes measure for a proof is not part of the others
