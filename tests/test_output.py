@@ -150,14 +150,10 @@ def test_a_place_where_nothing_can_be_made_is_refused_before_anything_is_compute
     check(user / "new" / "out")
     with pytest.raises(ValueError, match=r"--out .*data.json/out: cannot be made: .*data.json is a file; give another"):
         check(user / "data.json" / "out")
-    asked: list[Path] = []
     # root may write everywhere but on a read-only file system
-    monkeypatch.setattr(os, "access", lambda path, mode: bool(asked.append(path)))
-    with pytest.raises(
-        ValueError, match=rf"out: cannot be made: {user} may not be written by this user, or not at all"
-    ):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != user)
+    with pytest.raises(ValueError, match=rf"out: cannot be made: {user} may not be written by this user, or not at"):
         check(user / "new" / "out")
-    assert asked == [user]
 
 
 def test_writing_through_a_link_keeps_the_link(user: Path) -> None:

@@ -197,7 +197,7 @@ def predict_flags(trainer: dict[str, Any] | None) -> dict[str, Any]:
 
 def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None = None) -> int:
     """Prints how many rows are done, failed (with their reasons), missing, or zero for no reason; the exit status that
-    follows from it.
+    follows from it: 1 if units of this run are missing at its end.
 
     With a shard, what other shards have still to do is not missing.
 
@@ -217,7 +217,11 @@ def summary(store: GradientStore | ScoreStore, strict: bool, shard: str | None =
     index, count = (0, 1) if shard is None else parse_shard(shard)
     units = assign(range(store.partition.num_units), count, index)
     check_some_done(store, np.concatenate([store.partition.unit_rows(unit) for unit in units or [0]]))
-    if set(units) & set(store.missing()):
+    if missing := set(units) & set(store.missing()):
+        console.print(
+            f"[red]{len(missing):,} of {store.partition.num_units:,} units are missing[/]: a process has died, another "
+            "run is computing them, or somebody has taken them away; run the same line again"
+        )
         return 1
     if strict and (failed := store.counts()["failed"]):
         raise ValueError(

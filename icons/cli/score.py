@@ -11,7 +11,7 @@ from lightning import Trainer
 
 from icons.agreement import SUMMED_SCORES, check_compatible
 from icons.batch import Status
-from icons.cli.console import console, tell, warn
+from icons.cli.console import tell, warn
 from icons.cli.gradients import TRAINER as TRAINER
 from icons.cli.gradients import WRITING, check_curvature, chosen, predict, predict_flags, replaces, shared, summary
 from icons.cli.model_source import ModelSource
@@ -130,7 +130,7 @@ def score(options: ScoreOptions) -> int:
         return shared(runner, 0)
     stores = [ScoreStore.open(path) for path in outs]
     total = stores[0] if single else _weighted_sum(stores, weights, options.out, options.overwrite)
-    return shared(runner, ended(total, options.strict, options.shard))
+    return shared(runner, summary(total, options.strict, options.shard))
 
 
 def _one_each(option: str, given: Sequence[Any] | None, checkpoints: Sequence[Path], default: Any = None) -> list[Any]:
@@ -177,17 +177,6 @@ def directions(options: ScoreOptions) -> dict[str, Any]:
     """What a store says of the directions of its scores; stores of plain cosines do not name them."""
     axes = {"drop_axes": options.drop_axes} if options.drop_axes else {}
     return axes | ({"subspace": options.subspace} if options.subspace is not None else {})
-
-
-def ended(store: ScoreStore, strict: bool, shard: str | None) -> int:
-    """Prints the summary; the exit status: 1 if units of this run are missing at its end, with a line that says so."""
-    status = summary(store, strict, shard)
-    if status and (missing := store.missing()):
-        console.print(
-            f"[red]{len(missing):,} of {store.partition.num_units:,} units are missing[/]: a process has died, or "
-            "another run is computing them; run the same line again"
-        )
-    return status
 
 
 def _weighted_sum(stores: Sequence[ScoreStore], weights: Sequence[float], out: Path, overwrite: bool) -> ScoreStore:

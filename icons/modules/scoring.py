@@ -73,7 +73,7 @@ class Scoring:
 
         Raises:
             ValueError: see `Scorer.of`; a store has failed rows alone; that at `out` was made from something else;
-                another run computes some of its units; or a source has changed meanwhile.
+                another run computes some of its units; a source has changed meanwhile; or a unit is missing in the end.
             SystemExit: a rank was interrupted.
         """
         part = Run()
@@ -118,7 +118,13 @@ class Scoring:
         except Exception as failure:
             error = failure
         part.end(error)
-        return ScoreStore.open(self.out)
+        store = ScoreStore.open(self.out)
+        if missing := store.missing():
+            raise ValueError(
+                f"store {store.path}: {len(missing):,} of {store.partition.num_units:,} units are missing, for example "
+                f"unit {missing[0]}: somebody has taken them away while they were written; run the same line again"
+            )
+        return store
 
     def fill(
         self,

@@ -76,6 +76,16 @@ def test_rows_that_change_while_they_are_scored_are_an_error_and_leave_no_score(
     check(scoring)
 
 
+def test_a_unit_that_somebody_takes_away_meanwhile_is_an_error(scoring: Scoring, fabric: Fabric) -> None:
+    scoring.run(fabric)
+    first, last = (Path(scoring.out) / "status" / "c" / unit for unit in "05")
+    last.unlink()
+    with pytest.raises(ValueError, match=r"scores.zarr: 1 of 6 units are missing, for example unit 0: somebody"):
+        scoring.run(fabric, lambda rows: first.unlink(missing_ok=True))
+    scoring.run(fabric)
+    check(scoring)
+
+
 def test_scores_are_not_computed_anew_beside_a_run_that_uses_the_former_rows(scoring: Scoring, fabric: Fabric) -> None:
     scores = scoring.run(fabric)
     retry(scoring)
