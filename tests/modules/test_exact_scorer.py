@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from icons.batch import Status
 from icons.choices import Preconditioning
 from icons.cli import command_line as cli
+from icons.cli.gradients import summary
 from icons.cli.model_source import ModelSource
 from icons.cli.options.groups import CheckpointOptions
-from icons.cli.score import ended
 from icons.datamodules.datamodule import ConversationDataModule
 from icons.gradients import per_sample_gradients
 from icons.modules.exact_scorer import ScoredTasks
@@ -267,9 +267,9 @@ def test_units_missing_at_the_end_are_status_1_with_a_line(
 ) -> None:
     assert score(warmup, tmp_path / "half.zarr", *both_tasks(), "--shard", "1/2") == 0
     capsys.readouterr()
-    assert ended(ScoreStore.open(tmp_path / "half.zarr"), False, None) == 1  # as when the rank of unit 0 has died
+    assert summary(ScoreStore.open(tmp_path / "half.zarr"), False, None) == 1  # as when the rank of unit 0 has died
     assert "1 of 2 units are missing: a process has died" in capsys.readouterr().out
-    assert ended(ScoreStore.open(tmp_path / "half.zarr"), False, "1/2") == 0
+    assert summary(ScoreStore.open(tmp_path / "half.zarr"), False, "1/2") == 0
 
 
 def test_a_unit_that_one_checkpoint_lacks_is_missing_in_the_sum(warmup: Path, tmp_path: Path) -> None:
