@@ -1,4 +1,4 @@
-"""`icons warmup` and `icons score` on a tiny LLaVA, by one process or by ranks that share the model."""
+"""`icons warmup`, `icons score` and `icons factors` on a tiny LLaVA, by one process or by ranks that share it."""
 
 import json
 import os
@@ -49,6 +49,17 @@ def score(folder: Path, out: Path, **trainer: object) -> int:
     return run("score", given, trainer)
 
 
+def factors(folder: Path, out: Path, **trainer: object) -> int:
+    given = {
+        "checkpoint": folder / "alone",
+        "data": folder / "broken.json",
+        "images": DATA,
+        "batch-size": 2,
+        "out": out,
+    }
+    return run("factors", given, trainer)
+
+
 def run(command: str, given: dict[str, Any], trainer: Mapping[str, object]) -> int:
     flags = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False} | trainer
     given |= {f"trainer.{flag}": value for flag, value in flags.items()}
@@ -62,9 +73,10 @@ def warm_up_rank(folder: Path, ranks: int, strategy: str) -> None:
     assert warm_up(folder, folder / strategy, ranks, strategy) == 0
 
 
-def score_rank(folder: Path) -> None:
+def on_two_nodes(folder: Path) -> None:
     """One rank's part on two nodes of two."""
     os.dup2(2, 1)
     torch.set_num_threads(1)
     nodes = {"devices": 2, "num_nodes": 2, "strategy": "model_parallel_hybrid"}
     assert score(folder, folder / "ranks.zarr", **nodes) == 0
+    assert factors(folder, folder / "ranks.safetensors", **nodes) == 0

@@ -326,7 +326,7 @@ def main() -> None:
     print(json.dumps(forked(4, partial(fit_rank, folder), nodes=2)), flush=True)
     for strategy in ("model_parallel", "ddp"):
         print(json.dumps(forked(2, partial(sharded_commands.warm_up_rank, folder, 2, strategy))), flush=True)
-    print(json.dumps(forked(4, partial(sharded_commands.score_rank, folder), nodes=2)), flush=True)
+    print(json.dumps(forked(4, partial(sharded_commands.on_two_nodes, folder), nodes=2)), flush=True)
 
 
 if __name__ == "__main__":

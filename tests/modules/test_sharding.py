@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lightning import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from sharded_commands import score, warm_up, write_data
+from sharded_commands import factors, score, warm_up, write_data
 from sharded_predict import BROKEN, CHUNK_ROWS, KINDS, ROWS, fit, model_of, predict, sample, vectors
 from small_models import llama, one_by_one, with_lora
 from torch import nn
@@ -38,7 +38,7 @@ SCRIPT = Path(sharded_predict.__file__)
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ranks leave that share a model: one of two is killed, one of two fails, three go on; on two nodes one of
-    four is killed, four go on, four train; two train by command, and four score."""
+    four is killed, four go on, four train; two train by command, and four score and sum up factors."""
     folder = tmp_path_factory.mktemp("shared")
     write_data(folder)
     assert warm_up(folder, folder / "alone", ranks=1) == 0
@@ -138,6 +138,17 @@ def test_exact_scores_by_command_on_nodes_that_have_a_copy_each_are_one_processs
         )
     kept = (GradientStore.open(folder / f"{name}.kept") for folder, name in ((shared, "ranks"), (tmp_path, "alone")))
     np.testing.assert_array_equal(*(store.gradients[:] for store in kept))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_factors_by_command_on_nodes_that_have_a_copy_each_are_one_processs(shared: Path, tmp_path: Path) -> None:
+    assert factors(shared, tmp_path / "alone.safetensors") == 0
+    expected, found = (
+        read_tensors(folder / name) for folder, name in ((tmp_path, "alone.safetensors"), (shared, "ranks.safetensors"))
+    )
+    assert set(found) == set(expected)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 @pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
