@@ -137,12 +137,17 @@ def is_partial(name: str) -> bool:
     return name.startswith(".") and PARTIAL in name
 
 
-def mark(folder: Path, command: str) -> None:
+def mark(folder: Path, command: str, **more: str) -> None:
     """Makes the folder, and notes in it whose output it is, before anything else is written there; what runs that were
-    killed left half-written goes."""
+    killed left half-written goes.
+
+    Args:
+        folder, command: which, whose.
+        more: what is noted besides.
+    """
     sweep_partials(folder)
     with whole_file(folder / MARK) as partial:
-        partial.write_text(json.dumps({"command": command}) + "\n")
+        partial.write_text(json.dumps({"command": command, **more}) + "\n")
 
 
 def is_marked(folder: Path, command: str) -> bool:

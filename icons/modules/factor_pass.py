@@ -154,7 +154,7 @@ class FactorWriter(Callback):
     def prepare(self, chosen: ChosenRows) -> list[int] | Exception:
         """Parts of this shard of which no file was made from the same (rank 0), or what went wrong."""
         try:
-            self.parts.make()
+            self.parts.enter()
             mine = assign(range(chosen.num_units), self.shard[1], self.shard[0])
             return [part for part in mine if self.parts.read(part) is None]
         except (ValueError, OSError) as error:
@@ -213,6 +213,7 @@ class FactorWriter(Callback):
                 self.write(pl_module)
             except Exception as error:
                 failed = error
+        self.parts.leave()
         if found := broadcast(trainer, failed):
             raise found
 
@@ -258,6 +259,7 @@ class FactorWriter(Callback):
             if isinstance(exception, Exception):
                 end_lockstep(trainer)
             self.run.fail(exception)
+        self.parts.leave()
         if self.progress is not None:
             self.progress.stop()
 

@@ -267,7 +267,7 @@ def test_a_folder_of_the_users_is_not_taken_for_parts(
 
 def test_what_a_user_has_put_beside_the_parts_stays(tmp_path: Path) -> None:
     parts = FactorParts(tmp_path / "f.safetensors", {})
-    parts.make()
+    parts.enter()
     parts.write(0, CovarianceSums(), "")
     (parts.folder / "notes.txt").touch()
     parts.remove()

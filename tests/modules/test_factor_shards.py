@@ -119,10 +119,27 @@ def test_what_cannot_be_meant_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_last_run_to_end_takes_the_parts_away_and_one_of_other_settings_is_kept_out(tmp_path: Path) -> None:
+    one, same, other = (FactorParts(tmp_path / "f.safetensors", {"seed": seed}) for seed in (1, 1, 2))
+    one.enter()
+    same.enter()
+    same.write(0, CovarianceSums(), "")
+    with pytest.raises(ValueError, match=r"f.safetensors.parts: another run is making parts of other settings there; "):
+        other.enter()
+    one.remove()
+    assert same.read(0) is not None, "the other run at it needs them"
+    with pytest.raises(ValueError, match=r"another run is making parts of other settings there; wait until it has end"):
+        other.enter()
+    same.leave()
+    other.enter()
+    other.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_part_that_was_written_is_read(tmp_path: Path) -> None:
     parts = FactorParts(tmp_path / "f.safetensors", {"seed": 1})
     sums = CovarianceSums({"w": torch.eye(2).double()}, {"w": torch.ones(3).double()}, rows=4, left_out=1)
-    parts.make()
+    parts.enter()
     parts.write(7, sums, "row 3: no image")
     found = parts.read(7)
     assert found is not None and found[1] == "row 3: no image"
