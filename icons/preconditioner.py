@@ -178,13 +178,18 @@ class AdamPreconditioner:
         if self.form == "diagonal":
             return gradient.mul_(constants[0])
         first, second = constants
-        beta2, step, scale = self.betas[1], self.step_of(name) + 1, self._scale(name)
-        share, eps = (1 - beta2) / (1 - beta2**step) / scale**2, self.eps / scale
+        share, eps = self.scalars(name)
         if self.compiled and sign is not None:
             return fused_step(gradient, sign, first, second, share, eps)
         denominator = torch.addcmul(second, gradient, gradient, value=share).sqrt_().add_(eps)
         numerator = gradient.add_(first) if sign is None else torch.addcmul(first, gradient, sign, out=gradient)
         return numerator.div_(denominator)
+
+    def scalars(self, name: str) -> tuple[float, float]:
+        """Of the form "adam" with `moments` first, second and signs s: (s g + first) / (sqrt(second + share g^2) + eps)
+        is the step. Returns share and eps."""
+        beta2, step, scale = self.betas[1], self.step_of(name) + 1, self._scale(name)
+        return (1 - beta2) / (1 - beta2**step) / scale**2, self.eps / scale
 
     def _scale(self, name: str) -> float:
         """What the numerator `beta1 / (1 - beta1) m + g` lacks; the denominator is divided by it instead."""

@@ -101,7 +101,7 @@ class CountSketch(Seeded):
         self._signs: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
         self._folds: dict[tuple[str, torch.Size], tuple[int, int]] = {}
 
-    def _fold(self, name: str, shape: torch.Size) -> tuple[int, int]:
+    def fold(self, name: str, shape: torch.Size) -> tuple[int, int]:
         """The fold's length and first bucket of one parameter."""
         if (name, shape) not in self._folds:
             begin = int(stream(self.seed, name, "start").integers(self.dim))
@@ -126,7 +126,7 @@ class CountSketch(Seeded):
         return self._signs[key]
 
     def add(self, total: Float[Tensor, "batch dim"], name: str, block: Float[Tensor, " batch *shape"]) -> None:
-        length, begin = self._fold(name, block.shape[1:])
+        length, begin = self.fold(name, block.shape[1:])
         flat = block[:, None].flatten(1)
         whole = flat.shape[1] // length * length
         folded = flat[:, :whole].unflatten(1, (-1, length)).sum(dim=1) if whole else flat

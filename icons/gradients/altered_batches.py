@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch, supervised_tokens
-from icons.gradients.paths import is_text
+from icons.gradients.paths import Paths, is_text
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -48,6 +48,27 @@ def with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | Non
             column = edge if fill is None else torch.full_like(edge, fill)
             padded[name] = torch.cat([column, value] if left else [value, column], dim=1)
     return padded
+
+
+def without_mask(batch: Batch) -> Batch:
+    """The batch without its attention mask, where all that this hides is padding on the right that nothing is
+    predicted from: attention is causal, and without a mask a GPU has quicker kernels for it, that repeat. Else the
+    batch as it is."""
+    mask, labels = batch.get("attention_mask"), batch["labels"]
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+        return batch
+    hidden, silent = mask == 0, labels.to(mask.device) == IGNORE_INDEX
+    plain = ((mask == 1) | (hidden & silent)).all() & (hidden[:, 1:] >= hidden[:, :-1]).all()
+    return {name: value for name, value in batch.items() if name != "attention_mask"} if bool(plain) else batch
+
+
+def as_run(batch: Batch, known: Paths) -> Batch:
+    """What the model is run on for a batch of the kind at hand."""
+    return without_mask(batch) if known.kind[1] in known.unmasked else batch
+
+
+def has_padding(batch: Batch) -> bool:
+    return bool((batch["attention_mask"] == 0).any())
 
 
 def _longest(model: nn.Module) -> int:

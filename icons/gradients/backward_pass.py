@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
 from icons.gradients.acceptance import refuse_absent
+from icons.gradients.altered_batches import as_run
 from icons.gradients.blocks import Blocks, Receiver, whole_precision
 from icons.gradients.chance import without_chance
 from icons.gradients.garbage import no_collection
-from icons.gradients.layers import TEXT, Call, Division, Part, divided, input_of, widen
+from icons.gradients.layers import TEXT, Call, Division, Part, Widened, divided, half_products, input_of, widen
 from icons.gradients.loss_scale import LossScale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.ownership import FOREIGN, Layout, Ownership
@@ -105,6 +106,7 @@ class BackwardPass:
         self.inside = False  # a module that runs once more is not tapped
         self.inputs = NarrowInputs(owners_in(members, self.sockets), known.narrow)
         # asked before the weights are frozen: an output layer that is trained sees every position
+        self.widened = Widened()
         self.positions = SupervisedPositions(model, batch["labels"], known.narrows)
         self.autocast = _autocast_of(members.device.type)
 
@@ -141,7 +143,7 @@ class BackwardPass:
     def forward(self) -> Float[Tensor, " batch"]:
         self.blocks.expect_none()
         with torch.enable_grad(), without_chance(self.model):
-            return self.positions.run(self.model, self.batch)
+            return self.positions.run(self.model, as_run(self.batch, self.known))
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -236,7 +238,7 @@ class BackwardPass:
                     self.show(part.name, division, kept[0], gradient)
                 pieces = self.pieces(part, division)
                 if len(pieces) == 1:
-                    block = division.linear(part.kind, kept[0], gradient) if part.linear else blocks[part.kind]
+                    block = self.linear(part, division, kept[0], gradient) if part.linear else blocks[part.kind]
                     self.blocks.collect(part.name, block)
                     continue
                 made = ((rows, division.linear(part.kind, kept[0], gradient, rows)) for rows in pieces)
@@ -264,6 +266,10 @@ class BackwardPass:
             }
         finally:
             self.inside = False
+
+    def linear(self, part: Part, division: Division, x: Tensor, gradient: Tensor) -> Tensor:
+        wide = part.kind == "weight" and not half_products(gradient, x)
+        return division.linear(part.kind, self.widened.of(x) if wide else x, gradient)
 
     def pieces(self, part: Part, division: Division) -> list[slice]:
         """The samples to make a block of at a time: all, unless it is a large one that is made of this call alone."""

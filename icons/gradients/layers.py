@@ -7,7 +7,7 @@ is one small module, not the model. Neither is trusted before `icons.gradients.p
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -57,10 +57,13 @@ class Division:
     ) -> Float[Tensor, " batch *shape"]:
         """The gradients of a linear layer's weight or bias, float32; of some samples, if all have as many entries."""
         if self.layout.even:
-            gradient = widen(gradient.reshape(self.size, -1, gradient.shape[-1])[rows])
+            gradient = gradient.reshape(self.size, -1, gradient.shape[-1])[rows]
             if kind == "bias":
-                return gradient.sum(dim=1)
-            x = widen(x.reshape(self.size, -1, x.shape[-1])[rows])
+                return widen(gradient).sum(dim=1)
+            x = x.reshape(self.size, -1, x.shape[-1])[rows]
+            if half_products(gradient, x):
+                return torch.bmm(gradient.mT, x, out_dtype=torch.float32)
+            gradient, x = widen(gradient), widen(x)
             if x.shape[-1] <= FEW < gradient.shape[-1] and x.device.type == "cpu":
                 return torch.bmm(x.mT, gradient).mT.contiguous()
             return torch.bmm(gradient.mT, x)
@@ -201,3 +204,31 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def widen(value: Tensor) -> Tensor:
     return value.to(_wide(value.dtype))
+
+
+def half_products(one: Tensor, two: Tensor) -> bool:
+    """Whether a GPU multiplies these as they are and adds up in float32: a product of two such numbers is one."""
+    half = one.dtype == two.dtype and one.dtype in (torch.float16, torch.bfloat16)
+    return half and one.device.type == "cuda" and _adds_up_wide()
+
+
+@cache
+def _adds_up_wide() -> bool:
+    return "out_dtype" in (torch.bmm.__doc__ or "")
+
+
+class Widened:
+    """The last tensor that was widened: layers beside each other, as those of queries, keys and values, share their
+    input."""
+
+    def __init__(self) -> None:
+        self.last: tuple[Tensor, Tensor] | None = None
+
+    def of(self, value: Tensor) -> Tensor:
+        """`value` in float32 (float64 stays)."""
+        if value.dtype == _wide(value.dtype):
+            return value
+        if self.last is None or self.last[0] is not value:
+            self.last = None  # before the next is made
+            self.last = value, widen(value)
+        return self.last[1]

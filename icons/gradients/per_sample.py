@@ -11,7 +11,8 @@ checkpointing they are 0.26 MB per token and one layer: 8 full rows take 7 GB, 8
 exist of supervised tokens alone, in the model's dtype, 0.5 GB for 4,096 of them with their gradient.
 
 The floor is the pass through the frozen weights, 4 x 6.7 G operations per token: 16,384 tokens are 0.44 PFLOP, 2.8 s
-at 160 TFLOP/s. Blocks are written and read five times, 8 x P x 4 bytes each: 51 GB, 26 ms at 2 TB/s, under 1 %.
+at 160 TFLOP/s. Blocks are written once and read once (`icons.gradients.fused_fold`), 8 x P x 4 bytes each: 20 GB, 10 ms
+at 2 TB/s.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,16 +23,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
+from icons.gradients.altered_batches import as_run
 from icons.gradients.blocks import Receiver
 from icons.gradients.capture import per_sample_blocks
 from icons.gradients.loss_scale import needs_scale
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import paths_of
+from icons.gradients.projected_rows import ProjectedRows, by_entry
 from icons.gradients.repeatable import repeatable
 from icons.gradients.structure import Members, members_of, turn_of
-from icons.gradients.sums import SquaredNorms, inner_products, samples_at_a_time
-from icons.preconditioner import AdamPreconditioner, Preconditioner, Sign
-from icons.projection import CountSketch, Identity, Projector
+from icons.gradients.sums import SquaredNorms, inner_products
+from icons.preconditioner import Preconditioner
+from icons.projection import Identity, Projector
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def per_sample_gradients(model: nn.Module, batch: Batch) -> Float[Tensor, "batch
 
     def begin(members: Members) -> Receiver:
         nonlocal total
-        total = identity.start(len(batch["labels"]), layout(members), members.device)
+        total = identity.start(len(batch["labels"]), members.shapes, members.device)
 
         def receive(name: str, block: Tensor, rows: slice) -> None:
             identity.add(total[rows], name, block.float())
@@ -97,34 +100,15 @@ def projected_gradients(
         ValueError: in inference mode, with active dropout, without trainable parameters, or without their moments.
     """
     size = len(batch["labels"])
-    total, squares = torch.zeros(0), SquaredNorms(0, (), torch.device("cpu"))
-    # a dense matrix is made anew for each call; and a matrix product of one sample could have other last bits. What is
-    # derived from these may count on whole blocks
-    by_entry = type(projector) is CountSketch and type(preconditioner) in (AdamPreconditioner, Sign, type(None))
-    by_entry = by_entry and not getattr(preconditioner, "compiled", False)
+    rows: ProjectedRows
 
     def begin(members: Members) -> Receiver:
-        nonlocal total, squares
-        total = projector.start(size, layout(members), members.device)
-        squares = SquaredNorms(size, members.trainable, members.device)
+        nonlocal rows
+        rows = ProjectedRows(size, members.shapes, members.device, projector, preconditioner)
+        return rows.receive
 
-        def receive(name: str, block: Tensor, rows: slice) -> None:
-            block = block.float()
-            sign = projector.sign(name, block.shape[1:], block.device)
-            for piece in samples_at_a_time(len(block), block.shape[1:].numel(), block.device) if by_entry else [None]:
-                part = block if piece is None else block[piece]
-                if preconditioner is not None:
-                    part = preconditioner.apply(name, part, sign)
-                elif sign is not None:
-                    part = part.mul_(sign)
-                here = rows if piece is None else slice(rows.start + piece.start, rows.start + piece.stop)
-                squares.put(name, part, here)
-                projector.add(total[here], name, part)
-
-        return receive
-
-    losses = per_sample_blocks(model, batch, begin, in_pieces=by_entry)
-    return ProjectedGradients(total, squares.norm(), losses.float(), supervised_tokens(batch["labels"]))
+    losses = per_sample_blocks(model, batch, begin, in_pieces=by_entry(projector, preconditioner))
+    return ProjectedGradients(rows.total, rows.norm(), losses.float(), supervised_tokens(batch["labels"]))
 
 
 def exact_influence(
@@ -175,7 +159,7 @@ class TaskMatrix:
         offload: bool = False,
     ) -> None:
         members = members_of(model)
-        shapes = layout(members)
+        shapes = members.shapes
         for number, vector in enumerate(task_vectors):
             for name, value in vector.items():
                 if name not in shapes or value.shape != shapes[name]:
@@ -218,7 +202,7 @@ def scored_gradients(
         total = product.new_zeros(size, 0)
         squares = SquaredNorms(size, members.trainable, members.device)
         if projector is not None:
-            total = projector.start(size, layout(members), members.device)
+            total = projector.start(size, members.shapes, members.device)
 
         def receive(name: str, block: Tensor, rows: slice) -> None:
             block = block.float()
@@ -260,8 +244,8 @@ def weighted_gradient(
 
         @torch.enable_grad()
         def compute() -> tuple[Tensor | None, ...]:
-            narrows = paths_of(model, members, batch).narrows
-            losses = SupervisedPositions(model, batch["labels"], narrows).run(model, batch)
+            known = paths_of(model, members, batch)
+            losses = SupervisedPositions(model, batch["labels"], known.narrows).run(model, as_run(batch, known))
             total = (losses * weights.to(losses.device)).sum()
             return torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
 
@@ -294,7 +278,3 @@ def combined_gradients(
 
     per_sample_blocks(model, batch, begin)
     return {name: sums[name] for name in members_of(model).trainable}
-
-
-def layout(members: Members) -> dict[str, torch.Size]:
-    return {name: parameter.shape for name, parameter in members.trainable.items()}

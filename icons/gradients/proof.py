@@ -15,12 +15,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import Batch, supervised_tokens
-from icons.gradients.altered_batches import rows_of
+from icons.gradients.altered_batches import as_run, rows_of
 from icons.gradients.backward_pass import BackwardPass, OverflowedError, Watcher, owners_in
 from icons.gradients.blocks import Receiver
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
+from icons.gradients.overflow import overflowing
 from icons.gradients.ownership import FOREIGN
 from icons.gradients.paths import Paths, strength
 from icons.gradients.self_test import SelfTest
@@ -178,12 +179,13 @@ def _truth_of(
     weights: Float[Tensor, " batch"] | None = None,
 ) -> Truth:
     """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
-    its activations in the CPU's. Its forward pass serves the self-test and the search for strangers too."""
+    activations in the CPU's. Its forward pass serves the self-test and the search for strangers too."""
     try:
         return _ordinary_pass(model, batch, members, known, strangers, test, weights)
     except torch.OutOfMemoryError:
-        with torch.autograd.graph.save_on_cpu():
-            return _ordinary_pass(model, batch, members, known, strangers, test, weights)
+        pass  # not here, where the error would still hold all that the pass has made
+    with overflowing(members.device):
+        return _ordinary_pass(model, batch, members, known, strangers, test, weights)
 
 
 def _ordinary_pass(
@@ -206,8 +208,15 @@ def _ordinary_pass(
                 stack.callback(handle.remove)
             stack.callback(inputs.forget)
             stack.enter_context(torch.enable_grad())
-            with without_chance(model), strangers.watching() if strangers else nullcontext():
-                tokens = positions.of_tokens(positions.logits(model, batch))
+
+            def forward(given: Batch) -> Tensor:
+                with without_chance(model), strangers.watching() if strangers else nullcontext():
+                    return positions.of_tokens(positions.logits(model, given))
+
+            tokens = None if test is None else test.unmasked(forward)
+            given = as_run(batch, known)
+            if tokens is None:
+                tokens = forward(given)
             losses = positions.means(tokens)
             inputs.checking = False
             if strangers is not None:
@@ -216,11 +225,11 @@ def _ordinary_pass(
                 test.compare(tokens)
                 if not known.narrows and positions.head is not None:
                     positions = SupervisedPositions(model, batch["labels"], narrow=False)
-                    losses = positions.run(model, batch)
+                    losses = positions.run(model, given)
             weights = _sample_weights(losses) if weights is None else weights
             if not bool((weights != 0).all()):
                 stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda value: value, finite))
-                losses = positions.run(model, batch)
+                losses = positions.run(model, given)
             factor = float(LossScale(batch["labels"]).factors(losses).min()) / 64 if scaled else 1.0
             while True:
                 for parameter in parameters.values():
@@ -231,7 +240,7 @@ def _ordinary_pass(
                 if factor < 2**-20 or not scaled or _all_finite(gradients):
                     break
                 factor /= 2**8  # it overflowed in float16
-                losses = positions.run(model, batch)
+                losses = positions.run(model, given)
         if factor != 1:
             gradients = {n: None if value is None else value.float() / factor for n, value in gradients.items()}
         return Truth(weights, gradients)

@@ -4,7 +4,7 @@ Not on padding, not on the samples beside it; and where it depends on the very t
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, Batch, supervised_tokens
-from icons.gradients.altered_batches import most_padded, rows_of, with_another_end, with_more_padding, without_padding
+from icons.gradients.altered_batches import (
+    has_padding,
+    most_padded,
+    rows_of,
+    with_another_end,
+    with_more_padding,
+    without_mask,
+    without_padding,
+)
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import Paths
 
@@ -68,8 +76,10 @@ class SelfTest:
         fewer = None if changed is None or not self.others else rows_of(changed, self.others)
         self.all = list(range(size))
         self.order = self.all if fewer is None else self.others
-        with torch.no_grad():
-            self.changed = _Losses.or_none(model, fewer or changed)
+        # of a batch without padding, this one has all there is: whether it needs a mask is seen at it
+        self.full = "attention_mask" in batch and not has_padding(batch)
+        self.other = fewer or changed
+        self.changed = self.losses_of_other(masked=not self.full)
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, known: Paths) -> "SelfTest | None":
@@ -82,6 +92,35 @@ class SelfTest:
             return None  # losses that are all zero tell nothing: the next batch is tested
         _tell_router_loss(model)
         return cls(model, batch, known, left)
+
+    def unmasked(self, forward: Callable[[Batch], Tensor]) -> Float[Tensor, " tokens"] | None:
+        """The losses of the batch without its attention mask, if it needs none; batches of its kind are then run
+        without. One of the two batches that are compared is padded.
+
+        Args:
+            forward: gives the losses of a batch's supervised tokens.
+        """
+        bare, tokens = without_mask(self.batch), None
+        if bare is not self.batch and self.changed is not None and self.padded is not None:
+            try:
+                tokens = forward(bare)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # whatever a model says that wants its mask
+                tokens = None
+        if tokens is not None and self.changed is not None:
+            found = _Losses.of(tokens.detach(), self.batch)[self.order]
+            finite = torch.equal(found.means().isfinite(), self.changed.means().isfinite())
+            if finite and not self.differ(found, self.changed, self.order):
+                self.known.unmasked.add(self.known.kind[1])
+                return tokens
+        if self.full:
+            self.changed = self.losses_of_other(masked=True)
+        return None
+
+    @torch.no_grad()
+    def losses_of_other(self, masked: bool) -> "_Losses | None":
+        return _Losses.or_none(self.model, self.other if masked or self.other is None else without_mask(self.other))
 
     @torch.no_grad()
     def compare(self, tokens: Float[Tensor, " tokens"]) -> None:
@@ -144,6 +183,7 @@ class SelfTest:
             )
         return losses
 
+    @torch.no_grad()
     def differ(self, one: "_Losses", two: "_Losses", rows: Sequence[int]) -> bool:
         """Whether losses differ by more than another order of the same sums explains: in float32 by 1e-4 of the loss;
         in half precision by more than the noise that the model turns its rounding into, which is measured: in the mean

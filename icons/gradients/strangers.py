@@ -16,6 +16,8 @@ from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import Paths, is_text
 from icons.gradients.structure import Members
 
+_PIECE = 1 << 24  # numbers that are float64 at once
+
 
 class Strangers:
     """What modules get when the text is moved by a token, or its embeddings are made longer; `compare` with what they
@@ -79,6 +81,16 @@ def _fingerprints(model: nn.Module, modules: Iterable[nn.Module], batch: Batch) 
     return prints
 
 
+def _fingerprint(value: Tensor) -> Tensor:
+    """In pieces, since a GPU's memory may be almost full."""
+    total, begin = torch.zeros((), dtype=torch.float64, device=value.device), 0
+    for piece in value.detach().flatten().split(_PIECE):
+        ramp = torch.arange(begin, begin + len(piece), device=value.device, dtype=torch.float64) / value.numel() + 1
+        total += piece.double().nan_to_num(0, 0, 0).abs() @ ramp
+        begin += len(piece)
+    return total
+
+
 @contextmanager
 def _watching(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
     """A number for what each module gets, in which the order of its numbers counts."""
@@ -87,9 +99,7 @@ def _watching(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
         if given is not None:
-            flat = given.detach().flatten().double().nan_to_num(0, 0, 0)
-            ramp = torch.linspace(1, 2, flat.numel(), dtype=torch.float64, device=flat.device)
-            prints[module] = prints.get(module, torch.zeros((), dtype=torch.float64)) + (flat.abs() @ ramp).cpu()
+            prints[module] = prints.get(module, torch.zeros((), dtype=torch.float64)) + _fingerprint(given).cpu()
 
     with ExitStack() as stack:
         for module in modules:

@@ -80,6 +80,10 @@ class Members:
     def device(self) -> torch.device:
         return next(iter(self.trainable.values())).device
 
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.trainable.items()}
+
 
 _seen: WeakKeyDictionary[nn.Module, Structure] = WeakKeyDictionary()
 _turns: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()

@@ -42,19 +42,22 @@ class SquaredNorms:
     def __init__(self, size: int, names: Collection[str], device: torch.device) -> None:
         self._column = {name: number for number, name in enumerate(names)}
         wide = torch.float64 if device.type == "cpu" else torch.float32
-        self._parts = torch.zeros(size, len(names), device=device, dtype=wide)
+        self._numbers = torch.zeros(size, len(names), device=device, dtype=wide)
 
     def put(self, name: str, block: Float[Tensor, " rows *shape"], rows: slice) -> None:
         """Of one parameter and some samples; what was put there before is forgotten."""
-        parts = self._parts[rows, self._column[name]]
-        if parts.device.type == "cpu":
-            parts.copy_(squared_norm(block))
+        if self._numbers.device.type == "cpu":
+            self._numbers[rows, self._column[name]] = squared_norm(block)
         else:
-            torch.linalg.vector_norm(block[:, None].flatten(1), dim=1, out=parts)
+            torch.linalg.vector_norm(block[:, None].flatten(1), dim=1, out=self.norms_of(name, rows))
+
+    def norms_of(self, name: str, rows: slice) -> Float[Tensor, " rows"]:
+        """On a GPU, where the norms themselves of one parameter and some samples are put."""
+        return self._numbers[rows, self._column[name]]
 
     def norm(self) -> Float[Tensor, " batch"]:
         """Of each sample, float32. On a CPU it is right wherever float32 holds it; on a GPU from 1e-19 to 1e19."""
-        squares = self._parts if self._parts.device.type == "cpu" else self._parts.square()
+        squares = self._numbers if self._numbers.device.type == "cpu" else self._numbers.square()
         return squares.sum(dim=1).sqrt().float()
 
 

@@ -9,15 +9,23 @@ from typing import Any
 
 import torch
 from bench_gradients import IMAGE, moments
+from lightning import Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from gpu_proof.models import alone, fill_adapter, make_batch, tiny, tiny_base
 from gpu_proof.part import CannotRunError, Part, require
 from icons.gradients import ProjectedGradients, per_sample_gradients, projected_gradients
+from icons.gradients.projected_rows import ProjectedRows
 from icons.models.folder import ModelFolder
 from icons.models.loading import load_model
 from icons.models.lora import LoraSettings
+from icons.modules.extractor import GradientExtractor
+from icons.modules.gradient_writer import GradientWriter
+from icons.modules.shared_model_strategy import SharedModelStrategy
+from icons.preconditioner import AdamPreconditioner
 from icons.projection import CountSketch
+from icons.store import GradientStore
 
 HALVES = torch.bfloat16, torch.float16
 CPU = torch.device("cpu")
@@ -40,6 +48,8 @@ class Correctness:
             "two runs, bit for bit": self.twice,
             "flash-attention": self.flash,
             "4-bit base weights": self.four_bit,
+            "fused kernel": self.fused,
+            "sharded by NCCL, one rank": self.sharded,
         }
 
     def batch(self, model: Any, device: torch.device) -> dict[str, Tensor]:
@@ -85,6 +95,50 @@ class Correctness:
                 runs.append(projected_gradients(model, batch, CountSketch(self.dim), adam))
             figures[f"different in {str(dtype)[6:]}"] = float(other_bits(*runs))
         return Part(figures, dict.fromkeys(figures, 0.0))
+
+    def fused(self) -> Part:
+        """Against the steps that it fuses, on blocks of the shapes that LoRA has on a 7B model."""
+        if self.small:
+            raise CannotRunError("the fused kernel is for a GPU")
+        figures = {}
+        for form in ("none", "diagonal", "adam"):
+            worst = 0.0
+            for shape in [(128, 4096), (4096, 128), (128, 11008), (11008, 128), (4096,)]:
+                block = torch.randn(11, *shape, device=self.device) * 1e-3
+                first, second = torch.randn_like(block[0]) * 1e-4, torch.rand_like(block[0]) * 1e-6
+                state = None if form == "none" else AdamPreconditioner({"w": first}, {"w": second}, step=50, form=form)
+                shapes = {"w": torch.Size(shape)}
+                ways = [ProjectedRows(11, shapes, self.device, CountSketch(self.dim), state) for _ in range(2)]
+                ways[1].fused = None
+                for way in ways:
+                    way.receive("w", block.clone(), slice(0, 11))
+                apart = (ways[0].total - ways[1].total).norm(dim=1), (ways[0].norm() - ways[1].norm()).abs()
+                worst = max(worst, float((torch.maximum(*apart) / ways[1].norm()).max()))
+            figures[f"error, {form}"] = worst
+        return Part(figures, dict.fromkeys(figures, 1e-6))
+
+    def sharded(self) -> Part:
+        """Under FSDP2 of NCCL, with one rank, against the same model whole."""
+        if self.small:
+            raise CannotRunError("NCCL is for GPUs; on CPUs the tests shard by gloo, over several ranks")
+        batches = [make_batch(tiny(CPU), self.rows, self.length, CPU, seed) for seed in range(3)]
+        stores = []
+        with tempfile.TemporaryDirectory() as folder:
+            for strategy in ("auto", SharedModelStrategy()):
+                path = Path(folder) / f"{len(stores)}.zarr"
+                writer = GradientWriter(path, num_rows=3 * self.rows, dim=self.dim, chunk_rows=self.rows)
+                trainer = Trainer(
+                    accelerator="gpu", devices=1, strategy=strategy, logger=False, enable_progress_bar=False,
+                    enable_checkpointing=False, enable_model_summary=False, inference_mode=False,
+                    use_distributed_sampler=False, callbacks=[writer],
+                )  # fmt: skip
+                loader = DataLoader(batches, batch_size=None)  # type: ignore[arg-type, var-annotated]
+                model = tiny(CPU, torch.bfloat16)
+                trainer.predict(GradientExtractor(model, CountSketch(self.dim)), loader, return_predictions=False)
+                stores.append(GradientStore.open(path))
+            rows = [store.rows(slice(None)) for store in stores]
+        figures = {"different": float((rows[0] != rows[1]).sum()), "all zero": float(not rows[0].any())}
+        return Part(figures, {"different": 0, "all zero": 0})
 
     def flash(self) -> Part:
         """May be twice as far from the float32 gradient as sdpa is."""

@@ -19,8 +19,10 @@ from torch.utils.data import DataLoader
 
 from gpu_proof.correctness import matmul_precision, other_bits
 from gpu_proof.models import large, make_batch, plain, tiny
-from gpu_proof.part import Part
+from gpu_proof.part import CannotRunError, Part, require
 from icons.gradients import projected_gradients
+from icons.gradients.altered_batches import without_mask
+from icons.gradients.paths import KNOWN
 from icons.models.loading import checkpoint_layers
 from icons.modules.extractor import GradientExtractor
 from icons.modules.gradient_writer import GradientWriter
@@ -30,6 +32,7 @@ from icons.scores import Scorer, influence
 from icons.scores.rows import Block
 from icons.store import GradientStore
 
+TOKENS = 8192
 RATIO, MORE_GB, IDLE, OF_BANDWIDTH = 1.1, 0.5, 0.1, 0.5  # what speed and memory are held to, on a GPU alone
 
 
@@ -38,7 +41,7 @@ class Cost:
 
     def __init__(self, small: bool) -> None:
         self.small, self.device = small, torch.device("cpu" if small else "cuda")
-        self.dim, self.rounds = (64, 1) if small else (5120, 3)
+        self.dim, self.rounds = (64, 1) if small else (5120, 2)
 
     def parts(self) -> dict[str, Callable[[], Part]]:
         """Checkpointed parts come last, since no model goes back."""
@@ -50,7 +53,9 @@ class Cost:
             f"{name}, {long} tokens": partial(self.speed, long),
             f"{name}, {short} tokens, bf16-mixed": partial(self.speed, short, mixed=True),
             f"{name}, {short} tokens, TF32": partial(self.speed, short, tf32=True),
+            f"{name}, {long} tokens, flash-attention": partial(self.speed, long, flash=True),
             f"{name}, Trainer.predict": partial(self.predict, long),
+            f"{name}, first pass within 80 GB": partial(self.first_pass, short),
             f"{name}, {short} tokens, checkpointed": partial(self.speed, short, checkpointed=True),
             f"{name}, {long} tokens, checkpointed": partial(self.speed, long, checkpointed=True),
         }
@@ -100,7 +105,12 @@ class Cost:
 
     def batch(self, length: int, device: torch.device, seed: int = 0) -> dict[str, Tensor]:
         """As many rows as `icons gradients` puts into a batch by default: 8,192 tokens."""
-        return make_batch(self.model, 2 if self.small else 8192 // length, length, device, seed)
+        return make_batch(self.model, 2 if self.small else TOKENS // length, length, device, seed)
+
+    def comparable(self, length: int) -> dict[str, Tensor]:
+        """As many of them as a plain pass, which needs more memory than ours, has room for: two thirds on 80 GB."""
+        tokens = TOKENS if self.small or torch.cuda.mem_get_info()[1] > 100e9 else TOKENS * 2 // 3
+        return make_batch(self.model, 2 if self.small else tokens // length, length, self.device)
 
     def fastest(self, ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
         return fastest({name: partial(self.finished, way) for name, way in ways.items()}, self.rounds)
@@ -125,18 +135,31 @@ class Cost:
         self.finished(way)
         return (torch.cuda.max_memory_allocated() - before) / 1e9
 
-    def speed(self, length: int, checkpointed: bool = False, mixed: bool = False, tf32: bool = False) -> Part:
-        """Against a plain pass in the same precision."""
-        with matmul_precision("high" if tf32 else "highest"):
-            return self.compare(length, checkpointed, mixed)
+    def speed(
+        self, length: int, checkpointed: bool = False, mixed: bool = False, tf32: bool = False, flash: bool = False
+    ) -> Part:
+        """Against a plain pass in the same precision, with the same attention."""
+        if flash:
+            require("flash_attn", "flash")
+            if self.small:
+                raise CannotRunError("flash-attention has no kernels for a CPU")
+            self.model.get_base_model().set_attn_implementation("flash_attention_2")
+        try:
+            with matmul_precision("high" if tf32 else "highest"):
+                return self.compare(length, checkpointed, mixed)
+        finally:
+            if flash:
+                self.model.get_base_model().set_attn_implementation("sdpa")
 
     def compare(self, length: int, checkpointed: bool, mixed: bool) -> Part:
         model, sketch = self.model.to(self.device), self.sketching  # `predict` leaves it on the CPU
         if checkpointed:
             checkpoint_layers(model)
-        batch = self.batch(length, self.device)
+        batch = self.comparable(length)
         forms = {"no preconditioner": None, "diagonal": self.diagonal, "adam": self.adam}
-        ways: dict[str, Callable[[], Any]] = {"plain": partial(plain, model, batch)}
+        ways: dict[str, Callable[[], Any]] = {
+            "plain": partial(plain, model, batch), "plain without mask": partial(plain, model, without_mask(batch)),
+        }  # fmt: skip
         ways |= {name: partial(projected_gradients, model, batch, sketch, form) for name, form in forms.items()}
         if mixed:
             ways = {name: partial(self.mixed, way) for name, way in ways.items()}
@@ -147,6 +170,7 @@ class Cost:
         peaks = {name: self.peak_gb(way) for name, way in ways.items()}
         different = float(other_bits(ways["adam"](), ways["adam"]()))
         figures |= {"different": different, "plain s": seconds["plain"], "plain GB": peaks["plain"]}
+        figures["plain without mask / plain"] = seconds["plain without mask"] / seconds["plain"]
         figures["plain tokens/s"] = float(batch["attention_mask"].sum()) / seconds["plain"]
         ratios = {f"{name} / plain": seconds[name] / seconds["plain"] for name in forms}
         more = {f"{name} GB above plain": peaks[name] - peaks["plain"] for name in forms}
@@ -180,6 +204,24 @@ class Cost:
             "no kernel seen": float(busy.busy == 0),
         }  # fmt: skip
         return Part(figures, {"units missing": 0, "no kernel seen": 0}, {"idle": IDLE})
+
+    def first_pass(self, length: int) -> Part:
+        """With its proof, which needs a plain pass's memory: more than 80 GB. Its rows are those of the next pass."""
+        model, batch = self.model.to(self.device), self.batch(length, self.device)
+        KNOWN.pop(model, None)
+        total = 0 if self.small else torch.cuda.mem_get_info()[1]
+        if total > 85e9:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(80e9 / total)
+        try:
+            begin = time.perf_counter()
+            first = projected_gradients(model, batch, self.sketching, self.adam)
+            different = float(other_bits(first, projected_gradients(model, batch, self.sketching, self.adam)))
+            seconds = time.perf_counter() - begin
+        finally:
+            if total > 85e9:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        return Part({"two passes s": seconds, "different": different}, {"different": 0})
 
 
 class Busy(Callback):

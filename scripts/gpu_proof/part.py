@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import torch
 
 from icons.gradients.capture import SlowerPathWarning
+from icons.preconditioner import UnfusedWarning
 
 REHEARSED = "ran and held on the CPU, which shows nothing of a GPU"
 
@@ -50,7 +51,8 @@ def run(part: Callable[[], Part], small: bool, over: bool) -> Part:
         if over:
             raise CannotRunError("the time was over: give more --minutes")
         with warnings.catch_warnings():
-            warnings.simplefilter("error", SlowerPathWarning)
+            for slower in (SlowerPathWarning, UnfusedWarning):
+                warnings.simplefilter("error", slower)
             found = part()
         found.judge(small)
     except CannotRunError as why:

@@ -74,7 +74,8 @@ class GradientsOptions(
     """number format of the model's weights; auto: bfloat16 on a GPU; on a CPU as stored, float16 as
     float32"""
     compile: bool = field(default=False, metadata=SPEED)
-    """fuse the elementwise part of --preconditioner adam with torch.compile (half a minute at the start)"""
+    """on a CPU, fuse the elementwise part of --preconditioner adam with torch.compile (half a minute at the start); a
+    GPU has a kernel of its own"""
     dry_run: bool = field(default=False, metadata=RUN)
     """print what would be done (rows per rank, bytes, memory) and stop"""
     overwrite: bool = field(default=False, metadata=RUN)
