@@ -64,7 +64,7 @@ def without_mask(batch: Batch) -> Batch:
 
 def as_run(batch: Batch, known: Paths) -> Batch:
     """What the model is run on for a batch of the kind at hand."""
-    return without_mask(batch) if known.kind[1] in known.unmasked else batch
+    return without_mask(batch) if known.unmasked.get(known.kind[1], False) else batch
 
 
 def has_padding(batch: Batch) -> bool:

@@ -113,7 +113,12 @@ def _run(
     if test is not None and not to_prove:
         with torch.no_grad():
             positions = SupervisedPositions(model, batch["labels"])
-            test.compare(positions.of_tokens(positions.logits(model, batch)))
+
+            def forward(given: Batch) -> Tensor:
+                return positions.of_tokens(positions.logits(model, given))
+
+            tokens = test.unmasked(forward)
+            test.compare(forward(batch) if tokens is None else tokens)
     while True:
         if to_prove:
             losses, this_time, shown = prove(model, batch, members, known, begin, watch, test)

@@ -98,8 +98,8 @@ class Paths:
         silent: parameters whose gradient was zero in every proof: the first that is not needs a proof.
         narrow: see `NarrowInputs`.
         narrows: whether the output layer may be narrowed to supervised positions.
-        unmasked: what batches hold beside the text that were shown to need no attention mask if padding stands on the
-            right.
+        unmasked: by what batches hold beside the text, whether they were shown to need no attention mask if padding
+            stands on the right.
         tested: sides of padding, and what the batch held beside the text, with which the model has passed its
             self-test.
     """
@@ -116,7 +116,7 @@ class Paths:
     silent: set[str] = field(default_factory=set)
     narrow: dict[str, bool] = field(default_factory=dict)
     narrows: bool = True
-    unmasked: set[frozenset[str]] = field(default_factory=set)
+    unmasked: dict[frozenset[str], bool] = field(default_factory=dict)
     tested: set[tuple[str, frozenset[str]]] = field(default_factory=set)
 
     def path(self, name: str) -> int:

@@ -84,11 +84,14 @@ class SelfTest:
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, known: Paths) -> "SelfTest | None":
         """The test; None if the model has passed it. It comes once per model and kind of batch (with images or
-        without), and once more when padding first stands on the left, and costs a forward pass, and one of a row
-        alone."""
+        without), and once more when padding first stands on the left, or first says whether a mask is needed; and costs
+        a forward pass, and one of a row alone."""
         mask = batch.get("attention_mask")
         left = mask is not None and bool((mask[:, 0] == 0).any())
-        if (_side(left), known.kind[1]) in known.tested or not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
+        tells = known.kind[1] not in known.unmasked and without_mask(batch) is not batch and has_padding(batch)
+        if (_side(left), known.kind[1]) in known.tested and not tells:
+            return None
+        if not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
             return None  # losses that are all zero tell nothing: the next batch is tested
         _tell_router_loss(model)
         return cls(model, batch, known, left)
@@ -101,19 +104,22 @@ class SelfTest:
             forward: gives the losses of a batch's supervised tokens.
         """
         bare, tokens = without_mask(self.batch), None
-        if bare is not self.batch and self.changed is not None and self.padded is not None:
-            try:
-                tokens = forward(bare)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # whatever a model says that wants its mask
-                tokens = None
+        if bare is self.batch or (self.full and self.padded is None):
+            return None  # nothing to learn of masks here
+        try:
+            tokens = None if self.changed is None else forward(bare)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever a model says that wants its mask
+            tokens = None
+        needless = False
         if tokens is not None and self.changed is not None:
             found = _Losses.of(tokens.detach(), self.batch)[self.order]
-            finite = torch.equal(found.means().isfinite(), self.changed.means().isfinite())
-            if finite and not self.differ(found, self.changed, self.order):
-                self.known.unmasked.add(self.known.kind[1])
-                return tokens
+            needless = torch.equal(found.means().isfinite(), self.changed.means().isfinite())
+            needless = needless and not self.differ(found, self.changed, self.order)
+        self.known.unmasked[self.known.kind[1]] = needless
+        if needless:
+            return tokens
         if self.full:
             self.changed = self.losses_of_other(masked=True)
         return None

@@ -50,6 +50,19 @@ def test_a_first_batch_without_padding_shows_it_too() -> None:
     assert_rows_close(rows, one_by_one(model, padded))
 
 
+def test_where_nothing_can_be_padded_a_later_batch_shows_it_once() -> None:
+    model, full, padded = with_lora(llama(max_position_embeddings=14), ["q_proj"]), text_batch((14, 14)), text_batch()
+    per_sample_gradients(model, full)
+    with masks_of(model) as masks:
+        rows = per_sample_gradients(model, padded)
+        assert not masks[-1] and len(masks) > 1
+        before = len(masks)
+        per_sample_gradients(model, full)
+        per_sample_gradients(model, padded)
+        assert masks[before:] == [False, False]
+    assert_rows_close(rows, one_by_one(model, padded))
+
+
 class Counting(LlamaForCausalLM):
     """What it sees depends on how many tokens there are, which nothing but a mask tells."""
 
