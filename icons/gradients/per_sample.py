@@ -225,10 +225,14 @@ def scored_gradients(
 def weighted_gradient(
     model: nn.Module, batch: Batch, weights: Float[Tensor, " batch"]
 ) -> dict[str, Float[Tensor, "..."]]:
-    """The gradient of sum_i weights_i * loss_i, by one ordinary batched backward pass; no per-sample gradient exists.
+    """The gradient of sum_i weights_i * loss_i.
 
     With `weights = 1 / norm` it is the sum of the samples' unit gradients: a task vector, up to the count. A sample of
-    weight 0 is left out altogether, even if its gradient is not finite (then per-sample gradients are streamed).
+    weight 0 is left out altogether, even if its gradient is not finite.
+
+    On a CPU one ordinary batched backward pass gives it. On a GPU that pass may not fit (for LLaVA-7B, 8,192 tokens and
+    an adapter in float32 it takes 69 GB of activations where ours takes 44): per-sample gradients are added up as they
+    stream by, as they are where a weight is 0.
 
     Returns:
         Parameter name -> float32 tensor of its shape, zeros where a parameter has no influence. `.grad` is left as it
@@ -239,7 +243,7 @@ def weighted_gradient(
         parameters = members.trainable
         if len(weights) == 0:
             return {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
-        if not bool((weights != 0).all()) or needs_scale(members):
+        if members.device.type != "cpu" or not bool((weights != 0).all()) or needs_scale(members):
             return {name: total[0] for name, total in combined_gradients(model, batch, weights[:, None]).items()}
 
         @torch.enable_grad()
@@ -266,13 +270,15 @@ def combined_gradients(
     Returns:
         Parameter name -> `[sums, *shape]` float32.
     """
-    kept = (coefficients != 0).any(dim=1)
+    kept = (coefficients != 0).any(dim=1).nonzero()[:, 0]
     sums: dict[str, Tensor] = {}
 
     def begin(members: Members) -> Receiver:
+        weights, some = coefficients[kept].to(members.device).float(), kept.to(members.device)
+
         def receive(name: str, block: Tensor, rows: slice) -> None:
-            weights = coefficients.to(block.device)[kept].float()
-            sums[name] = torch.einsum("bs,b...->s...", weights, block.float()[kept.to(block.device)])
+            block = block.float() if len(some) == len(block) else block.float()[some]
+            sums[name] = torch.einsum("bs,b...->s...", weights.to(block.device), block)
 
         return receive
 
