@@ -41,6 +41,10 @@ _SHORTAGES = ("can't start new thread", "Cannot allocate memory", "not enough me
 SHORTAGE = (
     "memory or processes are used up (`ulimit -v`, `ulimit -u`); what was finished is kept: run the same line again"
 )
+NO_ROOM = (
+    "what was finished is kept: go on with a smaller --max-tokens or --batch-size, or with --gradient-checkpointing "
+    "(--mixed-batches allows it), or on a GPU that nobody else uses"
+)
 _TAIL = (
     "icons COMMAND --help       a command's options",
     "icons --version            the version",
@@ -107,6 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _user_error(name, error if str(error) else "out of memory")
     except RuntimeError as error:
+        if type(error).__name__ == "OutOfMemoryError" and not os.environ.get("ICONS_TRACEBACK"):  # torch's, of a GPU
+            sentences = str(error).strip().partition(" Including")[0].partition(" If reserved")[0].partition("\n")[0]
+            return _user_error(name, f"{sentences.rstrip('.')}: {NO_ROOM}")
         if os.environ.get("ICONS_TRACEBACK") or not any(words in str(error) for words in _SHORTAGES):
             raise
         said = str(error).strip().partition("\n")[0]

@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from icons.cli import command_line as cli
@@ -108,6 +109,21 @@ def test_a_system_that_gives_no_more_is_one_line(
     monkeypatch.setattr(cli, "command_of", lambda _: command)
     assert cli.main(["compare", "a", "b"]) == 1
     expected = f"icons compare: error: {said}: {cli.SHORTAGE}"
+    assert " ".join(capsys.readouterr().err.split()) == expected
+
+
+def test_a_gpu_without_room_is_one_line(
+    installed: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "CUDA out of memory. Tried to allocate 648.00 MiB. GPU 0 has a total capacity of 79.18 GiB."
+    rest = " Including non-PyTorch memory, this process has 78.71 GiB memory in use. See documentation"
+
+    def command(_: object) -> None:
+        raise torch.OutOfMemoryError(said + rest)
+
+    monkeypatch.setattr(cli, "command_of", lambda _: command)
+    assert cli.main(["compare", "a", "b"]) == 1
+    expected = f"icons compare: error: {said.rstrip('.')}: {cli.NO_ROOM}"
     assert " ".join(capsys.readouterr().err.split()) == expected
 
 
