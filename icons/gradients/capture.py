@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from icons.batch import Batch
 from icons.gradients.acceptance import refuse_unknown
+from icons.gradients.alone import LoneRow
 from icons.gradients.backward_pass import (
     BackwardPass,
     OverflowedError,
@@ -88,6 +89,15 @@ def per_sample_blocks(
             if test is not None:  # its passes may be the model's first, in which some put hooks on themselves
                 members = members_of(model)
                 known = test.known = paths_of(model, members, batch)
+                lone = LoneRow.of(model, members, batch, test.row)
+                if lone is not None:
+                    losses = _run(model, batch, members, known, lone.begin(begin), watch, in_pieces, test)
+                    try:
+                        lone.compare()
+                    except ValueError:
+                        test.fail()
+                        raise
+                    return losses
             return _run(model, batch, members, known, begin, watch, in_pieces, test)
 
         try:

@@ -100,8 +100,7 @@ class Paths:
         narrows: whether the output layer may be narrowed to supervised positions.
         unmasked: by what batches hold beside the text, whether they were shown to need no attention mask if padding
             stands on the right.
-        tested: sides of padding, and what the batch held beside the text, with which the model has passed its
-            self-test.
+        tested: sides of padding, and kinds of batch, with which the model has passed its self-test.
     """
 
     structure: Structure | None = None
@@ -117,7 +116,7 @@ class Paths:
     narrow: dict[str, bool] = field(default_factory=dict)
     narrows: bool = True
     unmasked: dict[frozenset[str], bool] = field(default_factory=dict)
-    tested: set[tuple[str, frozenset[str]]] = field(default_factory=set)
+    tested: set[tuple[str, Kind]] = field(default_factory=set)
 
     def path(self, name: str) -> int:
         """The quickest path of a parameter that was not found wrong in a batch of this kind."""

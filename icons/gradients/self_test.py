@@ -4,8 +4,7 @@ Not on padding, not on the samples beside it; and where it depends on the very t
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -24,12 +23,12 @@ from icons.gradients.altered_batches import (
     without_mask,
     without_padding,
 )
+from icons.gradients.noise import is_half, shaken
 from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import Paths
 
 _ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
 _BESIDE = "the samples beside it"
-_HALF = (torch.float16, torch.bfloat16)
 _DRAWS, _SAMPLES = 3, 8  # passes and losses that the noise of half precision is measured by, at least
 _DEVIATIONS = 6  # of that noise: what another order of the same sums may do
 _MOST = 0.05  # of a loss: more is no noise
@@ -84,12 +83,13 @@ class SelfTest:
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, known: Paths) -> "SelfTest | None":
         """The test; None if the model has passed it. It comes once per model and kind of batch (with images or
-        without), and once more when padding first stands on the left, or first says whether a mask is needed; and costs
-        a forward pass, and one of a row alone."""
+        without, of one row or more), and once more when padding first stands on the left, or first says whether a mask
+        is needed; and costs a forward pass, and one of a row alone."""
         mask = batch.get("attention_mask")
         left = mask is not None and bool((mask[:, 0] == 0).any())
         tells = known.kind[1] not in known.unmasked and without_mask(batch) is not batch and has_padding(batch)
-        if (_side(left), known.kind[1]) in known.tested and not tells:
+        alike = {(_side(left), (one, known.kind[1])) for one in (False, known.kind[0])}  # more rows show what one does
+        if alike & known.tested and not tells:
             return None
         if not bool((batch["labels"][:, 1:] != IGNORE_INDEX).any()):
             return None  # losses that are all zero tell nothing: the next batch is tested
@@ -161,7 +161,11 @@ class SelfTest:
                 SeesItsTargetWarning,
                 stacklevel=4,
             )
-        self.known.tested.add((_side(self.left), self.known.kind[1]))
+        self.known.tested.add((_side(self.left), self.known.kind))
+
+    def fail(self) -> None:
+        """What was not passed in the end comes again."""
+        self.known.tested.discard((_side(self.left), self.known.kind))
 
     def refuse(self, losses: "_Losses", batch: Batch | None, rows: Sequence[int], cause: str) -> None:
         """Refuses a model whose losses are others when the batch is this one."""
@@ -197,7 +201,7 @@ class SelfTest:
         first, second = one.means(), two.means()
         size, both = first.abs().clamp(min=0.1), first.isfinite() & second.isfinite()
         beyond = ((first - second).abs() > 1e-4 * size) & both
-        if not bool(beyond.any()) or not _is_half(self.model, first.device):
+        if not bool(beyond.any()) or not is_half(self.model, first.device):
             return bool(beyond.any())
         if self.noise is None:
             self.noise = _Noise.of(self.model, self.batch)
@@ -244,10 +248,6 @@ class _Losses:
         return torch.stack([row.sum() / max(1, len(row)) for row in self.rows])
 
 
-def _is_half(model: nn.Module, device: torch.device) -> bool:
-    return any(value.dtype in _HALF for value in model.parameters()) or torch.is_autocast_enabled(device.type)
-
-
 @dataclass(frozen=True)
 class _Noise:
     """How far losses move when each result of each layer in half precision moves by up to a unit in its last place: as
@@ -268,34 +268,14 @@ class _Noise:
         generator = torch.Generator(plain.rows[0].device).manual_seed(0)
         means: list[Tensor] = []
         squares: list[Tensor] = []
-        with _shaken(model, generator) as shaken:
+        with shaken(model, generator) as modules:
             while len(means) < _DRAWS or len(means) * len(plain.rows) < _SAMPLES:
                 moved = _Losses.by(model, batch, narrow=True)
                 means.append((moved.means() - plain.means()).square())
                 apart = zip(moved.rows, plain.rows, strict=True)
                 squares.append(_Losses([(one - two).square() for one, two in apart]).means())
-        most = float("inf") if not shaken else float(torch.stack(means).nan_to_num(0, 0).mean(dim=0).max().sqrt())
-        return cls(most, torch.stack(squares).nan_to_num(0, 0).mean(dim=0) if shaken else plain.means() + torch.inf)
-
-
-@contextmanager
-def _shaken(model: nn.Module, generator: torch.Generator) -> Iterator[set[nn.Module]]:
-    """Yields the modules whose results have been moved so far."""
-    shaken = set[nn.Module]()
-
-    def shake(module: nn.Module, _args: Any, output: Any) -> Tensor | None:
-        if not isinstance(output, Tensor) or output.dtype not in _HALF:
-            return None
-        shaken.add(module)
-        noise = torch.empty_like(output).uniform_(-1, 1, generator=generator)
-        return torch.addcmul(output, output, noise, value=torch.finfo(output.dtype).eps)
-
-    handles = [part.register_forward_hook(shake) for part in model.modules() if not part._modules]
-    try:
-        yield shaken
-    finally:
-        for handle in handles:
-            handle.remove()
+        most = float("inf") if not modules else float(torch.stack(means).nan_to_num(0, 0).mean(dim=0).max().sqrt())
+        return cls(most, torch.stack(squares).nan_to_num(0, 0).mean(dim=0) if modules else plain.means() + torch.inf)
 
 
 def _side(left: bool) -> str:

@@ -119,7 +119,8 @@ def test_the_self_test_and_the_proof_come_once() -> None:
     model, calls = half_model(), []
     model.base_model.model.lm_head.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr,operator]
     per_sample_gradients(model, text())
-    assert len(calls) == 4  # changed, as it is (which is the truth), and alone; what taps say is the pass itself
-    per_sample_gradients(model, text())
+    # changed, as it is (which is the truth), and twice alone; what taps say is the pass itself
     assert len(calls) == 5
-    assert KNOWN[model].tested == {("right", frozenset())}
+    per_sample_gradients(model, text())
+    assert len(calls) == 6
+    assert KNOWN[model].tested == {("right", (False, frozenset()))}
