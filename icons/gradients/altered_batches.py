@@ -107,7 +107,8 @@ def most_padded(batch: Batch) -> int:
 
 
 def without_padding(batch: Batch) -> Batch:
-    """A batch of one row, of its tokens alone."""
-    kept, shape = batch["attention_mask"][0] != 0, batch["labels"].shape
+    """A batch of one row, without what its mask hides at either end; what it hides in between keeps its positions."""
+    seen, shape = batch["attention_mask"][0].nonzero().flatten().tolist(), batch["labels"].shape
+    kept = slice(seen[0], seen[-1] + 1) if seen else slice(None)
     cut = {n: value[:, kept] for n, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}
     return dict(batch) | cut

@@ -8,6 +8,7 @@ from small_models import SMALL, llama, text_batch, with_lora
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from icons.batch import model_inputs, sample_losses
 from icons.gradients import per_sample_gradients
 
 pytestmark = pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
@@ -61,3 +62,16 @@ def test_a_first_batch_of_one_row_shows_nothing_of_company() -> None:
     assert per_sample_gradients(model, one).any()
     with pytest.raises(ValueError, match="depends on its padding or the samples beside it"):
         per_sample_gradients(model, batch)
+
+
+def test_a_mask_with_a_hole_is_no_padding() -> None:
+    """A row alone keeps its hidden tokens' positions."""
+    model, batch = with_lora(llama(), ["q_proj", "v_proj"]), text_batch()
+    batch["attention_mask"][1, 2] = 0
+    found = per_sample_gradients(model, batch)
+    for sample, length in enumerate((12, 5, 9)):
+        one = {name: value[sample : sample + 1, :length] for name, value in batch.items() if name != "row"}
+        loss = sample_losses(model(**model_inputs(one)).logits, one["labels"]).sum()
+        trained = [value for name, value in model.named_parameters() if "lora_" in name]
+        expected = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)])
+        assert (found[sample] - expected).norm() < 1e-5 * expected.norm()
