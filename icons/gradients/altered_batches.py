@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, OWN_FIELDS, Batch, supervised_tokens
-from icons.gradients.paths import Paths, is_text
+from icons.gradients.paths import Kind, Paths, is_text
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length")
 
@@ -31,10 +32,10 @@ def with_another_end(batch: Batch) -> Batch | None:
     return dict(batch) | {"input_ids": changed}
 
 
-def with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | None:
-    """The batch with one column of padding more; None if there is no mask, or the model might have no such position."""
+def with_more_padding(model: nn.Module, batch: Batch, left: bool, columns: int = 1) -> Batch | None:
+    """The batch with columns of padding more; None if there is no mask, or the model might have no such positions."""
     length = batch["labels"].shape[1]
-    if "attention_mask" not in batch or length >= _longest(model):
+    if "attention_mask" not in batch or length + columns > _longest(model):
         return None
     padded = dict(batch)
     for name, value in batch.items():
@@ -46,29 +47,53 @@ def with_more_padding(model: nn.Module, batch: Batch, left: bool) -> Batch | Non
             edge = value[:, :1] if left else value[:, -1:]
             fill = {"labels": IGNORE_INDEX, "attention_mask": 0}.get(name)
             column = edge if fill is None else torch.full_like(edge, fill)
-            padded[name] = torch.cat([column, value] if left else [value, column], dim=1)
+            more = column.expand(-1, columns, *column.shape[2:])
+            padded[name] = torch.cat([more, value] if left else [value, more], dim=1)
     return padded
 
 
 def without_mask(batch: Batch) -> Batch:
     """The batch without its attention mask, where all that this hides is padding on the right that nothing is
     predicted from: attention is causal, and without a mask a GPU has quicker kernels for it, that repeat. Else the
-    batch as it is."""
+    batch as it is: so where nothing is padded, or where positions are given, which are taken for those of documents
+    beside each other once there is no mask."""
     mask, labels = batch.get("attention_mask"), batch["labels"]
-    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape or "position_ids" in batch:
         return batch
     hidden, silent = mask == 0, labels.to(mask.device) == IGNORE_INDEX
-    plain = ((mask == 1) | (hidden & silent)).all() & (hidden[:, 1:] >= hidden[:, :-1]).all()
+    plain = ((mask == 1) | (hidden & silent)).all() & (hidden[:, 1:] >= hidden[:, :-1]).all() & hidden.any()
     return {name: value for name, value in batch.items() if name != "attention_mask"} if bool(plain) else batch
 
 
 def as_run(batch: Batch, known: Paths) -> Batch:
     """What the model is run on for a batch of the kind at hand."""
-    return without_mask(batch) if known.unmasked.get(known.kind[1], False) else batch
+    return without_mask(batch) if suffices(known, batch) else batch
 
 
-def has_padding(batch: Batch) -> bool:
-    return bool((batch["attention_mask"] == 0).any())
+def suffices(known: Paths, batch: Batch) -> bool | None:
+    """Whether batches of this kind were shown to need no mask; None: not yet, or not with so much padding."""
+    shown = known.unmasked.get(use_of(batch))
+    if shown is None or shown in (0, 1):
+        return None if shown is None else shown == 1
+    return bool(padding_of(batch).max() <= 2 * shown) or None
+
+
+def use_of(batch: Batch) -> Kind:
+    """Whether it has one row, and what it holds, of the text too: positions or types of tokens may stand in for a
+    mask."""
+    fields = (name for name, value in batch.items() if isinstance(value, Tensor) and name not in OWN_FIELDS)
+    return len(batch["labels"]) == 1, frozenset(fields)
+
+
+def padding_of(batch: Batch) -> Float[Tensor, " batch"]:
+    """Each row's share of padding; 0 of a row that has no loss."""
+    mask = batch["attention_mask"]
+    return (mask == 0).float().mean(dim=1) * (supervised_tokens(batch["labels"]).to(mask.device) > 0)
+
+
+def room(model: nn.Module, length: int) -> int:
+    """Columns of padding, half as many as there are or what the model has positions for; 0 if it does not say."""
+    return max(0, min(length // 2, _longest(model) - length))
 
 
 def _longest(model: nn.Module) -> int:
@@ -104,6 +129,14 @@ def most_padded(batch: Batch) -> int:
     counts = batch.get("attention_mask", batch["labels"] == IGNORE_INDEX).sum(dim=1)
     silent = supervised_tokens(batch["labels"]).to(counts.device) == 0
     return int((counts + counts.max() * silent).argmin())
+
+
+def telling_rows(batch: Batch) -> list[int]:
+    """Three rows that show most of what a batch needs: the most padded, the one with most tokens to predict, and the
+    one with most beside the text."""
+    counts = [value for value in batch.get("entries_per_row", {}).values() if len(value) == len(batch["labels"])]
+    images = [int(torch.stack(counts).sum(dim=0).argmax())] if counts else []
+    return sorted({most_padded(batch), int(supervised_tokens(batch["labels"]).argmax()), *images})
 
 
 def without_padding(batch: Batch) -> Batch:

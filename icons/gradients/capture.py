@@ -122,7 +122,7 @@ def _run(
     to_prove = not plan.tried and plan.slow != set(members.trainable)
     if test is not None and not to_prove:
         with torch.no_grad():
-            positions = SupervisedPositions(model, batch["labels"])
+            positions = SupervisedPositions(model, batch["labels"], known.narrows)
 
             def forward(given: Batch) -> Tensor:
                 return positions.of_tokens(positions.logits(model, given))

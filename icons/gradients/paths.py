@@ -98,8 +98,8 @@ class Paths:
         silent: parameters whose gradient was zero in every proof: the first that is not needs a proof.
         narrow: see `NarrowInputs`.
         narrows: whether the output layer may be narrowed to supervised positions.
-        unmasked: by what batches hold beside the text, whether they were shown to need no attention mask if padding
-            stands on the right.
+        unmasked: of one row or more, and what batches hold: with which share of padding on the right they were shown to
+            need no attention mask. 1: with any; 0: they need it.
         tested: sides of padding, and kinds of batch, with which the model has passed its self-test.
     """
 
@@ -115,7 +115,7 @@ class Paths:
     silent: set[str] = field(default_factory=set)
     narrow: dict[str, bool] = field(default_factory=dict)
     narrows: bool = True
-    unmasked: dict[frozenset[str], bool] = field(default_factory=dict)
+    unmasked: dict[Kind, float] = field(default_factory=dict)
     tested: set[tuple[str, Kind]] = field(default_factory=set)
 
     def path(self, name: str) -> int:

@@ -15,9 +15,13 @@ from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, Batch, supervised_tokens
 from icons.gradients.altered_batches import (
-    has_padding,
     most_padded,
+    padding_of,
+    room,
     rows_of,
+    suffices,
+    telling_rows,
+    use_of,
     with_another_end,
     with_more_padding,
     without_mask,
@@ -32,6 +36,8 @@ _BESIDE = "the samples beside it"
 _DRAWS, _SAMPLES = 3, 8  # passes and losses that the noise of half precision is measured by, at least
 _DEVIATIONS = 6  # of that noise: what another order of the same sums may do
 _MOST = 0.05  # of a loss: more is no noise
+_SAME = 2e-5  # of a loss, float32
+_MUCH = 0.2  # of a row that is padding: a model that looks at it shows so by more than noise
 
 
 def _ratio(tokens: int) -> float:
@@ -75,10 +81,8 @@ class SelfTest:
         fewer = None if changed is None or not self.others else rows_of(changed, self.others)
         self.all = list(range(size))
         self.order = self.all if fewer is None else self.others
-        # of a batch without padding, this one has all there is: whether it needs a mask is seen at it
-        self.full = "attention_mask" in batch and not has_padding(batch)
-        self.other = fewer or changed
-        self.changed = self.losses_of_other(masked=not self.full)
+        self.changed = _Losses.or_none(model, fewer or changed)
+        self.unneeded = self.share_unneeded() if suffices(known, batch) is None else None
 
     @classmethod
     def of(cls, model: nn.Module, batch: Batch, known: Paths) -> "SelfTest | None":
@@ -87,7 +91,7 @@ class SelfTest:
         is needed; and costs a forward pass, and one of a row alone."""
         mask = batch.get("attention_mask")
         left = mask is not None and bool((mask[:, 0] == 0).any())
-        tells = known.kind[1] not in known.unmasked and without_mask(batch) is not batch and has_padding(batch)
+        tells = suffices(known, batch) is None and without_mask(batch) is not batch
         alike = {(_side(left), (one, known.kind[1])) for one in (False, known.kind[0])}  # more rows show what one does
         if alike & known.tested and not tells:
             return None
@@ -98,35 +102,54 @@ class SelfTest:
 
     def unmasked(self, forward: Callable[[Batch], Tensor]) -> Float[Tensor, " tokens"] | None:
         """The losses of the batch without its attention mask, if it needs none; batches of its kind are then run
-        without. One of the two batches that are compared is padded.
+        without.
 
         Args:
             forward: gives the losses of a batch's supervised tokens.
         """
-        bare, tokens = without_mask(self.batch), None
-        if bare is self.batch or (self.full and self.padded is None):
-            return None  # nothing to learn of masks here
-        try:
-            tokens = None if self.changed is None else forward(bare)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # whatever a model says that wants its mask
-            tokens = None
-        needless = False
-        if tokens is not None and self.changed is not None:
-            found = _Losses.of(tokens.detach(), self.batch)[self.order]
-            needless = torch.equal(found.means().isfinite(), self.changed.means().isfinite())
-            needless = needless and not self.differ(found, self.changed, self.order)
-        self.known.unmasked[self.known.kind[1]] = needless
-        if needless:
-            return tokens
-        if self.full:
-            self.changed = self.losses_of_other(masked=True)
+        if self.unneeded is None:
+            known = suffices(self.known, self.batch) and without_mask(self.batch) is not self.batch
+            return forward(without_mask(self.batch)) if known else None
+        tokens = None
+        if self.unneeded:
+            tokens = forward(without_mask(self.batch))
+            found = _Losses.of(tokens.detach(), self.batch)
+            if self.changed is None or not self.alike(found[self.order], self.changed, self.order):
+                masked = _Losses.or_none(self.model, self.batch, narrow=self.known.narrows)
+                if masked is None or not self.alike(found, masked, self.all):
+                    tokens, self.unneeded = None, 0.0
+        self.known.unmasked[use_of(self.batch)] = self.unneeded
+        return tokens
+
+    def share_unneeded(self) -> float | None:
+        """With which share of padding on the right the batch's losses were the same with its attention mask and
+        without: 1 if with much, which shows it for any; 0: they were not; None: nothing can be told."""
+        if without_mask(self.batch) is self.batch:
+            return None
+        rows, length = telling_rows(self.batch), self.batch["labels"].shape[1]
+        few = rows_of(self.batch, rows)
+        given, which = (self.batch, self.all) if few is None else (few, rows)
+        longer = with_more_padding(self.model, given, False, room(self.model, length))
+        for padded, numbers in ((longer or given, which), (self.batch, self.all)):
+            masked, share = _Losses.or_none(self.model, padded, narrow=True), padding_of(padded)
+            if masked is None or not bool((most := (share * masked.means().isfinite()).max()) > 0):
+                continue
+            bare = _Losses.or_none(self.model, without_mask(padded), narrow=True)
+            if bare is None or not self.alike(bare, masked, numbers):
+                return 0.0
+            return 1.0 if most >= _MUCH else float(most)
         return None
 
-    @torch.no_grad()
-    def losses_of_other(self, masked: bool) -> "_Losses | None":
-        return _Losses.or_none(self.model, self.other if masked or self.other is None else without_mask(self.other))
+    def alike(self, one: "_Losses", two: "_Losses", rows: Sequence[int]) -> bool:
+        """Whether losses with a mask and without agree, and are not finite in the same rows. In float32 token by token,
+        to a few times what another order of the same sums does: to mask is always right, and not to is quicker."""
+        first, second = one.means(), two.means()
+        if not torch.equal(first.isfinite(), second.isfinite()) or self.differ(one, two, rows):
+            return False
+        if is_half(self.model, first.device):
+            return True
+        apart = _Losses([(a - b).square() for a, b in zip(one.rows, two.rows, strict=True)]).means().sqrt()
+        return not bool((apart > _SAME * first.abs().clamp(min=0.1)).any())
 
     @torch.no_grad()
     def compare(self, tokens: Float[Tensor, " tokens"]) -> None:
@@ -230,12 +253,13 @@ class _Losses:
         return cls.of(positions.of_tokens(positions.logits(model, batch)), batch)
 
     @classmethod
-    def or_none(cls, model: nn.Module, batch: Batch | None) -> "_Losses | None":
+    @torch.no_grad()
+    def or_none(cls, model: nn.Module, batch: Batch | None, narrow: bool = False) -> "_Losses | None":
         """None where the batch could not be changed, or where the model does not take it so."""
         if batch is None:
             return None
         try:
-            return cls.by(model, batch)
+            return cls.by(model, batch, narrow)
         except torch.OutOfMemoryError:
             raise
         except Exception:

@@ -59,7 +59,7 @@ def test_where_nothing_can_be_padded_a_later_batch_shows_it_once() -> None:
         before = len(masks)
         per_sample_gradients(model, full)
         per_sample_gradients(model, padded)
-        assert masks[before:] == [False, False]
+        assert masks[before:] == [True, False]  # a batch without padding loses nothing by its mask
     assert_rows_close(rows, one_by_one(model, padded))
 
 
@@ -86,17 +86,73 @@ class Failing(LlamaForCausalLM):
         return output
 
 
-@pytest.mark.parametrize("first", ["padded", "full"])
-@pytest.mark.parametrize("kind", [Counting, Demanding, Failing])
-def test_a_model_that_needs_its_mask_keeps_it(kind: type[LlamaForCausalLM], first: str) -> None:
+class Crowded(LlamaForCausalLM):
+    """Tokens beyond the forty-fifth of a batch find no room, as with experts of limited capacity; padding takes none,
+    where it is seen to be padding."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        late = there.sum() > 45
+        seen = self.get_input_embeddings()(input_ids) * (0.5 if late else 1)
+        return super().forward(inputs_embeds=seen, attention_mask=attention_mask, **kwargs)
+
+
+class Bidirectional(LlamaForCausalLM):
+    """All tokens that the mask shows, see each other by their mean."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        there = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        embedded = self.get_input_embeddings()(input_ids)
+        mean = (embedded * there[..., None]).sum(dim=1) / there.sum(dim=1)[:, None]
+        return super().forward(inputs_embeds=embedded + 0.02 * mean[:, None], attention_mask=attention_mask, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore:PeftModel. a sample's loss depends on the very token")
+@pytest.mark.parametrize("first", [None, (14, 14), (14, 13), (14, 5)])
+@pytest.mark.parametrize("kind", [Counting, Demanding, Failing, Crowded, Bidirectional])
+def test_a_model_that_needs_its_mask_keeps_it(kind: type[LlamaForCausalLM], first: tuple[int, ...] | None) -> None:
+    """Whatever it is shown first: a batch without padding, with hardly any, or one padded row, which is left out where
+    the others are tried in other company."""
     model = with_lora(kind(llama().config), ["q_proj"])
-    if first == "full":
-        per_sample_gradients(model, text_batch((14, 14)))
-    batch = text_batch()
+    if first is not None:
+        shown = text_batch(first)
+        assert_rows_close(per_sample_gradients(model, shown), one_by_one(model, shown))
+    batch = text_batch((12, 5, 9, 9))
     with masks_of(model) as masks:
         rows = per_sample_gradients(model, batch)
         assert masks[-1]
     assert_rows_close(rows, one_by_one(model, batch))
+
+
+class Centred(LlamaForCausalLM):
+    """Its logits change after the output layer, which is then not narrowed."""
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        output = super().forward(*args, **options)
+        output.logits = output.logits - 0.5 * output.logits.cumsum(dim=1)
+        return output
+
+
+@pytest.mark.filterwarnings("ignore::icons.gradients.self_test.WholeLogitsWarning")
+def test_the_verdict_is_one_whether_the_model_is_known_to_need_all_logits_or_not() -> None:
+    model, padded = with_lora(Centred(llama().config), ["q_proj"]), text_batch()
+    for batch in (padded, padded | {"token_type_ids": torch.zeros_like(padded["labels"])}):
+        with masks_of(model) as masks:
+            rows = per_sample_gradients(model, batch)
+            assert not masks[-1]
+        assert_rows_close(rows, one_by_one(model, batch))
+
+
+def test_rows_are_the_same_to_the_last_bit_whichever_batch_comes_first() -> None:
+    batches = [text_batch((14, 14)), text_batch((14, 13)), text_batch((14, 5)), text_batch((9,)), text_batch()]
+
+    def run(first: int) -> list[Tensor]:
+        model = with_lora(llama(max_position_embeddings=15), ["q_proj"])
+        return [per_sample_gradients(model, batch) for batch in batches[first:]]
+
+    whole = run(0)
+    for first in range(1, len(batches)):
+        assert all(torch.equal(one, other) for one, other in zip(whole[first:], run(first), strict=True))
 
 
 def hole(batch: dict[str, Tensor]) -> None:
@@ -121,11 +177,19 @@ def by_pairs(batch: dict[str, Tensor]) -> None:
     batch["attention_mask"] = batch["attention_mask"][:, None, None, :].expand(-1, 1, 14, 14)
 
 
+def positions(batch: dict[str, Tensor]) -> None:
+    batch["position_ids"] = torch.arange(14).repeat(3, 1)
+
+
+def no_padding(batch: dict[str, Tensor]) -> None:
+    batch["attention_mask"][:] = 1
+
+
 def nothing(batch: dict[str, Tensor]) -> None:
     del batch["attention_mask"]
 
 
-@pytest.mark.parametrize("change", [hole, left, predicted_padding, documents, by_pairs, nothing])
+@pytest.mark.parametrize("change", [hole, left, predicted_padding, documents, by_pairs, positions, no_padding, nothing])
 def test_any_other_mask_stays(change: Any) -> None:
     batch = text_batch()
     assert "attention_mask" not in without_mask(batch)
