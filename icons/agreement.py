@@ -42,6 +42,8 @@ PLACES = {"path", "images", "name"}
 """Where a file lies may change between a run and its resume; what is in it may not."""
 _HINTS = {"model.fingerprint": " (frozen weights that are others, or the same in another number format: --model-dtype)"}
 """Said where a value shows nothing by itself."""
+STATUSES = "status_digest"
+"""The entry of a source in a score store's manifest that says which statuses its rows had."""
 IMAGE_FILES = "image_files"
 """Row -> image -> the mark of its file (`icons.datamodules.image_marks`), compared by `check_image_files` alone."""
 _LATER = {"preprocessing.template", "preprocessing.preset", "reader"}

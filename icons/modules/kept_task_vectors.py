@@ -127,13 +127,25 @@ class _Kept:
             for index in mine:
                 module.vector(todo[index], dict(manifests[todo[index]])).save(files[todo[index]])
             self.trainer.strategy.barrier()
-        return {name: TaskVector.load(file) for name, file in files.items()}
+        return {name: _loaded(file, manifests[name]) for name, file in files.items()}
 
     def loader(self, name: str, mine: bool) -> Any:
         module, dataset = self.modules[name], self.modules[name].dataset
         plan = UnitPlan(Partition(len(dataset), len(dataset)), [0] if mine else [])
         sampler = UnitBatchSampler(plan, dataset.lengths, module.batch_size, module.max_tokens)
         return unit_dataloader(dataset, sampler, dataset.collate)
+
+
+def _loaded(file: Path, manifest: Mapping[str, Any]) -> TaskVector:
+    """What was found to be there, or was put there, a moment ago.
+
+    Raises:
+        ValueError: another run has put its own there meanwhile.
+    """
+    vector = TaskVector.load(file)
+    meanwhile = "another run has put its own there meanwhile: give another --task-vectors, and run the same line again"
+    check_compatible(vector.manifest, manifest, TASK_VECTOR, str(file), "this run", meanwhile)
+    return vector
 
 
 def _is_kept(file: Path, manifest: Mapping[str, Any]) -> bool:

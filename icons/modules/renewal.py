@@ -7,13 +7,10 @@ training row that has changed, its own score alone, which its unit's statuses te
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from icons.agreement import IMAGE_FILES
+from icons.agreement import IMAGE_FILES, STATUSES
 from icons.store import GradientStore, ScoreStore
 from icons.store.lease import Leases
 from icons.terminal import counted
-
-STATUSES = "status_digest"
-"""The entry of a source in a score store's manifest that says which statuses its rows had."""
 
 
 def described(store: GradientStore) -> dict[str, Any]:

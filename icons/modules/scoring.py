@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from lightning.fabric import Fabric
 
-from icons.agreement import PLACES, SCORES, check_compatible
+from icons.agreement import PLACES, SCORES, STATUSES, check_compatible
 from icons.choices import Normalize, Reduce
 from icons.manifest import versions
 from icons.modules.ranks import Run
-from icons.modules.renewal import STATUSES, described, renew
+from icons.modules.renewal import described, renew
 from icons.partition import UnitPlan, assign
 from icons.scores import Scorer
 from icons.store import GradientStore, ScoreStore

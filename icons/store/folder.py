@@ -120,6 +120,13 @@ class DurableLocalStore(LocalStore):
     def is_file(self, key: str) -> bool:
         return os.path.isfile(self.path_of(key))
 
+    def stamp(self, key: str) -> tuple[int, int, int] | None:
+        try:
+            about = os.stat(self.path_of(key))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return about.st_ino, about.st_mtime_ns, about.st_size
+
     def read(self, key: str) -> bytes | None:
         return read_file(self.path_of(key))
 

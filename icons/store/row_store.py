@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import zarr
 
-from icons.agreement import plain
+from icons.agreement import IMAGE_FILES, PLACES, STATUSES, plain
 from icons.batch import Status
 from icons.partition import Partition
 from icons.store import unit_digest
@@ -27,6 +27,8 @@ Kind = TypeVar("Kind", bound="RowStore")
 _FORMAT = 2
 _READABLE_FORMATS = (1, 2)
 """1 has neither digests of units nor the layout among its attributes."""
+_AMENDED = {*PLACES, "batches", IMAGE_FILES, "num_validation", STATUSES, "warnings"}
+"""Entries of a manifest, and of those in it, that runs may change while others write."""
 
 
 class RowStore:
@@ -42,6 +44,7 @@ class RowStore:
         self.status = self.arrays["status"]
         self.partition = Partition(self.status.shape[0], self.status.chunks[0])
         self.chunks = Chunks(storage, self.arrays, self.partition)
+        self.stamp: object = None  # of the group's file, when it was last found to be this store's
 
     @classmethod
     def open(cls: type[Kind], path: str | Path, mode: str = "r") -> Kind:
@@ -158,6 +161,27 @@ class RowStore:
         self.storage.flush()
         self.manifest |= plain(entries)
 
+    def check_same(self) -> None:
+        """Called before something is written: another run may have been told to replace the store (`--overwrite`),
+        and rows of one must not get into the other.
+
+        Raises:
+            FileNotFoundError: the store has vanished.
+            ValueError: another one is in its place, made from something else.
+        """
+        stamp = self.storage.stamp("zarr.json")
+        if stamp is not None and stamp == self.stamp:
+            return
+        text = self.storage.get("zarr.json")
+        if text is None:
+            raise vanished(self.path)
+        if _lasting(json.loads(text)["attributes"].get("icons")) != _lasting(plain(self.manifest)):
+            raise ValueError(
+                f"store {self.path}: another run has replaced it, with other settings, while it was being written; "
+                "give another place, and run the same line again"
+            )
+        self.stamp = stamp
+
     def statuses(self) -> np.ndarray:
         """The status of every row, `[N]` uint8."""
         return self.stored("status", slice(None))
@@ -231,12 +255,11 @@ class RowStore:
 
         Raises:
             ValueError: a shape is not that of the unit, or an array is missing or unknown.
-            FileNotFoundError: the store has vanished.
+            FileNotFoundError, ValueError: as `check_same`.
             LostUnit: the guard has objected.
         """
         self.check_values(unit, values)
-        if not self.storage.exists("zarr.json"):
-            raise vanished(self.path)
+        self.check_same()
         rows = {name: value for name, value in values.items() if name != "status"}
         self.chunks.write(unit, rows, values["status"] if self.has_digests else None, guard)
 
@@ -279,3 +302,10 @@ class RowStore:
         for key in written:
             self.storage.delete(key)
         self.storage.flush_deleted(written)
+
+
+def _lasting(entry: Any) -> Any:
+    """A manifest, or an entry of one, without what may change while a store is written."""
+    if isinstance(entry, Mapping):
+        return {name: _lasting(value) for name, value in entry.items() if name not in _AMENDED}
+    return [_lasting(value) for value in entry] if isinstance(entry, list) else entry

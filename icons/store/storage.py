@@ -127,6 +127,10 @@ class Storage:
     def exists(self, key: str) -> bool:
         return self.folder.is_file(key) if self.folder else _run(self.zarr_store.exists(key))
 
+    def stamp(self, key: str) -> object:
+        """What changes when the content of `key` does; None: that is not known, or it is not there."""
+        return self.folder.stamp(key) if self.folder else None
+
     def list(self, prefix: str) -> list[str]:
         """Every key that lies below `prefix`, sorted."""
         if self.folder:

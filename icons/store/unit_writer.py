@@ -84,6 +84,7 @@ class UnitWriter:
             self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")
             return False
         self.elsewhere.pop(unit, None)
+        self.store.check_same()
         rows = self.store.partition.unit_rows(unit)
         status, planned = self.store.stored("status", slice(rows.start, rows.stop)), self.again.get(unit)
         if status.all() and (planned is None or not np.array_equal(status, planned)):
@@ -193,8 +194,10 @@ class UnitWriter:
         """Called before each file of a unit is seen.
 
         Raises:
+            FileNotFoundError, ValueError: the store has vanished, or another one is in its place.
             LostUnit: another run has taken the unit over, or finished it.
         """
+        self.store.check_same()
         if self.leases.owns(unit) and not self.store.is_written(unit):
             return
         self.elsewhere[unit] = str(self.leases.holder(unit) or "another run")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,24 @@ def test_task_vectors_are_kept_and_a_second_store_uses_them(warmup: Path, tmp_pa
     assert (kept / "a.safetensors").stat().st_mtime_ns == before
     assert ScoreStore.open(tmp_path / "two.zarr").tasks == ["a", "b", "mme/c"]
     assert (kept / "mme%2Fc.safetensors").is_file()
+
+
+def test_a_task_vector_that_another_run_has_replaced_meanwhile_is_not_scored_with(
+    warmup: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save = TaskVector.save
+
+    def raced(self: TaskVector, file: Path) -> None:
+        save(self, file)
+        save(replace(self, manifest={**self.manifest, "normalize": "none"}), file)
+
+    monkeypatch.setattr(TaskVector, "save", raced)
+    assert score(warmup, tmp_path / "scores.zarr", *both_tasks()) == 1
+    said = capsys.readouterr().err
+    assert (
+        "a.safetensors has 'none', this run has 'exact'; another run has put its own there meanwhile: give an" in said
+    )
+    assert not (tmp_path / "scores.zarr").exists()
 
 
 def test_a_resumed_store_is_the_same_bit_for_bit(warmup: Path, tmp_path: Path) -> None:

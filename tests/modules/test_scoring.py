@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from lightning.fabric import Fabric
 
-from icons.modules.renewal import STATUSES
+from icons.agreement import STATUSES
 from icons.modules.scoring import Scoring
 from icons.scores import influence
 from icons.store import GradientStore, ScoreStore

@@ -14,7 +14,9 @@ import pytest
 from icons.process import process_mark
 from icons.store import GradientStore
 from icons.store.file import LostUnit
+from icons.store.former import discard
 from icons.store.lease import Leases, lease_key
+from icons.store.storage import Storage
 from icons.store.unit_writer import UnitWriter, statuses_of
 from icons.store.verify import verify
 
@@ -55,6 +57,31 @@ def test_a_writer_that_comes_back_after_its_unit_was_finished_changes_nothing(st
     zombie.collect(rows, results(rows, loss=9.0))
     zombie.finish()
     assert contents(store) == before and not [key for key in before if "lease" in key]
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_run_whose_store_another_has_replaced_writes_no_row_into_the_new_one(
+    store: GradientStore, make: Any, begun: bool
+) -> None:
+    former = make(store)
+    rows = np.arange(4, 8)
+    if begun:
+        assert former.claim(1)
+    store.amend(batches="mixed")  # it is the same store all the same
+    assert former.claim(0)
+    discard(Storage(store.path, "r+"))
+    other = {"manifest": {"projector": {"seed": 7}}, "num_rows": 22, "dim": 6, "dtype": "float32", "chunk_rows": 4}
+    new = GradientStore.create(store.path, **other)
+    if begun:  # and the new store's run has not come as far
+        former.leases.release(1, done=False)
+        former.leases.take(1, 0)
+        former.collect(rows, results(rows, loss=9.0))
+    replaced = r"store .*: another run has replaced it, with other settings, while it was being written; give another p"
+    with pytest.raises(ValueError, match=replaced):
+        former.finish() if begun else former.claim(1)
+    former.leases.close()
+    finish_instead(new, make, 1)
+    assert (new.loss[4:8] == 1).all() and new.missing() == [0, 2, 3, 4, 5] and list(verify(new)) == []
 
 
 def test_a_lease_that_has_gone_is_not_made_again(store: GradientStore) -> None:
