@@ -150,6 +150,11 @@ def check(kind: str, train: str, dtype: torch.dtype) -> tuple[str, str]:
         plain, true = one_by_one(model, batch), one_by_one(model_of(kind, train).to(dtype).float(), batch)
     except Exception as error:
         return "cannot", f"{type(error).__name__}: {error}"
+    return judged(model, batch, plain, true)
+
+
+def judged(model: nn.Module, batch: Any, plain: Tensor, true: Tensor) -> tuple[str, str]:
+    """The batch's rows beside the plain gradients in the model's precision, and those in float32."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -158,7 +163,7 @@ def check(kind: str, train: str, dtype: torch.dtype) -> tuple[str, str]:
             return "refused", f"{type(error).__name__}: {error}"
     size = true.norm(dim=1).clamp(min=1e-7)
     error, usual = ((rows - true).norm(dim=1) / size for rows in (found, plain))
-    allowed = torch.full_like(usual, 1e-4) if dtype == torch.float32 else 2 * usual + 2e-3
+    allowed = torch.full_like(usual, 1e-4) if next(model.parameters()).dtype == torch.float32 else 2 * usual + 2e-3
     pairs = zip(error.tolist(), usual.tolist(), strict=True)
     figures = ", ".join(f"{one:.1e} (plain {two:.1e})" for one, two in pairs)
     said = [str(one.message) for one in caught if type(one.message).__module__.startswith("icons.")]
