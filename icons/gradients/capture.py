@@ -86,19 +86,21 @@ def per_sample_blocks(
         def compute() -> Float[Tensor, " batch"]:
             nonlocal members, known
             test = SelfTest.of(model, batch, known)
-            if test is not None:  # its passes may be the model's first, in which some put hooks on themselves
-                members = members_of(model)
-                known = test.known = paths_of(model, members, batch)
-                lone = LoneRow.of(model, members, batch, test.row)
+            if test is None:
+                return _run(model, batch, members, known, begin, watch, in_pieces, None)
+            # its passes may be the model's first, in which some put hooks on themselves
+            members = members_of(model)
+            known = test.known = paths_of(model, members, batch)
+            lone = LoneRow.of(model, members, batch, test.row)
+            try:
+                looking = begin if lone is None else lone.begin(begin)
+                losses = _run(model, batch, members, known, looking, watch, in_pieces, test)
                 if lone is not None:
-                    losses = _run(model, batch, members, known, lone.begin(begin), watch, in_pieces, test)
-                    try:
-                        lone.compare()
-                    except ValueError:
-                        test.fail()
-                        raise
-                    return losses
-            return _run(model, batch, members, known, begin, watch, in_pieces, test)
+                    lone.compare()
+            except BaseException:
+                test.fail()
+                raise
+            return losses
 
         try:
             return repeatable(model, members.device, compute)

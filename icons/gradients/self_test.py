@@ -187,8 +187,9 @@ class SelfTest:
         self.known.tested.add((_side(self.left), self.known.kind))
 
     def fail(self) -> None:
-        """What was not passed in the end comes again."""
+        """What was not passed in the end comes again, with the next batch."""
         self.known.tested.discard((_side(self.left), self.known.kind))
+        self.known.unmasked.pop(use_of(self.batch), None)
 
     def refuse(self, losses: "_Losses", batch: Batch | None, rows: Sequence[int], cause: str) -> None:
         """Refuses a model whose losses are others when the batch is this one."""

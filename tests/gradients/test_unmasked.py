@@ -124,6 +124,39 @@ def test_a_model_that_needs_its_mask_keeps_it(kind: type[LlamaForCausalLM], firs
     assert_rows_close(rows, one_by_one(model, batch))
 
 
+class ByIds(LlamaForCausalLM):
+    """Takes ids that are 0 for padding, and sees how many there are."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        seen = self.get_input_embeddings()(input_ids) + 3e-3 * (input_ids == 0).sum(dim=1)[:, None, None]
+        return super().forward(inputs_embeds=seen, attention_mask=attention_mask, **kwargs)
+
+
+def test_what_a_later_batch_is_refused_for_is_refused_each_time() -> None:
+    model, full = with_lora(ByIds(llama().config), ["q_proj"]), text_batch((14, 14))
+    assert_rows_close(per_sample_gradients(model, full), one_by_one(model, full))
+    for batch in (text_batch((14, 5)), text_batch((14, 5)), text_batch()):
+        with pytest.raises(ValueError, match="depends on its padding"):
+            per_sample_gradients(model, batch)
+
+
+def test_a_pass_that_ends_early_leaves_the_verdict_to_the_next() -> None:
+    """As where memory runs out, and the batch comes again in smaller ones."""
+    model, full, padded = with_lora(ByIds(llama().config), ["q_proj"]), text_batch((14, 14)), text_batch()
+    per_sample_gradients(model, full)
+
+    def runs_out(_module: Any, _args: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+
+    handle = model.get_submodule("base_model.model.model.norm").register_forward_hook(runs_out)
+    with pytest.raises(torch.OutOfMemoryError):
+        per_sample_gradients(model, padded)
+    handle.remove()
+    with pytest.raises(ValueError, match="depends on its padding"):
+        per_sample_gradients(model, padded)
+
+
 class Centred(LlamaForCausalLM):
     """Its logits change after the output layer, which is then not narrowed."""
 
