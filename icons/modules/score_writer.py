@@ -45,7 +45,9 @@ class ScoreWriter(StoreWriter):
         if self.former is None:
             return outputs
         assert isinstance(pl_module, InfluenceScorer)
-        return self.former.widened(outputs, list(pl_module.tasks.columns))
+        widened = self.former.widened(outputs, list(pl_module.tasks.columns))
+        self.former.store.check_same()
+        return widened
 
     def describe(self, pl_module: LightningModule, datamodule: Any) -> dict[str, Any]:
         """With what a former store adds: `columns` are those of the new one."""

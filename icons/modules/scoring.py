@@ -107,7 +107,8 @@ class Scoring:
         part.watch(lambda: None)
         try:
             mine = assign(sorted(planned), fabric.world_size, fabric.global_rank)
-            scored = self.fill(store, scorer, stores, {unit: planned[unit] for unit in mine}, advance, part)
+            again = {unit: planned[unit] for unit in mine}
+            scored = self.fill(store, scorer, stores, sources, again, advance, part)
             if (now := [source.status_digest() for source in sources]) != begun:
                 store.unwrite(scored)  # another run may have noted the new statuses as theirs meanwhile
                 changed = next(source for source, old, new in zip(sources, begun, now, strict=True) if old != new)
@@ -131,6 +132,7 @@ class Scoring:
         store: ScoreStore,
         scorer: Scorer,
         stores: Sequence[GradientStore],
+        sources: Sequence[GradientStore],
         planned: Mapping[int, np.ndarray],
         advance: Callable[[int], None],
         part: Run,
@@ -145,7 +147,10 @@ class Scoring:
         try:
             writer.sweep()
             for unit in UnitPlan(store.partition, list(planned), claim).claimed():
-                writer.store_unit(unit, self.unit(scorer, stores, store.partition.unit_rows(unit), advance))
+                values = self.unit(scorer, stores, store.partition.unit_rows(unit), advance)
+                for source in sources:
+                    source.check_same()
+                writer.store_unit(unit, values)
                 scored.append(unit)
         finally:
             writer.close()

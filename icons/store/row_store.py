@@ -162,8 +162,8 @@ class RowStore:
         self.manifest |= plain(entries)
 
     def check_same(self) -> None:
-        """Called before something is written: another run may have been told to replace the store (`--overwrite`),
-        and rows of one must not get into the other.
+        """Called before something is written, and after something was read: another run may have been told to replace
+        the store (`--overwrite`), and rows of one must not get into the other.
 
         Raises:
             FileNotFoundError: the store has vanished.
@@ -177,8 +177,8 @@ class RowStore:
             raise vanished(self.path)
         if _lasting(json.loads(text)["attributes"].get("icons")) != _lasting(plain(self.manifest)):
             raise ValueError(
-                f"store {self.path}: another run has replaced it, with other settings, while it was being written; "
-                "give another place, and run the same line again"
+                f"store {self.path}: another run has replaced it, with other settings, meanwhile; give the place that "
+                "you mean, and run the same line again"
             )
         self.stamp = stamp
 

@@ -13,7 +13,9 @@ from icons.agreement import STATUSES
 from icons.modules.scoring import Scoring
 from icons.scores import influence
 from icons.store import GradientStore, ScoreStore
+from icons.store.former import discard
 from icons.store.lease import Leases
+from icons.store.storage import Storage
 from icons.store.verify import verify
 
 RNG = np.random.default_rng(0)
@@ -74,6 +76,26 @@ def test_rows_that_change_while_they_are_scored_are_an_error_and_leave_no_score(
     assert len(ScoreStore.open(scoring.out).missing()) == 6
     scoring.run(fabric)
     check(scoring)
+
+
+def test_no_score_is_made_of_a_store_that_another_run_has_replaced_meanwhile(scoring: Scoring, fabric: Fabric) -> None:
+    seen = 0
+
+    def advance(rows: int) -> None:
+        nonlocal seen
+        seen += rows
+        if seen == 12:
+            discard(Storage(scoring.train[0], "r+"))
+            other = {"projector": {"kind": "count_sketch", "dim": K, "seed": 7}}
+            new = GradientStore.create(scoring.train[0], num_rows=24, dim=K, chunk_rows=4, manifest=other)
+            for unit in range(6):
+                fill(new, unit, -ROWS["train"])
+
+    expected = replace(scoring, out=f"{scoring.out}.before").run(fabric).influence[:8]
+    with pytest.raises(ValueError, match=r"train.zarr: another run has replaced it, with other settings, meanwhile; "):
+        scoring.run(fabric, advance)
+    store = ScoreStore.open(scoring.out)
+    assert store.missing() == [2, 3, 4, 5] and np.array_equal(store.influence[:8], expected)
 
 
 def test_a_unit_that_somebody_takes_away_meanwhile_is_an_error(scoring: Scoring, fabric: Fabric) -> None:

@@ -76,7 +76,7 @@ def test_a_run_whose_store_another_has_replaced_writes_no_row_into_the_new_one(
         former.leases.release(1, done=False)
         former.leases.take(1, 0)
         former.collect(rows, results(rows, loss=9.0))
-    replaced = r"store .*: another run has replaced it, with other settings, while it was being written; give another p"
+    replaced = r"store .*: another run has replaced it, with other settings, meanwhile; give the place that you mean, "
     with pytest.raises(ValueError, match=replaced):
         former.finish() if begun else former.claim(1)
     former.leases.close()
