@@ -37,7 +37,8 @@ def with_more_padding(model: nn.Module, batch: Batch, left: bool, columns: int =
     length = batch["labels"].shape[1]
     if "attention_mask" not in batch or length + columns > _longest(model):
         return None
-    padded = dict(batch)
+    padded, mask = dict(batch), batch["attention_mask"]
+    hidden = (mask == 0).nonzero().tolist() if mask.shape == batch["labels"].shape else []
     for name, value in batch.items():
         if (
             isinstance(value, Tensor)
@@ -45,6 +46,8 @@ def with_more_padding(model: nn.Module, batch: Batch, left: bool, columns: int =
             and is_text(name, value, batch["labels"].shape)
         ):
             edge = value[:, :1] if left else value[:, -1:]
+            if hidden:  # padding as the batch has it: some models know it by its id
+                edge = value[tuple(hidden[0])].expand_as(edge)
             fill = {"labels": IGNORE_INDEX, "attention_mask": 0}.get(name)
             column = edge if fill is None else torch.full_like(edge, fill)
             more = column.expand(-1, columns, *column.shape[2:])

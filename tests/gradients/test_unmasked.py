@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from icons.gradients import per_sample_gradients, weighted_gradient
-from icons.gradients.altered_batches import without_mask
+from icons.gradients.altered_batches import with_more_padding, without_mask
 
 
 @contextmanager
@@ -122,6 +122,15 @@ def test_a_model_that_needs_its_mask_keeps_it(kind: type[LlamaForCausalLM], firs
         rows = per_sample_gradients(model, batch)
         assert masks[-1]
     assert_rows_close(rows, one_by_one(model, batch))
+
+
+def test_more_padding_is_what_the_batch_has() -> None:
+    """Some models know padding by its id, and a row without any does not tell it."""
+    batch = text_batch((14, 5)) | {"token_type_ids": torch.tensor([[7] * 14, [7] * 5 + [9] * 9])}
+    padded = with_more_padding(llama(), batch, left=False, columns=3)
+    assert padded is not None
+    assert not padded["input_ids"][:, 14:].any() and not padded["attention_mask"][:, 14:].any()
+    assert (padded["token_type_ids"][:, 14:] == 9).all() and (padded["labels"][:, 14:] == -100).all()
 
 
 class ByIds(LlamaForCausalLM):
