@@ -19,6 +19,7 @@ from icons.gradients.overflow import overflowing
 from icons.gradients.structure import Members
 
 _APART = 0.01  # of a row's gradient, in float32
+_ROUNDING = 1e-6  # of the gradient of a logit, which a small loss leaves little of
 _TIMES = 2  # the noise of half precision, which is measured: the most of so many draws, in some of which a token may
 _DRAWS = 6  # take another expert
 
@@ -35,6 +36,7 @@ class LoneRow:
 
     def __init__(self, model: nn.Module, members: Members, batch: Batch, row: int) -> None:
         self.model, self.members, self.batch, self.row = model, members, batch, row
+        self.loss = 0.0
         self.gradients = self._gradients()
         self.apart: dict[str, Tensor] = {}  # |block - gradient|, |gradient|
 
@@ -74,9 +76,10 @@ class LoneRow:
             ValueError: the row's gradient is another.
         """
         apart, size = torch.stack([value.double() for value in self.apart.values()]).norm(dim=0).tolist()
-        if not apart > _APART * size or apart == float("inf"):  # what is not finite is reported as such
+        allowed = (_APART + _ROUNDING / max(self.loss, _ROUNDING)) * size
+        if not apart > allowed or apart == float("inf"):  # what is not finite is reported as such
             return
-        if is_half(self.model, self.members.device) and not apart > _TIMES * self._noise() + _APART * size:
+        if is_half(self.model, self.members.device) and not apart > _TIMES * self._noise() + allowed:
             return
         raise ValueError(
             f"per-sample gradients: in {type(self.model).__name__} a sample's gradient depends on its padding or the "
@@ -112,6 +115,7 @@ class LoneRow:
             for parameter in trained.values():
                 parameter.grad = None
             losses = SupervisedPositions(self.model, self.batch["labels"], narrow=False).run(self.model, self.batch)
+            self.loss = float(losses.detach())
             scale = LossScale.of(self.batch, self.members)
             factors = torch.ones_like(losses) if scale is None else scale.factors(losses)
             if losses.requires_grad:

@@ -1,5 +1,6 @@
 """A row's gradient is what it is alone, or the model is refused: its loss need not show."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from icons.batch import model_inputs, sample_losses
 from icons.gradients import per_sample_gradients
+from icons.gradients.alone import LoneRow
+from icons.gradients.structure import members_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::icons.gradients.capture.SlowerPathWarning")
 
@@ -75,3 +78,16 @@ def test_a_mask_with_a_hole_is_no_padding() -> None:
         trained = [value for name, value in model.named_parameters() if "lora_" in name]
         expected = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, trained)])
         assert (found[sample] - expected).norm() < 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize(("loss", "refused"), [(1e-2, True), (3e-7, False)])
+def test_a_small_loss_leaves_float32_little_of_a_gradient_to_compare(loss: float, refused: bool) -> None:
+    model, batch = with_lora(llama(), ["q_proj"]), text_batch()
+    lone = LoneRow.of(model, members_of(model), batch, 1)
+    assert lone is not None and lone.row == 1
+    lone.loss = loss
+    receive = lone.begin(lambda _members: lambda _name, _block, _rows: None)(members_of(model))
+    for name, gradient in lone.gradients.items():
+        receive(name, gradient.expand(3, *gradient.shape) * 1.05, slice(0, 3))
+    with pytest.raises(ValueError, match=r"row 1 in its batch is 5.0% off") if refused else nullcontext():
+        lone.compare()
