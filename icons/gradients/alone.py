@@ -61,7 +61,7 @@ class LoneRow:
 
             def look(name: str, block: Tensor, rows: slice) -> None:
                 if rows.start <= self.row < rows.stop:
-                    mine, alone = block[self.row - rows.start].float(), self.gradients[name]
+                    mine, alone = block[self.row - rows.start].float(), self.gradients[name].float()
                     self.apart[name] = torch.stack([(mine - alone).norm(), alone.norm()])
                 receive(name, block, rows)
 
@@ -75,11 +75,12 @@ class LoneRow:
         Raises:
             ValueError: the row's gradient is another.
         """
-        apart, size = torch.stack([value.double() for value in self.apart.values()]).norm(dim=0).tolist()
+        device = self.members.device
+        apart, size = torch.stack([value.to(device) for value in self.apart.values()]).norm(dim=0).tolist()
         allowed = (_APART + _ROUNDING / max(self.loss, _ROUNDING)) * size
         if not apart > allowed or apart == float("inf"):  # what is not finite is reported as such
             return
-        if is_half(self.model, self.members.device) and not apart > _TIMES * self._noise() + allowed:
+        if is_half(self.model, device) and not apart > _TIMES * self._noise() + allowed:
             return
         raise ValueError(
             f"per-sample gradients: in {type(self.model).__name__} a sample's gradient depends on its padding or the "
@@ -94,9 +95,8 @@ class LoneRow:
         with shaken(self.model, generator) as modules:
             for _ in range(_DRAWS):
                 again = self._gradients()
-                most = max(
-                    most, sum(float((again[n] - one).square().sum()) for n, one in self.gradients.items()) ** 0.5
-                )
+                apart = [(again[name].float() - one.float()).norm() for name, one in self.gradients.items()]
+                most = max(most, float(torch.stack([value.to(self.members.device) for value in apart]).norm()))
         return most if modules else float("inf")
 
     def _gradients(self) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ class LoneRow:
             return {
                 name: nothing.to(parameter.device).expand(parameter.shape)
                 if parameter.grad is None
-                else parameter.grad.float() / float(factors)
+                else (parameter.grad if scale is None else parameter.grad.float() / float(factors))
                 for name, parameter in trained.items()
             }
         finally:
