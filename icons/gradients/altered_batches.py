@@ -55,6 +55,23 @@ def with_more_padding(model: nn.Module, batch: Batch, left: bool, columns: int =
     return padded
 
 
+def cut_short(batch: Batch) -> Batch | None:
+    """A padded batch of text with half of each row's tokens padding too, and all that remain to be predicted; None if
+    there are no ids, or too few. It is no longer than before: for models that have no more positions, or do not say."""
+    ids, mask = batch.get("input_ids"), batch["attention_mask"]
+    counts = (mask != 0).sum(dim=1, keepdim=True)
+    if not isinstance(ids, Tensor) or not bool((counts >= 4).all()) or not bool((mask == 0).any()):
+        return None
+    kept = torch.arange(mask.shape[1], device=mask.device) < counts // 2
+    place = tuple((mask == 0).nonzero()[0].tolist())
+    cut = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.shape == ids.shape:
+            cut[name] = torch.where(kept.to(value.device), value, value[place])
+    cut["labels"] = torch.where(kept.to(ids.device), ids, IGNORE_INDEX).to(batch["labels"])
+    return cut
+
+
 def without_mask(batch: Batch) -> Batch:
     """The batch without its attention mask, where all that this hides is padding on the right that nothing is
     predicted from: attention is causal, and without a mask a GPU has quicker kernels for it, that repeat. Else the

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from icons.batch import IGNORE_INDEX, Batch, supervised_tokens
 from icons.gradients.altered_batches import (
+    cut_short,
     most_padded,
     padding_of,
     room,
@@ -129,8 +130,10 @@ class SelfTest:
         rows, length = telling_rows(self.batch), self.batch["labels"].shape[1]
         few = rows_of(self.batch, rows)
         given, which = (self.batch, self.all) if few is None else (few, rows)
-        longer = with_more_padding(self.model, given, False, room(self.model, length))
-        for padded, numbers in ((longer or given, which), (self.batch, self.all)):
+        tried = [(with_more_padding(self.model, given, False, room(self.model, length)) or given, which)]
+        if float(padding_of(tried[0][0]).max()) < _MUCH and not self.known.kind[1]:
+            tried = [(short, which) for short in [cut_short(given)] if short is not None]
+        for padded, numbers in (*tried, (self.batch, self.all)):
             masked, share = _Losses.or_none(self.model, padded, narrow=True), padding_of(padded)
             if masked is None or not bool((most := (share * masked.means().isfinite()).max()) > 0):
                 continue
