@@ -4,7 +4,8 @@ per_sample.py       whole, projected as they stream by, or scored against tasks;
 capture.py          each parameter's gradients, sample by sample, block by block: once
 acceptance.py       the model is one whose samples can be told apart,
 self_test.py        a sample's loss is known to depend on the sample alone
-altered_batches.py  (whatever its padding, end and company;
+altered_batches.py  (whatever its padding, end and company, and
+row_losses.py       token by token;
 noise.py            half precision's own noise is measured),
 alone.py            a row's gradient is what it is alone, and
 proof.py            every layer's blocks have agreed with autograd; what is
@@ -16,10 +17,14 @@ tokens.py           (ids that are no tokens are refused)
 slow_path.py        (or one for each sample, for what no tap serves)
 tap.py              a layer's inputs and its output's gradient are seen, and
 layers.py           turned into per-sample gradients
-blocks.py           handed out, each once and whole;
+blocks.py           handed out, each once and whole:
+projected_rows.py   preconditioned, projected, their norms taken; on a GPU
+fused_fold.py       by one kernel that does it all,
+fold_kernels.py     which Triton compiles;
 output_layer.py     only supervised positions reach the output layer; each token's cross-entropy
 loss_scale.py       float16 loses no small gradient, and
 chance.py           chance is refused
+overflow.py         what does not fit a GPU's memory lies in the CPU's;
 garbage.py          no search for garbage while a pass is on;
 repeatable.py       kernels repeat: each a
 shared_setting.py   setting of the whole process, which its threads share

@@ -4,8 +4,7 @@ Not on padding, not on the samples beside it; and where it depends on the very t
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakSet
 
@@ -13,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from icons.batch import IGNORE_INDEX, Batch, supervised_tokens
+from icons.batch import IGNORE_INDEX, Batch
 from icons.gradients.altered_batches import (
     cut_short,
     most_padded,
@@ -28,24 +27,12 @@ from icons.gradients.altered_batches import (
     without_mask,
     without_padding,
 )
-from icons.gradients.noise import is_half, shaken
-from icons.gradients.output_layer import SupervisedPositions
 from icons.gradients.paths import Paths
+from icons.gradients.row_losses import LossComparison, RowLosses
 
 _ROUTER_SHARES = ("router_aux_loss_coef", "aux_loss_coef")
 _BESIDE = "the samples beside it"
-_DRAWS, _SAMPLES = 3, 8  # passes and losses that the noise of half precision is measured by, at least
-_DEVIATIONS = 6  # of that noise: what another order of the same sums may do
-_MOST = 0.05  # of a loss: more is no noise
-_SAME = 2e-5  # of a loss, float32
 _MUCH = 0.2  # of a row that is padding: a model that looks at it shows so by more than noise
-
-
-def _ratio(tokens: int) -> float:
-    """Of the noise, how much the losses of so many tokens may be apart."""
-    return 3 + 6 / tokens**0.5
-
-
 _told: WeakSet[nn.Module] = WeakSet()  # of the router's loss; what is known of a model otherwise may be given up
 
 
@@ -74,7 +61,7 @@ class SelfTest:
     def __init__(self, model: nn.Module, batch: Batch, known: Paths, left: bool) -> None:
         self.model, self.batch, self.known, self.left = model, batch, known, left
         self.ended, self.padded = with_another_end(batch), with_more_padding(model, batch, left)
-        self.noise: _Noise | None = None
+        self.comparison = LossComparison(model, batch)
         # the most padded row will be alone: all others are in other company without it, and in another order
         self.row, size = most_padded(batch), len(batch["labels"])
         self.others = [] if known.kind[1] else [row for row in reversed(range(size)) if row != self.row]
@@ -82,7 +69,7 @@ class SelfTest:
         fewer = None if changed is None or not self.others else rows_of(changed, self.others)
         self.all = list(range(size))
         self.order = self.all if fewer is None else self.others
-        self.changed = _Losses.or_none(model, fewer or changed)
+        self.changed = RowLosses.or_none(model, fewer or changed)
         self.unneeded = self.share_unneeded() if suffices(known, batch) is None else None
 
     @classmethod
@@ -114,10 +101,10 @@ class SelfTest:
         tokens = None
         if self.unneeded:
             tokens = forward(without_mask(self.batch))
-            found = _Losses.of(tokens.detach(), self.batch)
-            if self.changed is None or not self.alike(found[self.order], self.changed, self.order):
-                masked = _Losses.or_none(self.model, self.batch, narrow=self.known.narrows)
-                if masked is None or not self.alike(found, masked, self.all):
+            found = RowLosses.of(tokens.detach(), self.batch)
+            if self.changed is None or not self.comparison.alike(found[self.order], self.changed, self.order):
+                masked = RowLosses.or_none(self.model, self.batch, narrow=self.known.narrows)
+                if masked is None or not self.comparison.alike(found, masked, self.all):
                     tokens, self.unneeded = None, 0.0
         self.known.unmasked[use_of(self.batch)] = self.unneeded
         return tokens
@@ -134,25 +121,14 @@ class SelfTest:
         if float(padding_of(tried[0][0]).max()) < _MUCH and not self.known.kind[1]:
             tried = [(short, which) for short in [cut_short(given)] if short is not None]
         for padded, numbers in (*tried, (self.batch, self.all)):
-            masked, share = _Losses.or_none(self.model, padded, narrow=True), padding_of(padded)
+            masked, share = RowLosses.or_none(self.model, padded, narrow=True), padding_of(padded)
             if masked is None or not bool((most := (share * masked.means().isfinite()).max()) > 0):
                 continue
-            bare = _Losses.or_none(self.model, without_mask(padded), narrow=True)
-            if bare is None or not self.alike(bare, masked, numbers):
+            bare = RowLosses.or_none(self.model, without_mask(padded), narrow=True)
+            if bare is None or not self.comparison.alike(bare, masked, numbers):
                 return 0.0
             return 1.0 if most >= _MUCH else float(most)
         return None
-
-    def alike(self, one: "_Losses", two: "_Losses", rows: Sequence[int]) -> bool:
-        """Whether losses with a mask and without agree, and are not finite in the same rows. In float32 token by token,
-        to a few times what another order of the same sums does: to mask is always right, and not to is quicker."""
-        first, second = one.means(), two.means()
-        if not torch.equal(first.isfinite(), second.isfinite()) or self.differ(one, two, rows):
-            return False
-        if is_half(self.model, first.device):
-            return True
-        apart = _Losses([(a - b).square() for a, b in zip(one.rows, two.rows, strict=True)]).means().sqrt()
-        return not bool((apart > _SAME * first.abs().clamp(min=0.1)).any())
 
     @torch.no_grad()
     def compare(self, tokens: Float[Tensor, " tokens"]) -> None:
@@ -167,12 +143,12 @@ class SelfTest:
             RouterLossWarning: the model's config asks for the loss of its routers.
         """
         model, causal = self.model, True
-        losses = _Losses.of(tokens.detach(), self.batch)
-        if self.changed is None or self.differ(losses[self.order], self.changed, self.order):
+        losses = RowLosses.of(tokens.detach(), self.batch)
+        if self.changed is None or self.comparison.differ(losses[self.order], self.changed, self.order):
             losses = self.whole(losses)
             self.refuse(losses, self.padded, self.all, "its padding")
-            changed = _Losses.or_none(model, self.ended)
-            causal = changed is None or not self.differ(losses, changed, self.all)
+            changed = RowLosses.or_none(model, self.ended)
+            causal = changed is None or not self.comparison.differ(losses, changed, self.all)
             if self.others:
                 fewer = rows_of(self.batch, self.others, not causal)
                 self.refuse(losses[self.others], fewer, self.others, _BESIDE)
@@ -194,10 +170,10 @@ class SelfTest:
         self.known.tested.discard((_side(self.left), self.known.kind))
         self.known.unmasked.pop(use_of(self.batch), None)
 
-    def refuse(self, losses: "_Losses", batch: Batch | None, rows: Sequence[int], cause: str) -> None:
+    def refuse(self, losses: RowLosses, batch: Batch | None, rows: Sequence[int], cause: str) -> None:
         """Refuses a model whose losses are others when the batch is this one."""
-        changed = _Losses.or_none(self.model, batch)
-        if changed is not None and self.differ(losses, changed, rows):
+        changed = RowLosses.or_none(self.model, batch)
+        if changed is not None and self.comparison.differ(losses, changed, rows):
             one, other = losses.means(), changed.means()
             worst = int((one - other).abs().nan_to_num(0, 0).argmax())
             raise ValueError(
@@ -207,10 +183,10 @@ class SelfTest:
                 "row"
             )
 
-    def whole(self, narrowed: "_Losses") -> "_Losses":
+    def whole(self, narrowed: RowLosses) -> RowLosses:
         """The losses from all logits. Where they are others, the model is not narrowed any more."""
-        losses = _Losses.by(self.model, self.batch)
-        if self.differ(losses, narrowed, self.all):
+        losses = RowLosses.by(self.model, self.batch)
+        if self.comparison.differ(losses, narrowed, self.all):
             self.known.narrows = False
             warnings.warn(
                 f"{type(self.model).__name__}: logits change after the output layer by more than their own position; "
@@ -219,91 +195,6 @@ class SelfTest:
                 stacklevel=5,
             )
         return losses
-
-    @torch.no_grad()
-    def differ(self, one: "_Losses", two: "_Losses", rows: Sequence[int]) -> bool:
-        """Whether losses differ by more than another order of the same sums explains: in float32 by 1e-4 of the loss;
-        in half precision by more than the noise that the model turns its rounding into, which is measured: in the mean
-        of a sample's tokens, where it may all point one way, and in their spread, where it cannot."""
-        first, second = one.means(), two.means()
-        size, both = first.abs().clamp(min=0.1), first.isfinite() & second.isfinite()
-        beyond = ((first - second).abs() > 1e-4 * size) & both
-        if not bool(beyond.any()) or not is_half(self.model, first.device):
-            return bool(beyond.any())
-        if self.noise is None:
-            self.noise = _Noise.of(self.model, self.batch)
-        allowed = (_DEVIATIONS * self.noise.mean + 1e-4 * size).minimum(_MOST * size)
-        if bool(((first - second).abs() > allowed)[both].any()):
-            return True
-        apart = torch.cat([(a - b).square() for a, b in zip(one.rows, two.rows, strict=True)]).nan_to_num(0, 0)
-        usual = torch.cat([self.noise.squares[row].expand(len(one.rows[n])) for n, row in enumerate(rows)])
-        return bool(apart.sum() > _ratio(len(apart)) ** 2 * usual.sum())
-
-
-@dataclass(frozen=True)
-class _Losses:
-    """Of each row, its supervised tokens' losses `[tokens]`."""
-
-    rows: Sequence[Tensor]
-
-    @classmethod
-    def of(cls, tokens: Float[Tensor, " tokens"], batch: Batch) -> "_Losses":
-        return cls(tokens.split(supervised_tokens(batch["labels"]).tolist()))
-
-    @classmethod
-    def by(cls, model: nn.Module, batch: Batch, narrow: bool = False) -> "_Losses":
-        """From a pass."""
-        positions = SupervisedPositions(model, batch["labels"], narrow)
-        return cls.of(positions.of_tokens(positions.logits(model, batch)), batch)
-
-    @classmethod
-    @torch.no_grad()
-    def or_none(cls, model: nn.Module, batch: Batch | None, narrow: bool = False) -> "_Losses | None":
-        """None where the batch could not be changed, or where the model does not take it so."""
-        if batch is None:
-            return None
-        try:
-            return cls.by(model, batch, narrow)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:
-            return None
-
-    def __getitem__(self, rows: Iterable[int]) -> "_Losses":
-        return _Losses([self.rows[row] for row in rows])
-
-    def means(self) -> Float[Tensor, " rows"]:
-        return torch.stack([row.sum() / max(1, len(row)) for row in self.rows])
-
-
-@dataclass(frozen=True)
-class _Noise:
-    """How far losses move when each result of each layer in half precision moves by up to a unit in its last place: as
-    much as any order of its sums can do, and for all of its numbers at once. Infinite where no layer gives such a
-    result, as where a model computes by functions alone: nothing is known of its noise.
-
-    Attributes:
-        mean: standard deviation of the sample's loss that moves most.
-        squares: `[B]`, of each sample's tokens the mean square.
-    """
-
-    mean: float
-    squares: Float[Tensor, " batch"]
-
-    @classmethod
-    def of(cls, model: nn.Module, batch: Batch) -> "_Noise":
-        plain = _Losses.by(model, batch, narrow=True)
-        generator = torch.Generator(plain.rows[0].device).manual_seed(0)
-        means: list[Tensor] = []
-        squares: list[Tensor] = []
-        with shaken(model, generator) as modules:
-            while len(means) < _DRAWS or len(means) * len(plain.rows) < _SAMPLES:
-                moved = _Losses.by(model, batch, narrow=True)
-                means.append((moved.means() - plain.means()).square())
-                apart = zip(moved.rows, plain.rows, strict=True)
-                squares.append(_Losses([(one - two).square() for one, two in apart]).means())
-        most = float("inf") if not modules else float(torch.stack(means).nan_to_num(0, 0).mean(dim=0).max().sqrt())
-        return cls(most, torch.stack(squares).nan_to_num(0, 0).mean(dim=0) if modules else plain.means() + torch.inf)
 
 
 def _side(left: bool) -> str:
