@@ -8,19 +8,17 @@ its pixels is tried out. Those that want more than that, or cannot be made small
     python scripts/check_image_text_models.py llava_next qwen3_vl --verbose
 """
 
-import argparse
 import copy
 import inspect
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from check_models import LARGEST, SIZES, judged
-from peft import LoraConfig, get_peft_model
+from check_models import LARGEST, SIZES, Outcomes, adapted, given_by, judged, on_a_line, randomize, row_of
+from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -132,17 +130,12 @@ def model_of(config: Any, train: str) -> nn.Module:
     """The same weights each time."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.15 / max(1, parameter[0].numel() / 32) ** 0.5)
+    randomize(model)
     if train == "lora":
         head = model.get_output_embeddings()
         layers = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and part is not head]
         targets = [name for name in layers if "router" not in name and not name.endswith("gate")]
-        model = get_peft_model(model, LoraConfig(r=3, target_modules=targets)).eval()
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.1)
+        return adapted(model, LoraConfig(r=3, target_modules=targets))
     return model
 
 
@@ -179,14 +172,11 @@ def batch_of(samples: list[Sample]) -> dict[str, Any]:
 
 
 def one_by_one(model: nn.Module, samples: list[Sample]) -> Tensor:
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows = []
     for sample in samples:
         given = {name: value for name, value in sample.items() if name != "labels" and len(value)}
         logits = model(**given, attention_mask=torch.ones_like(sample["labels"]), use_cache=False).logits
-        found = torch.autograd.grad(sample_losses(logits, sample["labels"]).sum(), parameters, allow_unused=True)
-        zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        rows.append(torch.cat([gradient.flatten().float() for gradient in zeros]))
+        rows.append(row_of(model, sample_losses(logits, sample["labels"]).sum()))
     return torch.stack(rows)
 
 
@@ -230,14 +220,9 @@ def _cast(sample: Sample, dtype: torch.dtype) -> Sample:
 
 
 def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
-    parser.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
-    parser.add_argument("--verbose", action="store_true", help="a line for each that is right, too")
-    given = parser.parse_args(words)
+    given = given_by(words, __doc__, sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
     logging.set_verbosity_error()
-    counts: Counter[str] = Counter()
+    outcomes = Outcomes(given.verbose)
     for kind in given.kinds:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -249,19 +234,13 @@ def main(words: list[str] | None = None) -> int:
                     raise ValueError(f"it has {size:,} parameters; expected at most {LARGEST:,}")
                 way = found_way(config)
             except Exception as error:
-                counts["not made or not run"] += 1
-                print(
-                    f"{'cannot':8} {kind:24} {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True
-                )
+                outcomes.counts["not made or not run"] += 1
+                print(f"{'cannot':8} {kind:24} {type(error).__name__}: {on_a_line(str(error))}", flush=True)
                 continue
             for train in given.train:
                 for dtype in given.dtypes:
-                    outcome, text = check(config, train, getattr(torch, dtype), *way)
-                    counts[outcome] += 1
-                    if outcome != "right" or given.verbose:
-                        print(f"{outcome:8} {kind:24} {train:5} {dtype:9} {' '.join(text.split())[:200]}", flush=True)
-    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
-    return int(counts["wrong"] > 0)
+                    outcomes.add(*check(config, train, getattr(torch, dtype), *way), kind, train, dtype)
+    return outcomes.ended()
 
 
 if __name__ == "__main__":

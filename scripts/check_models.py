@@ -108,17 +108,28 @@ def model_of(kind: str, train: str) -> nn.Module:
     if size > LARGEST:
         raise ValueError(f"it has {size:,} parameters; expected at most {LARGEST:,}: more of its sizes belong in SIZES")
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=0.15 / max(1, parameter[0].numel() / 32) ** 0.5)
+    randomize(model)
     if train == "lora":
         # PEFT refuses the first two in a Mamba, which reads their weights itself
         chosen = LoraConfig(r=3, target_modules="all-linear", exclude_modules=r".*(out_proj|conv1d|router)")
-        model = get_peft_model(model, chosen).eval()
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.1)
+        return adapted(model, chosen)
     return model
+
+
+def randomize(model: nn.Module) -> None:
+    """Weights as large as those of a trained model, so that no layer is without influence."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.15 / max(1, parameter[0].numel() / 32) ** 0.5)
+
+
+def adapted(model: Any, lora: LoraConfig) -> nn.Module:
+    """With an adapter that is not zero, as a fresh one is."""
+    wrapped: nn.Module = get_peft_model(model, lora).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return wrapped
 
 
 def text_batch(lengths: tuple[int, ...] = (12, 5, 9), padded: int = 14) -> dict[str, Tensor]:
@@ -131,15 +142,20 @@ def text_batch(lengths: tuple[int, ...] = (12, 5, 9), padded: int = 14) -> dict[
 
 def one_by_one(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """One `torch.autograd.grad` for each sample, alone and unpadded; float32."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows = []
     for sample, length in enumerate(batch["attention_mask"].sum(dim=1).tolist()):
         single = {name: value[sample : sample + 1, :length] for name, value in batch.items()}
         loss = sample_losses(model(**model_inputs(single), use_cache=False).logits, single["labels"]).sum()
-        found = torch.autograd.grad(loss, parameters, allow_unused=True)
-        zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
-        rows.append(torch.cat([gradient.flatten().float() for gradient in zeros]))
+        rows.append(row_of(model, loss))
     return torch.stack(rows)
+
+
+def row_of(model: nn.Module, loss: Tensor) -> Tensor:
+    """The loss's gradient, flat, in float32; zeros where a weight has no influence."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    zeros = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]
+    return torch.cat([gradient.flatten().float() for gradient in zeros])
 
 
 def check(kind: str, train: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -172,26 +188,48 @@ def judged(model: nn.Module, batch: Any, plain: Tensor, true: Tensor) -> tuple[s
     return ("warned", " ".join(said)) if said else ("right", figures)
 
 
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+class Outcomes:
+    """How many there were of each, printed line by line: those that are right only if asked for."""
+
+    def __init__(self, verbose: bool) -> None:
+        self.verbose, self.counts = verbose, Counter[str]()
+
+    def add(self, outcome: str, text: str, kind: str, train: str, dtype: str) -> None:
+        self.counts[outcome] += 1
+        if outcome != "right" or self.verbose:
+            print(f"{outcome:8} {kind:24} {train:5} {dtype:9} {on_a_line(text)}", flush=True)
+
+    def ended(self) -> int:
+        """Prints them; the exit status."""
+        print(", ".join(f"{count} {outcome}" for outcome, count in sorted(self.counts.items())))
+        return int(self.counts["wrong"] > 0)
+
+
+def on_a_line(text: str) -> str:
+    return " ".join(text.split())[:200]
+
+
+def given_by(words: list[str] | None, about: str | None, kinds: list[str]) -> argparse.Namespace:
+    """The command line: these kinds unless it names others."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", default=kinds)
     parser.add_argument("--train", nargs="+", default=["lora", "full"], choices=["lora", "full"])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--verbose", action="store_true", help="a line for each that is right, too")
-    given = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words: list[str] | None = None) -> int:
+    given = given_by(words, __doc__, sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     logging.set_verbosity_error()
-    counts: Counter[str] = Counter()
+    outcomes = Outcomes(given.verbose)
     for kind in given.kinds:
         for train in given.train:
             for dtype in given.dtypes:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    outcome, text = check(kind, train, getattr(torch, dtype))
-                counts[outcome] += 1
-                if outcome != "right" or given.verbose:
-                    print(f"{outcome:8} {kind:24} {train:5} {dtype:9} {' '.join(text.split())[:200]}", flush=True)
-    print(", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())))
-    return int(counts["wrong"] > 0)
+                    outcomes.add(*check(kind, train, getattr(torch, dtype)), kind, train, dtype)
+    return outcomes.ended()
 
 
 if __name__ == "__main__":
