@@ -44,6 +44,7 @@ _HINTS = {"model.fingerprint": " (frozen weights that are others, or the same in
 """Said where a value shows nothing by itself."""
 STATUSES = "status_digest"
 """The entry of a source in a score store's manifest that says which statuses its rows had."""
+_PUT_BACK = "what was measured is of the former data: put it back, or "
 IMAGE_FILES = "image_files"
 """Row -> image -> the mark of its file (`icons.datamodules.image_marks`), compared by `check_image_files` alone."""
 _LATER = {"preprocessing.template", "preprocessing.preset", "reader"}
@@ -133,9 +134,6 @@ def check_tasks(begun: Mapping[str, Any], now: Mapping[str, Any], what: str, rem
             begun[task], now[task], ["data.fingerprint"], f"task {task} of {what}", "its file", f"{_PUT_BACK}{remedy}"
         )
         check_image_files(begun[task], now[task], f"task {task} of {what}", remedy=remedy)
-
-
-_PUT_BACK = "what was measured is of the former data: put it back, or "
 
 
 def _size(mark: str) -> str:

@@ -1,7 +1,6 @@
 """What a command writes: never over what is not its own, and whole or not at all."""
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -9,10 +8,11 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from icons.folder_lock import in_turn
 from icons.process import is_gone, process_mark
 
 PARTIAL, MARK = ".partial", ".icons.json"
@@ -245,19 +245,6 @@ def whole_folder(path: Path, last: str, stale: Callable[[str], bool]) -> Iterato
         flush_path(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
-    """Waits until no other process of this machine is in such a block for the same folder, so that what is put there
-    one after the other is one's or the other's, and never a mixture."""
-    with ExitStack() as stack:
-        # a network file system may lock no folders, nor one that must not be read: there they are not kept apart
-        with suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-            stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
 
 
 def at_the_top(file: str) -> bool:

@@ -18,7 +18,18 @@ PACKAGE = ROOT / "icons"
 FILES = sorted(PACKAGE.rglob("*.py"))
 EDGE = {"lightning", "transformers", "peft", "torchmetrics"}
 LAYERS = [
-    {"agreement", "batch", "choices", "interruption", "manifest", "output", "partition", "process", "terminal"},
+    {
+        "agreement",
+        "batch",
+        "choices",
+        "folder_lock",
+        "interruption",
+        "manifest",
+        "output",
+        "partition",
+        "process",
+        "terminal",
+    },
     {"gradients", "kronecker", "preconditioner", "projection", "scores"},
     {"store"},
     {"consensus"},

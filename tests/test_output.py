@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import icons
-from icons.output import MARK, check_output, in_turn, is_marked, mark, put, whole_file, whole_folder
+from icons.folder_lock import in_turn
+from icons.output import MARK, check_output, is_marked, mark, put, whole_file, whole_folder
 
 
 def nobodys(path: Path) -> bool:

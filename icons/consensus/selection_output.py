@@ -23,7 +23,8 @@ from icons.consensus.selection_file import (
     note_path,
     noted,
 )
-from icons.output import at_the_top, beside, flush_path, flush_tree, in_turn, move_into, put, remove, sweep_partials
+from icons.folder_lock import in_turn
+from icons.output import at_the_top, beside, flush_path, flush_tree, move_into, put, remove, sweep_partials
 
 
 class SelectionOutput:

@@ -15,7 +15,7 @@ from icons.gradients.blocks import Receiver
 from icons.gradients.loss_scale import LossScale
 from icons.gradients.noise import is_half, shaken
 from icons.gradients.output_layer import SupervisedPositions
-from icons.gradients.overflow import overflowing
+from icons.gradients.overflow import fitted
 from icons.gradients.structure import Members
 
 _APART = 0.01  # of a row's gradient, in float32
@@ -100,12 +100,7 @@ class LoneRow:
         return most if modules else float("inf")
 
     def _gradients(self) -> dict[str, Tensor]:
-        try:
-            return self._pass()
-        except torch.OutOfMemoryError:
-            pass  # not here, where the error would still hold all that the pass has made
-        with overflowing(self.members.device):
-            return self._pass()
+        return fitted(self.members.device, self._pass)
 
     @torch.enable_grad()
     def _pass(self) -> dict[str, Tensor]:

@@ -105,8 +105,8 @@ class BackwardPass:
         self.forward_pass = self.listening = True
         self.inside = False  # a module that runs once more is not tapped
         self.inputs = NarrowInputs(owners_in(members, self.sockets), known.narrow)
-        # asked before the weights are frozen: an output layer that is trained sees every position
         self.widened = Widened()
+        # asked before the weights are frozen: an output layer that is trained sees every position
         self.positions = SupervisedPositions(model, batch["labels"], known.narrows)
         self.autocast = _autocast_of(members.device.type)
 

@@ -2,11 +2,23 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Result = TypeVar("Result")
 SHARE = 0.75  # of the memory that there is for us; the rest is for what a pass makes beside its activations
+
+
+def fitted(device: torch.device, compute: Callable[[], Result]) -> Result:
+    """What `compute` gives; where it does not fit the device's memory, once more with activations in the CPU's."""
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        pass  # not here, where the error would still hold all that the first attempt has made
+    with overflowing(device):
+        return compute()
 
 
 @contextmanager

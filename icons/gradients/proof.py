@@ -21,7 +21,7 @@ from icons.gradients.blocks import Receiver
 from icons.gradients.chance import without_chance
 from icons.gradients.loss_scale import LossScale, needs_scale
 from icons.gradients.output_layer import SupervisedPositions
-from icons.gradients.overflow import overflowing
+from icons.gradients.overflow import fitted
 from icons.gradients.ownership import FOREIGN
 from icons.gradients.paths import Paths, strength
 from icons.gradients.self_test import SelfTest
@@ -180,12 +180,7 @@ def _truth_of(
 ) -> Truth:
     """One ordinary pass over the batch with all of its trainable weights; where it does not fit a GPU's memory, with
     activations in the CPU's. Its forward pass serves the self-test and the search for strangers too."""
-    try:
-        return _ordinary_pass(model, batch, members, known, strangers, test, weights)
-    except torch.OutOfMemoryError:
-        pass  # not here, where the error would still hold all that the pass has made
-    with overflowing(members.device):
-        return _ordinary_pass(model, batch, members, known, strangers, test, weights)
+    return fitted(members.device, lambda: _ordinary_pass(model, batch, members, known, strangers, test, weights))
 
 
 def _ordinary_pass(

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from icons.folder_lock import in_turn, lock_alone, opened
 from icons.gradients.covariances import CovarianceSums
 from icons.models.tensor_files import write_tensors
-from icons.output import MARK, in_turn, is_empty, is_marked, mark, read_object, sweep_partials
+from icons.output import MARK, is_empty, is_marked, mark, read_object, sweep_partials
 
 COMMAND = "factors"
 
@@ -61,17 +62,11 @@ class FactorParts:
 
     def alone(self) -> bool:
         """Whether nobody else has entered; so it seems where the file system locks no folders."""
-        try:
-            fcntl.flock(self.opened(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
+        return lock_alone(self.opened())
 
     def opened(self) -> int:
         if self.descriptor is None:
-            self.descriptor = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = opened(self.folder)
         return self.descriptor
 
     def leave(self) -> None:

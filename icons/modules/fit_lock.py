@@ -1,6 +1,5 @@
 """Who may train in a folder: one fit at a time, whose ranks all begin from the same."""
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator
@@ -12,6 +11,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.environments.mpi import MPIEnvironment
 from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch.utilities import rank_zero_only
+
+from icons.folder_lock import lock_alone, opened
 
 _PATIENCE_S = 10.0  # in which what a killed fit has started (workers that read data) notices that it has gone
 
@@ -30,10 +31,10 @@ def alone_in(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[ValueErr
     with ExitStack() as stack:
         refused = None
         if getattr(rank_zero_only, "rank", 0) == 0 and folder.is_dir() and not MPIEnvironment.detect():
-            descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = opened(folder)
             stack.callback(os.close, descriptor)
             until = time.monotonic() + patience_s
-            while not _locked(descriptor):
+            while not lock_alone(descriptor):
                 if time.monotonic() > until:
                     refused = ValueError(
                         f"--out {folder}: another run is training there; wait until it has ended and run the same line "
@@ -42,16 +43,6 @@ def alone_in(folder: Path, patience_s: float = _PATIENCE_S) -> Iterator[ValueErr
                     break
                 time.sleep(0.1)
         yield refused
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a network file system may lock no folders: there fits are not kept apart
-        return True
-    return True
 
 
 def others_wait(ranks: int) -> bool:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from icons.datamodules.benchmarks.pictures import Image, PictureFolder
-from icons.output import check_output, in_turn, is_marked, mark, put, read_object
+from icons.folder_lock import in_turn
+from icons.output import check_output, is_marked, mark, put, read_object
 
 log = logging.getLogger(__name__)
 
